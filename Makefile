@@ -1,0 +1,45 @@
+# Two commands matter: `make calibrate` (the main job) and `make test`. Each sets itself up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A bare `torch` may bring gigabytes of CUDA; this build serves the tests and the CPU kernel. The
+# package itself accepts a range, so installing adaptive-moe elsewhere keeps the torch that is there.
+TORCH ?= torch==2.13.0
+MODEL ?= deepseek-v3
+ARGS ?=
+
+.PHONY: calibrate test lint format bench clean
+
+calibrate: $(VENV)/run.stamp
+	$(BIN)/adaptive-moe calibrate --model $(MODEL) --kernel cpu $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Figures that need no GPU; their JSON is committed. docs/benchmarks.md has the GPU ones.
+bench: $(VENV)/dev.stamp
+	$(BIN)/adaptive-moe bench decision --out calibration/results/decision.json
+	$(BIN)/adaptive-moe bench lookup --out calibration/results/lookup.json
+	$(BIN)/adaptive-moe bench regret --kernel cpu --model $(MODEL) --out calibration/results/regret_cpu.json
+
+$(VENV)/run.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .contract

@@ -1,0 +1,40 @@
+"""Picks the MoE sorting dispatch policy for each batch from what was measured at warm-up.
+
+The names below are imported on first use, so that importing the package costs a serving process
+neither torch nor numpy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptive_moe.calibrator import calibrate as calibrate
+    from adaptive_moe.policy_table import PolicyTable as PolicyTable
+    from adaptive_moe.settings import Settings as Settings
+    from adaptive_moe.settings import read_settings as read_settings
+    from adaptive_moe.shape import SortingShape as SortingShape
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PolicyTable": "adaptive_moe.policy_table",
+    "Settings": "adaptive_moe.settings",
+    "SortingShape": "adaptive_moe.shape",
+    "calibrate": "adaptive_moe.calibrator",
+    "read_settings": "adaptive_moe.settings",
+}
+
+__all__ = [
+    "PolicyTable",
+    "Settings",
+    "SortingShape",
+    "__version__",
+    "calibrate",
+    "read_settings",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'adaptive_moe' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,249 @@
+"""Buckets x policies -> rounds -> verdicts -> table: the whole of one shape's calibration.
+
+    check    every policy's output on every first bucket, outside the clock (kernels compile here)
+    measure  the first buckets of each call mode, small to large, until settled or out of time
+    refine   put buckets where neighbours differ, the costliest gap first, while time remains
+    decide   once more, from all samples and with whatever was found wrong on the way left out
+
+Nothing here knows which kernel sorts, which clock times or who asked.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+import torch
+from torch import Tensor
+
+from adaptive_moe.buckets import check_domain, first_buckets
+from adaptive_moe.decision import Candidate, Rule, combine, decide
+from adaptive_moe.environment import describe_environment
+from adaptive_moe.explore import explore
+from adaptive_moe.kernels import SortKernel
+from adaptive_moe.kernels.contract import SortingInputs
+from adaptive_moe.measure import Exclusion, apply_exclusions, check_policies, measure
+from adaptive_moe.policy_table import SCHEMA, Bucket, Calibration, Fill, PolicyTable
+from adaptive_moe.routing import Routing, default_mask, fills, route, sorting_inputs
+from adaptive_moe.settings import MAX_TOKENS
+from adaptive_moe.shape import SortingShape
+from adaptive_moe.timing import CallMode, Clock, clock_for
+
+logger = logging.getLogger("adaptive_moe")
+
+# Inputs a train rotates through; large batches overflow any cache by themselves.
+ROUTINGS = (Routing.UNIFORM, Routing.SKEWED)
+SHORT_TRAIN, LONG_TRAIN, LONG_FROM_TOKENS = 2, 4, 2048
+
+Samples = list[Candidate]
+ClockFactory = Callable[[CallMode, torch.device], Clock]
+Progress = Callable[[int, int, str], None]
+
+
+class CalibrationRefusedError(RuntimeError):
+    """Calibrating is not possible now; the text says why. Nothing was run."""
+
+
+class BudgetError(ValueError):
+    """The budget does not even cover one round of the first bucket."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to calibrate for.
+
+    max_tokens     largest batch of an eager call, in tokens
+    capture_sizes  token counts an engine captures into graphs; empty: no graph array of its own
+    first          token counts to begin with, empty for powers of two
+    budget_s       wall-clock seconds for measuring, checks and compilation excluded
+    """
+
+    max_tokens: int
+    capture_sizes: tuple[int, ...] = ()
+    first: tuple[int, ...] = ()
+    budget_s: float = 1.0
+    rule: Rule = field(default_factory=Rule)
+
+    def __post_init__(self) -> None:
+        check_domain("capture_sizes", self.capture_sizes)
+        if not 1 <= self.max_tokens <= MAX_TOKENS:
+            raise ValueError(
+                f"max_tokens={self.max_tokens!r} is not accepted: give 1 to {MAX_TOKENS}"
+            )
+        if not self.budget_s > 0:
+            raise ValueError(f"budget_s={self.budget_s!r} is not accepted: give more than 0")
+
+
+def calibrate(
+    kernel: SortKernel,
+    shape: SortingShape,
+    plan: Plan,
+    *,
+    expert_mask: Tensor | None = None,
+    clock_factory: ClockFactory = clock_for,
+    now: Callable[[], float] = time.monotonic,
+    progress: Progress = lambda done, total, what: None,
+) -> PolicyTable:
+    """Measure `shape` on `kernel` and return its table with all evidence.
+
+    expert_mask is the caller's own where it has one; else the shape's default. Raises
+    CalibrationRefusedError while the current stream is being captured, BudgetError where not even
+    one round fits. A policy that fails or is wrong only loses its candidacy.
+    """
+    on_gpu = kernel.device.type != "cpu"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        raise CalibrationRefusedError(
+            "the current stream is being captured into a graph: calibrate before or after capture"
+        )
+    begun = now()
+    run = _Run(kernel, shape, plan, expert_mask, now, progress)
+    graph_sizes: Sequence[int] = plan.capture_sizes if on_gpu else ()
+    sections: list[tuple[CallMode, Sequence[int]]] = [
+        (CallMode.EAGER, range(1, plan.max_tokens + 1))
+    ]
+    if graph_sizes:
+        sections.append((CallMode.GRAPH, check_domain("capture_sizes", graph_sizes)))
+    try:
+        run.check(sections)
+        for mode, domain in sections:
+            clock = clock_factory(mode, kernel.device)
+            run.section(mode, domain, clock, plan.budget_s / len(sections))
+    finally:
+        run.tokens.clear()
+        if on_gpu:
+            torch.cuda.empty_cache()
+    return PolicyTable(
+        Calibration(
+            schema=SCHEMA,
+            shape=shape,
+            kernel=kernel.name,
+            policies=kernel.policies,
+            environment=describe_environment(kernel.device),
+            rule=plan.rule,
+            max_tokens=plan.max_tokens,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            seconds=round(now() - begun, 3),
+            eager=run.buckets(CallMode.EAGER),
+            graph=run.buckets(CallMode.GRAPH),
+        )
+    )
+
+
+class _Run:
+    """One calibration under way: its inputs, and which policies are out for this shape."""
+
+    def __init__(
+        self,
+        kernel: SortKernel,
+        shape: SortingShape,
+        plan: Plan,
+        expert_mask: Tensor | None,
+        now: Callable[[], float],
+        progress: Progress,
+    ) -> None:
+        self.kernel, self.shape, self.plan = kernel, shape, plan
+        self.now, self.progress = now, progress
+        self.mask = default_mask(shape, kernel.device) if expert_mask is None else expert_mask
+        self.excluded: dict[int, Exclusion] = {}
+        largest = max(plan.max_tokens, *plan.capture_sizes, 0)
+        self.tokens = [
+            route(shape, largest, ROUTINGS[seed % len(ROUTINGS)], seed, kernel.device)
+            for seed in range(LONG_TRAIN)
+        ]
+        self.checked: set[int] = set()
+        self.samples: dict[CallMode, dict[int, list[Samples]]] = {}
+        self.done = self.total = 0
+
+    def check(self, sections: Sequence[tuple[CallMode, Sequence[int]]]) -> None:
+        """Check every policy wherever measuring will begin, before any clock runs."""
+        for _, domain in sections:
+            grid = first_buckets(domain, self.plan.first)
+            self.total += len(grid)
+            for num_tokens in grid:
+                self._check_once(num_tokens)
+
+    def section(self, mode: CallMode, domain: Sequence[int], clock: Clock, budget_s: float) -> None:
+        """Measure one call mode: every first bucket, then refinement, within budget_s seconds."""
+        deadline = self.now() + budget_s
+        ahead = len(first_buckets(domain, self.plan.first))
+        samples = self.samples.setdefault(mode, {})
+
+        def measure_bucket(num_tokens: int) -> Bucket:
+            nonlocal ahead
+            ahead -= 1
+            if ahead < 0:
+                self.total += 1
+                self._check_once(num_tokens)
+            # A noisy bucket may take its share and as much again, never what later ones need.
+            slot = self.now() + 2.0 * (deadline - self.now()) / (max(ahead, 0) + 2)
+            samples[num_tokens] = self._samples(num_tokens, clock, slot)
+            return self._bucket(num_tokens, samples[num_tokens])
+
+        explore(
+            domain,
+            self.plan.first,
+            self.plan.rule,
+            measure_bucket,
+            has_time=lambda: self.now() < deadline,
+        )
+
+    def buckets(self, mode: CallMode) -> tuple[Bucket, ...]:
+        """What the samples decide, with everything known by now about each policy."""
+        return tuple(
+            self._bucket(n, found) for n, found in sorted(self.samples.get(mode, {}).items())
+        )
+
+    def _bucket(self, num_tokens: int, samples: list[Samples]) -> Bucket:
+        parts = tuple(
+            Fill(fraction, decide(apply_exclusions(one, self.excluded), self.plan.rule))
+            for fraction, one in zip(fills(self.shape), samples, strict=True)
+        )
+        policy, reason = combine([part.verdict for part in parts])
+        return Bucket(num_tokens, policy, reason, parts)
+
+    def _samples(self, num_tokens: int, clock: Clock, deadline: float) -> list[Samples]:
+        length = SHORT_TRAIN if num_tokens >= LONG_FROM_TOKENS else LONG_TRAIN
+        begun = self.now()
+        found = []
+        for fraction in fills(self.shape):
+            train = [self._inputs(i, num_tokens, fraction) for i in range(length)]
+            found.append(
+                measure(
+                    self.kernel,
+                    train,
+                    clock,
+                    self.plan.rule,
+                    self.excluded,
+                    spent=lambda: self.now() > deadline,
+                )
+            )
+        self.done += 1
+        self.progress(self.done, self.total, f"{num_tokens} tokens")
+        if self.done == 1 and not found[0][0].round_us and len(self.excluded) < 2:
+            raise BudgetError(
+                f"budget {self.plan.budget_s:g} s is too small for one round: "
+                f"{num_tokens} tokens alone took {self.now() - begun:.3g} s before the first round "
+                "was complete; give a larger budget"
+            )
+        return found
+
+    def _check_once(self, num_tokens: int) -> None:
+        if num_tokens in self.checked:
+            return
+        self.checked.add(num_tokens)
+        for fraction in fills(self.shape):
+            inputs = self._inputs(num_tokens % LONG_TRAIN, num_tokens, fraction)
+            for policy, why in check_policies(self.kernel, inputs, self.shape.accumulate).items():
+                if policy not in self.excluded:
+                    self.excluded[policy] = why
+                    logger.warning(
+                        "policy %d is out for %s: at %d tokens it %s",
+                        policy,
+                        self.shape.describe(),
+                        num_tokens,
+                        why.reason,
+                    )
+
+    def _inputs(self, index: int, num_tokens: int, fraction: float) -> SortingInputs:
+        return sorting_inputs(self.shape, self.tokens[index], num_tokens, self.mask, fraction)

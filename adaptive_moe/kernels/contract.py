@@ -1,0 +1,157 @@
+"""The output contract of MoE sorting, and a checker of it that knows no kernel.
+
+Inputs (M rows, on one device): topk_ids int32 [M, topk]; topk_weights float32 [M, topk];
+expert_mask int32 [num_experts], 0 where another rank has the expert, or None; num_local_tokens
+int32 [1], how many rows are real, or None for all M.
+
+Outputs, with L = num_local_tokens or M:
+    sorted_ids         int32 [M*topk + num_experts*block_size - topk]: `(slot << 24) | token`,
+                       grouped by expert in expert order, token-ascending within an expert; each
+                       group is padded to a multiple of block_size with `(topk << 24) | L`
+    sorted_weights     float32, same length: the weight of each entry that is not padding
+    sorted_expert_ids  int32 [ceil(len / block_size)]: one expert a block, as the local index where
+                       expert_mask hides experts
+    num_valid_ids      int32 [2]: entries that are defined (padding included), and L
+    moe_buf            [M, model_dim] zeros, or an empty placeholder where the caller reduces itself
+Only the first num_valid_ids[0] entries (and their blocks) are defined.
+
+Source: ROCm/aiter, `aiter/fused_moe.py` and `csrc/include/moe_sorting_opus.h`, main of 2026-08-22.
+Its kernels write L into padding entries where its Python reference writes M; consumers test only
+that the token is not below L, and so does this checker.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TOKEN_BITS = 24
+TOKEN_MASK = (1 << TOKEN_BITS) - 1
+
+
+@dataclass(frozen=True)
+class SortingInputs:
+    """The arguments of one sort, in AITER's order."""
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+    num_experts: int
+    model_dim: int
+    dtype: torch.dtype
+    block_size: int
+    expert_mask: Tensor | None = None
+    num_local_tokens: Tensor | None = None
+
+    def arguments(self, dispatch_policy: int) -> tuple[object, ...]:
+        """Positional arguments up to and including dispatch_policy, the ninth."""
+        return (
+            self.topk_ids,
+            self.topk_weights,
+            self.num_experts,
+            self.model_dim,
+            self.dtype,
+            self.block_size,
+            self.expert_mask,
+            self.num_local_tokens,
+            dispatch_policy,
+        )
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within it torch.empty returns NaN or the largest integer, so that a kernel that leaves an
+    output unwritten is seen. Restores torch's own settings after."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def check_contract(
+    inputs: SortingInputs, outputs: tuple[Tensor, ...], *, accumulate: bool = True
+) -> list[str]:
+    """What is wrong with the outputs, one sentence each; empty where the contract holds.
+
+    Synchronises with the device and reads num_local_tokens: for warm-up and tests only.
+    """
+    if not isinstance(outputs, tuple) or len(outputs) < 5:
+        return [f"returned {type(outputs).__name__}, not the five outputs"]
+    sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf = outputs[:5]
+    num_rows, topk = inputs.topk_ids.shape
+    length = num_rows * topk + inputs.num_experts * inputs.block_size - topk
+    blocks = -(-length // inputs.block_size)
+    problems = [
+        f"{name} is {given.dtype} {list(given.shape)}, not {dtype} {[size]}"
+        for name, given, dtype, size in (
+            ("sorted_ids", sorted_ids, torch.int32, length),
+            ("sorted_weights", sorted_weights, torch.float32, length),
+            ("sorted_expert_ids", sorted_expert_ids, torch.int32, blocks),
+            ("num_valid_ids", num_valid_ids, torch.int32, 2),
+        )
+        if given.dtype != dtype or list(given.shape) != [size]
+    ]
+    problems += _check_moe_buf(inputs, moe_buf, accumulate)
+    if problems:
+        return problems
+
+    local_tokens = num_rows
+    if inputs.num_local_tokens is not None:
+        local_tokens = int(inputs.num_local_tokens.item())
+    kept = torch.ones(inputs.num_experts, dtype=torch.bool, device=sorted_ids.device)
+    if inputs.expert_mask is not None:
+        kept = inputs.expert_mask.to(sorted_ids.device) != 0
+    ids = inputs.topk_ids[:local_tokens].long()
+    real = (ids >= 0) & (ids < inputs.num_experts)
+    real &= kept[ids.clamp(0, inputs.num_experts - 1)]
+    counts = torch.bincount(ids[real], minlength=inputs.num_experts)
+    group_blocks = -(-counts // inputs.block_size)
+    total = int(group_blocks.sum()) * inputs.block_size
+    if num_valid_ids.tolist() != [total, local_tokens]:
+        return [f"num_valid_ids is {num_valid_ids.tolist()}, not {[total, local_tokens]}"]
+
+    block_experts = torch.repeat_interleave(
+        torch.arange(inputs.num_experts, device=ids.device), group_blocks
+    )
+    local_index = kept.long().cumsum(0) - 1
+    if not torch.equal(sorted_expert_ids[: len(block_experts)].long(), local_index[block_experts]):
+        problems.append("sorted_expert_ids names the wrong expert of a block")
+
+    entries = sorted_ids[:total].long()
+    token, slot = entries & TOKEN_MASK, entries >> TOKEN_BITS
+    # How far into its expert's group an entry lies decides whether it must be padding.
+    group_start = (group_blocks.cumsum(0) - group_blocks) * inputs.block_size
+    expert = block_experts.repeat_interleave(inputs.block_size)
+    position = torch.arange(total, device=ids.device) - group_start[expert]
+    padding = position >= counts[expert]
+    if not bool(((slot[padding] == topk) & (token[padding] >= local_tokens)).all()):
+        problems.append("a group's tail does not hold padding entries")
+    token, slot, expert = token[~padding], slot[~padding], expert[~padding]
+    if not bool(((slot >= 0) & (slot < topk) & (token < local_tokens)).all()):
+        return [*problems, "sorted_ids holds an entry that is no token of the batch"]
+    if not torch.equal(ids[token, slot], expert):
+        problems.append("sorted_ids puts an entry under an expert it was not routed to")
+    elif torch.unique(token * topk + slot).numel() != token.numel():
+        problems.append("sorted_ids holds an entry twice and misses another")
+    if bool(((expert[1:] == expert[:-1]) & (token[1:] < token[:-1])).any()):
+        problems.append("sorted_ids is not token-ascending within an expert")
+    if not torch.equal(sorted_weights[:total][~padding], inputs.topk_weights[token, slot]):
+        problems.append("sorted_weights does not hold its entry's weight")
+    return problems
+
+
+def _check_moe_buf(inputs: SortingInputs, moe_buf: Tensor, accumulate: bool) -> list[str]:
+    if not accumulate and inputs.expert_mask is None:
+        return [] if moe_buf.numel() == 0 else ["moe_buf is not an empty placeholder"]
+    wanted = [inputs.topk_ids.shape[0], inputs.model_dim]
+    if moe_buf.dtype != inputs.dtype or list(moe_buf.shape) != wanted:
+        return [f"moe_buf is {moe_buf.dtype} {list(moe_buf.shape)}, not {inputs.dtype} {wanted}"]
+    # NaN is true as a bool, so poison that was left shows here as well.
+    return ["moe_buf is not zeroed"] if bool(moe_buf.any()) else []

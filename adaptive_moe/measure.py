@@ -1,0 +1,188 @@
+"""One bucket: check each policy's output, look once, then interleaved rounds until settled.
+
+A round visits every live policy SWEEPS times, in an order that changes within a round and from
+round to round, so that every policy runs in every place and after every other one equally often:
+what ran before matters to the next call.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from adaptive_moe.decision import SWEEPS, Candidate, Rule, Standing, decide
+from adaptive_moe.kernels import SortKernel
+from adaptive_moe.kernels.contract import SortingInputs, check_contract, poisoned_memory
+from adaptive_moe.timing import Clock, Sampler
+
+logger = logging.getLogger("adaptive_moe")
+
+# A first look this many times slower than the best is looked at once more, beside the best so that
+# a burst of noise hits both; one so much slower that no burst explains it is not run again.
+HOPELESS = 3.0
+BEYOND_DOUBT = 20.0
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Why a policy is no candidate for this shape at all."""
+
+    standing: Standing  # WRONG or FAILED
+    reason: str
+
+
+def check_policies(
+    kernel: SortKernel, inputs: SortingInputs, accumulate: bool
+) -> dict[int, Exclusion]:
+    """Run each policy once on poisoned memory and check the contract; what fails is excluded.
+
+    This is also each policy's first call, in which kernels may compile: never timed.
+    """
+    found: dict[int, Exclusion] = {}
+    for policy in kernel.policies:
+        try:
+            with poisoned_memory():
+                outputs = kernel.moe_sorting(*inputs.arguments(policy))
+            problems = check_contract(inputs, outputs, accumulate=accumulate)
+        # A policy may fail in any way its kernel likes; that must only cost it the candidacy.
+        except Exception as error:
+            found[policy] = Exclusion(Standing.FAILED, f"raised {_short(error)}")
+            continue
+        if problems:
+            found[policy] = Exclusion(Standing.WRONG, "; ".join(problems))
+    return found
+
+
+def apply_exclusions(
+    candidates: Sequence[Candidate], excluded: Mapping[int, Exclusion]
+) -> list[Candidate]:
+    """The candidates with those excluded marked so, whatever they measured."""
+    return [
+        replace(c, out=excluded[c.policy].standing, reason=excluded[c.policy].reason)
+        if c.policy in excluded
+        else c
+        for c in candidates
+    ]
+
+
+def measure(
+    kernel: SortKernel,
+    train: Sequence[SortingInputs],
+    clock: Clock,
+    rule: Rule,
+    excluded: Mapping[int, Exclusion],
+    spent: Callable[[], bool],
+) -> list[Candidate]:
+    """Samples of one bucket: `train` holds the inputs that each sample runs through; see `race`."""
+    candidates = apply_exclusions([Candidate(p) for p in kernel.policies], excluded)
+    samplers: dict[int, Sampler] = {}
+    for place, candidate in enumerate(candidates):
+        if candidate.out is not None:
+            continue
+        calls = [partial(kernel.moe_sorting, *i.arguments(candidate.policy)) for i in train]
+        try:
+            samplers[candidate.policy] = clock.prepare(calls)
+        except Exception as error:
+            candidates[place] = _failed(candidate, error)
+    return race(candidates, samplers, rule, spent)
+
+
+def race(
+    candidates: Sequence[Candidate],
+    samplers: Mapping[int, Sampler],
+    rule: Rule,
+    spent: Callable[[], bool],
+) -> list[Candidate]:
+    """Sample the policies that are still in, until the verdict is settled or the time is up.
+
+    `spent` is asked once before each round. Only whole rounds count; where it is true at once,
+    nothing has a round.
+    """
+    table = {candidate.policy: candidate for candidate in candidates}
+    _first_look(table, samplers)
+    for number in range(rule.max_rounds):
+        live = _live(table, rule)
+        if len(live) < 2 or spent():
+            break
+        _one_round(table, samplers, _sweeps(number, live))
+    return list(table.values())
+
+
+def _first_look(table: dict[int, Candidate], samplers: Mapping[int, Sampler]) -> None:
+    looks = {policy: _sample(table, samplers, policy) for policy in samplers}
+    seen = {policy: time for policy, time in looks.items() if time is not None}
+    for policy, time in seen.items():
+        best = min(seen, key=lambda p: seen[p])
+        ratio = time / seen[best]
+        if HOPELESS < ratio <= BEYOND_DOUBT:
+            again, beside = _sample(table, samplers, policy), _sample(table, samplers, best)
+            ratio = min(ratio, again / beside) if again and beside else ratio
+        if policy != 0 and ratio > HOPELESS and table[policy].out is None:
+            reason = f"{ratio:.1f} times the fastest at the first look"
+            table[policy] = replace(table[policy], out=Standing.HOPELESS, reason=reason)
+
+
+def _one_round(
+    table: dict[int, Candidate], samplers: Mapping[int, Sampler], sweeps: Sequence[Sequence[int]]
+) -> None:
+    visits: dict[int, list[float]] = {policy: [] for policy in sweeps[0]}
+    for sweep in sweeps:
+        for policy in sweep:
+            time = _sample(table, samplers, policy) if table[policy].out is None else None
+            if time is not None:
+                visits[policy].append(time)
+    logger.debug("samples us: %s", visits)
+    for policy, times in visits.items():
+        if table[policy].out is None:
+            middle = sorted(times)[(len(times) - 1) // 2]
+            table[policy] = replace(table[policy], round_us=(*table[policy].round_us, middle))
+
+
+def _sample(
+    table: dict[int, Candidate], samplers: Mapping[int, Sampler], policy: int
+) -> float | None:
+    """One sample in us, or None where the policy raised and is out from here on."""
+    try:
+        return samplers[policy]()
+    except Exception as error:
+        table[policy] = _failed(table[policy], error)
+        return None
+
+
+def _live(table: Mapping[int, Candidate], rule: Rule) -> list[int]:
+    """Policies still worth a round: policy 0 and the unsettled, or none once all is settled."""
+    verdict = decide(list(table.values()), rule)
+    if verdict.settled:
+        return []
+    return [0, *(r.policy for r in verdict.results if r.standing in _OPEN)]
+
+
+# A FASTER policy is timed on while a rival is open, so that both see the same rounds.
+_OPEN = (Standing.UNSETTLED, Standing.FASTER)
+
+
+def _sweeps(number: int, live: Sequence[int]) -> list[list[int]]:
+    """The order of visits in one round: SWEEPS sweeps, rotated, every other one backwards.
+
+    Each policy opens a round equally often (the call after our own bookkeeping runs colder), and
+    each full turn of the rotation is followed by its mirror image.
+    """
+    count = len(live)
+    mirrored = (number // count) % 2
+    sweeps = []
+    for sweep in range(SWEEPS):
+        start = (number + sweep // 2) % count
+        order = [*live[start:], *live[:start]]
+        sweeps.append(order[::-1] if sweep % 2 else order)
+    if mirrored:
+        flipped = dict(zip(live, reversed(live), strict=True))
+        sweeps = [[flipped[policy] for policy in order] for order in sweeps]
+    return sweeps
+
+
+def _failed(candidate: Candidate, error: Exception) -> Candidate:
+    return replace(candidate, out=Standing.FAILED, reason=f"raised {_short(error)}")
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]

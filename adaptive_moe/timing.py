@@ -1,0 +1,122 @@
+"""Clocks: how one sort call is timed, matched to how serving runs it. Injected everywhere.
+
+A clock is given a *train*: a few calls that differ only in their inputs, so that a repeat does not
+just hit the cache and every routing is in each sample. `prepare(train)` does what must happen once
+(capture a graph, say) and returns the sampler, which runs the train and returns microseconds a
+call.
+
+    WallClock   the CPU's clock around the train; kernels that run on the CPU
+    EagerClock  GPU events around the train, launched call by call: the host's launch cost is in it,
+                as an eager call of the engine pays it
+    GraphClock  the train captured once, replayed between events: no launch cost, as in an engine's
+                own captured graph
+"""
+
+import enum
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+Train = Sequence[Callable[[], object]]
+Sampler = Callable[[], float]
+
+# Several passes over the train make a sample long against the events' own resolution.
+GRAPH_PASSES = 2
+
+
+class CallMode(enum.Enum):
+    """How a call reaches the device; each has its own array in the PolicyTable."""
+
+    GRAPH = "graph"
+    EAGER = "eager"
+
+
+class Clock(Protocol):
+    def prepare(self, train: Train) -> Sampler:
+        """The sampler of this train, in microseconds a call."""
+
+
+class WallClock:
+    """Wall-clock time of the train; `timer` returns seconds."""
+
+    def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
+        self.timer = timer
+
+    def prepare(self, train: Train) -> Sampler:
+        def sample() -> float:
+            start = self.timer()
+            for call in train:
+                call()
+            return (self.timer() - start) * 1e6 / len(train)
+
+        return sample
+
+
+class EagerClock:
+    """GPU events around a train that the host launches call by call."""
+
+    def prepare(self, train: Train) -> Sampler:
+        start, end = _events()
+
+        def sample() -> float:
+            start.record()
+            for call in train:
+                call()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) * 1e3 / len(train)
+
+        return sample
+
+
+class GraphClock:
+    """GPU events around the replay of a graph that holds the train, captured on its own stream.
+
+    Capture uses `thread_local` mode, a private memory pool shared by this clock's graphs (they
+    never run at once and nobody reads their outputs) and none of torch's collect-and-empty-cache
+    preamble: the process's allocator and capture state are left as found.
+    """
+
+    def __init__(self) -> None:
+        stream: Any = torch.cuda.Stream
+        self._stream = stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def prepare(self, train: Train) -> Sampler:
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                for _ in range(GRAPH_PASSES):
+                    for call in train:
+                        call()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        start, end = _events()
+
+        def sample() -> float:
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) * 1e3 / (GRAPH_PASSES * len(train))
+
+        sample()  # the first replay uploads the graph
+        return sample
+
+
+def clock_for(mode: CallMode, device: torch.device) -> Clock:
+    """The clock that times a call the way `mode` runs it on `device`."""
+    if device.type == "cpu":
+        return WallClock()
+    return GraphClock() if mode is CallMode.GRAPH else EagerClock()
+
+
+def _events() -> tuple[Any, Any]:
+    # torch's stubs leave these two untyped in some releases and typed in others.
+    event: Any = torch.cuda.Event
+    return event(enable_timing=True), event(enable_timing=True)
