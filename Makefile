@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 MODEL ?= deepseek-v3
 ARGS ?=
 
-.PHONY: calibrate test lint format bench clean
+.PHONY: calibrate test lint format bench bench-gpu clean
 
 calibrate: $(VENV)/run.stamp
 	$(BIN)/adaptive-moe calibrate --model $(MODEL) --kernel cpu $(ARGS)
@@ -30,6 +30,18 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/adaptive-moe bench decision --out calibration/results/decision.json
 	$(BIN)/adaptive-moe bench lookup --out calibration/results/lookup.json
 	$(BIN)/adaptive-moe bench regret --kernel cpu --model $(MODEL) --out calibration/results/regret_cpu.json
+
+# The same on a GPU (recorded on an NVIDIA H200), with the python that has torch and triton there.
+GPU_PYTHON ?= python3
+GPU_MODELS := deepseek-v3,deepseek-v3-fused,kimi-k2,qwen3-235b,qwen3-next-80b,gpt-oss-120b,glm-4.5,llama-4-maverick,mixtral-8x7b
+RESULTS := calibration/results
+
+bench-gpu: export PYTHONPATH := .
+bench-gpu:
+	$(GPU_PYTHON) -m adaptive_moe.cli bench regret --kernel triton --models $(GPU_MODELS) \
+		--oracle-rounds 25 --out $(RESULTS)/regret_triton.json --plot $(RESULTS)/regret_triton.png
+	$(GPU_PYTHON) -m adaptive_moe.cli bench startup --out $(RESULTS)/startup_triton.json
+	$(GPU_PYTHON) -m adaptive_moe.cli bench noise --kernel triton --out $(RESULTS)/noise_triton.json
 
 $(VENV)/run.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -32,9 +32,11 @@ from adaptive_moe.timing import CallMode, Clock, clock_for
 
 logger = logging.getLogger("adaptive_moe")
 
-# Inputs a train rotates through; large batches overflow any cache by themselves.
+# A train rotates through these.
 ROUTINGS = (Routing.UNIFORM, Routing.SKEWED)
-SHORT_TRAIN, LONG_TRAIN, LONG_FROM_TOKENS = 2, 4, 2048
+INPUTS = max(mode.train_length for mode in CallMode)
+
+CAPTURING = "the current stream is being captured into a graph: calibrate before or after capture"
 
 Samples = list[Candidate]
 ClockFactory = Callable[[CallMode, torch.device], Clock]
@@ -62,7 +64,7 @@ class Plan:
     max_tokens: int
     capture_sizes: tuple[int, ...] = ()
     first: tuple[int, ...] = ()
-    budget_s: float = 1.0
+    budget_s: float = 0.75
     rule: Rule = field(default_factory=Rule)
 
     def __post_init__(self) -> None:
@@ -93,22 +95,22 @@ def calibrate(
     """
     on_gpu = kernel.device.type != "cpu"
     if on_gpu and torch.cuda.is_current_stream_capturing():
-        raise CalibrationRefusedError(
-            "the current stream is being captured into a graph: calibrate before or after capture"
-        )
+        logger.warning("not calibrating %s: %s", shape.describe(), CAPTURING)
+        raise CalibrationRefusedError(CAPTURING)
     begun = now()
     run = _Run(kernel, shape, plan, expert_mask, now, progress)
     graph_sizes: Sequence[int] = plan.capture_sizes if on_gpu else ()
-    sections: list[tuple[CallMode, Sequence[int]]] = [
-        (CallMode.EAGER, range(1, plan.max_tokens + 1))
-    ]
+    sections: list[tuple[CallMode, Sequence[int]]] = []
     if graph_sizes:
         sections.append((CallMode.GRAPH, check_domain("capture_sizes", graph_sizes)))
+    sections.append((CallMode.EAGER, range(1, plan.max_tokens + 1)))
     try:
         run.check(sections)
-        for mode, domain in sections:
+        deadline = now() + plan.budget_s
+        for left, (mode, domain) in zip(range(len(sections), 0, -1), sections, strict=True):
             clock = clock_factory(mode, kernel.device)
-            run.section(mode, domain, clock, plan.budget_s / len(sections))
+            # What one mode does not need, the next one has.
+            run.section(mode, domain, clock, now() + (deadline - now()) / left)
     finally:
         run.tokens.clear()
         if on_gpu:
@@ -149,7 +151,7 @@ class _Run:
         largest = max(plan.max_tokens, *plan.capture_sizes, 0)
         self.tokens = [
             route(shape, largest, ROUTINGS[seed % len(ROUTINGS)], seed, kernel.device)
-            for seed in range(LONG_TRAIN)
+            for seed in range(INPUTS)
         ]
         self.checked: set[int] = set()
         self.samples: dict[CallMode, dict[int, list[Samples]]] = {}
@@ -163,21 +165,23 @@ class _Run:
             for num_tokens in grid:
                 self._check_once(num_tokens)
 
-    def section(self, mode: CallMode, domain: Sequence[int], clock: Clock, budget_s: float) -> None:
-        """Measure one call mode: every first bucket, then refinement, within budget_s seconds."""
-        deadline = self.now() + budget_s
+    def section(self, mode: CallMode, domain: Sequence[int], clock: Clock, deadline: float) -> None:
+        """Measure one call mode: every first bucket, then refinement, until the deadline."""
         ahead = len(first_buckets(domain, self.plan.first))
         samples = self.samples.setdefault(mode, {})
 
-        def measure_bucket(num_tokens: int) -> Bucket:
+        def measure_bucket(num_tokens: int, rounds: int) -> Bucket:
             nonlocal ahead
             ahead -= 1
-            if ahead < 0:
-                self.total += 1
+            if num_tokens not in samples:
+                self.total += ahead < 0
                 self._check_once(num_tokens)
+                samples[num_tokens] = [self._fresh() for _ in fills(self.shape)]
             # A noisy bucket may take its share and as much again, never what later ones need.
             slot = self.now() + 2.0 * (deadline - self.now()) / (max(ahead, 0) + 2)
-            samples[num_tokens] = self._samples(num_tokens, clock, slot)
+            samples[num_tokens] = self._go_on(
+                samples[num_tokens], num_tokens, mode, clock, rounds, slot
+            )
             return self._bucket(num_tokens, samples[num_tokens])
 
         explore(
@@ -202,29 +206,42 @@ class _Run:
         policy, reason = combine([part.verdict for part in parts])
         return Bucket(num_tokens, policy, reason, parts)
 
-    def _samples(self, num_tokens: int, clock: Clock, deadline: float) -> list[Samples]:
-        length = SHORT_TRAIN if num_tokens >= LONG_FROM_TOKENS else LONG_TRAIN
+    def _fresh(self) -> Samples:
+        return [Candidate(policy) for policy in self.kernel.policies]
+
+    def _go_on(
+        self,
+        samples: Sequence[Samples],
+        num_tokens: int,
+        mode: CallMode,
+        clock: Clock,
+        rounds: int,
+        deadline: float,
+    ) -> list[Samples]:
+        """Those samples of one bucket, brought to `rounds` rounds as far as the deadline allows."""
         begun = self.now()
         found = []
-        for fraction in fills(self.shape):
-            train = [self._inputs(i, num_tokens, fraction) for i in range(length)]
+        for fraction, so_far in zip(fills(self.shape), samples, strict=True):
+            train = [self._inputs(i, num_tokens, fraction) for i in range(mode.train_length)]
+            candidates = apply_exclusions(so_far, self.excluded)
             found.append(
                 measure(
                     self.kernel,
                     train,
                     clock,
+                    candidates,
                     self.plan.rule,
-                    self.excluded,
+                    rounds,
                     spent=lambda: self.now() > deadline,
                 )
             )
         self.done += 1
-        self.progress(self.done, self.total, f"{num_tokens} tokens")
-        if self.done == 1 and not found[0][0].round_us and len(self.excluded) < 2:
+        self.progress(min(self.done, self.total), self.total, f"{num_tokens} tokens")
+        if self.done == 1 and self.now() > deadline and not found[0][0].round_us:
             raise BudgetError(
-                f"budget {self.plan.budget_s:g} s is too small for one round: "
-                f"{num_tokens} tokens alone took {self.now() - begun:.3g} s before the first round "
-                "was complete; give a larger budget"
+                f"budget {self.plan.budget_s:g} s is too small for one round: {num_tokens} "
+                f"tokens alone took {self.now() - begun:.3g} s without completing one; "
+                "give a larger budget"
             )
         return found
 
@@ -233,7 +250,7 @@ class _Run:
             return
         self.checked.add(num_tokens)
         for fraction in fills(self.shape):
-            inputs = self._inputs(num_tokens % LONG_TRAIN, num_tokens, fraction)
+            inputs = self._inputs(num_tokens % INPUTS, num_tokens, fraction)
             for policy, why in check_policies(self.kernel, inputs, self.shape.accumulate).items():
                 if policy not in self.excluded:
                     self.excluded[policy] = why

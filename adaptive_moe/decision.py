@@ -51,13 +51,16 @@ class Standing(enum.Enum):
 class Rule:
     """When a policy may replace policy 0.
 
-    margin      fraction of policy 0's time it must surely save
-    confidence  of that, however often the samples were looked at
-    min_rounds  before any verdict; max_rounds: after them what is unsettled stays policy 0
+    margin          fraction of policy 0's time it must surely save
+    confidence      of that, however often the samples were looked at
+    tie_confidence  of ruling a gain out; lower, because a mistake there costs only a small gain
+    min_rounds      before any verdict
+    max_rounds      after them what is unsettled stays policy 0
     """
 
     margin: float = 0.01
     confidence: float = 0.99
+    tie_confidence: float = 0.95
     min_rounds: int = 4
     max_rounds: int = 200
 
@@ -217,43 +220,46 @@ def _judge(candidate: Candidate, reference: Candidate, rule: Rule) -> PolicyResu
     ratios = [math.log(ours / theirs) for ours, theirs in pairs]
     if len(ratios) < 2:
         return PolicyResult(candidate.policy, Standing.UNSETTLED, median)
-    mean, half_width = _interval(ratios, 1.0 - rule.confidence)
+    mean, spread = _clipped_moments(ratios)
+    sure = half_width(len(ratios), spread, 1.0 - rule.confidence)
+    likely = half_width(len(ratios), spread, 1.0 - rule.tie_confidence)
     # expm1 turns a log-ratio into the fraction of policy 0's time that is saved.
-    gain, low, high = (-math.expm1(x) for x in (mean, mean + half_width, mean - half_width))
+    gain, low, high, tie_high = (
+        -math.expm1(log_ratio) for log_ratio in (mean, mean + sure, mean - sure, mean - likely)
+    )
     standing = Standing.UNSETTLED
     if len(ratios) >= rule.min_rounds:
         if low > rule.margin:
             standing = Standing.FASTER
-        elif high < TIE_MARGINS * rule.margin:
+        elif tie_high < TIE_MARGINS * rule.margin:
             # Surely not worth switching to; which word depends on what it most likely is.
             standing = Standing.TIED if gain > -TIE_MARGINS * rule.margin else Standing.SLOWER
     return PolicyResult(candidate.policy, standing, median, gain, low, high)
 
 
-def _interval(values: Sequence[float], alpha: float) -> tuple[float, float]:
-    """Mean of the clipped values and the half-width of its anytime-valid interval.
+def half_width(n: int, spread: float, alpha: float) -> float:
+    """Half-width of the anytime-valid interval around a mean of n values; inf while n is too small.
 
-    The mixture t-statistic's likelihood ratio against mean m, with prior weight c, is
-    sqrt(c/(c+n)) * ((1 + u) / (1 + r*u)) ** (n/2) with u = n*(mean - m)**2 / S, r = c/(c+n) and S
-    the sum of squared deviations. The interval holds every m where it stays below 1/alpha; solving
-    for u gives the closed form below, or no bound while n is too small for that alpha.
+    spread is their sum of squared deviations. The mixture t-statistic's likelihood ratio against
+    mean m, with prior weight c, is sqrt(r) * ((1 + u) / (1 + r*u)) ** (n/2), where r = c/(c+n) and
+    u = n*(mean - m)**2 / spread. The interval holds every m where it stays below 1/alpha; solving
+    for u gives the closed form below.
     """
-    values = _clipped(values)
-    n = len(values)
-    mean = math.fsum(values) / n
-    spread = math.fsum((v - mean) ** 2 for v in values)
     r = PRIOR_ROUNDS / (PRIOR_ROUNDS + n)
     k = (1.0 / (alpha * alpha * r)) ** (1.0 / n)
     if k * r >= 1.0:
-        return mean, math.inf
-    return mean, math.sqrt((k - 1.0) / (1.0 - k * r) * spread / n)
+        return math.inf
+    return math.sqrt((k - 1.0) / (1.0 - k * r) * spread / n)
 
 
-def _clipped(values: Sequence[float]) -> list[float]:
+def _clipped_moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sum of squared deviations, with outliers pulled in to CLIP robust deviations."""
     center = _median(values) or 0.0
     # 1.4826 makes the median absolute deviation estimate a normal standard deviation.
     reach = CLIP * 1.4826 * (_median([abs(v - center) for v in values]) or 0.0)
-    return [min(max(v, center - reach), center + reach) for v in values]
+    clipped = [min(max(v, center - reach), center + reach) for v in values]
+    mean = math.fsum(clipped) / len(clipped)
+    return mean, math.fsum((v - mean) ** 2 for v in clipped)
 
 
 def _median(values: Sequence[float]) -> float | None:

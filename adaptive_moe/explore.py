@@ -1,49 +1,91 @@
-"""Which token counts to measure: a coarse grid, then the gaps that may cost most. Pure.
+"""Which token count to measure next, and how long: sketch a grid, refine gaps, settle doubts. Pure.
 
 Winners change at one or two token counts, so a few buckets and some bisection find what a dense
-grid would.
+grid would. Each bucket is first sketched in a few rounds, enough for every clear case: where the
+time goes after that is decided with all of them in view, the costliest gap first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 
 from adaptive_moe.buckets import between, first_buckets
-from adaptive_moe.decision import Rule, needs_refining
+from adaptive_moe.decision import Rule, Verdict, needs_refining
 from adaptive_moe.policy_table import Bucket
+
+# Rounds of a sketch.
+SKETCH_ROUNDS = 12
+# What a gap must cost, in margins times its width, to get another bucket.
+WORTH_REFINING = 0.1
+# What an unsettled policy must seem to gain, in margins, to be worth more than a sketch.
+PROMISING_MARGINS = 0.25
 
 
 def explore(
     domain: Sequence[int],
     wanted: Sequence[int],
     rule: Rule,
-    measure: Callable[[int], Bucket],
+    measure: Callable[[int, int], Bucket],
     has_time: Callable[[], bool],
 ) -> dict[int, Bucket]:
-    """Measure the first buckets, small to large, then refine the costliest gap while there is time.
+    """Measure the first buckets, small to large, then whatever may still cost most.
 
-    domain and wanted as in buckets.first_buckets; measure(num_tokens) does the work.
+    domain and wanted are as in buckets.first_buckets. measure(num_tokens, rounds) brings a bucket
+    to that many rounds, fewer where it settles or time runs out, and goes on where it was before.
     """
-    found = {num_tokens: measure(num_tokens) for num_tokens in first_buckets(domain, wanted)}
-    while has_time() and (gap := worst_gap(found, domain, rule)) is not None:
-        found[gap] = measure(gap)
+    found = {n: measure(n, SKETCH_ROUNDS) for n in first_buckets(domain, wanted)}
+    finished: set[int] = set()
+    while has_time():
+        if (gap := worst_gap(found, domain, rule)) is not None:
+            found[gap] = measure(gap, SKETCH_ROUNDS)
+        elif (doubt := greatest_doubt(found, finished, rule)) is not None:
+            found[doubt] = measure(doubt, rule.max_rounds)
+            finished.add(doubt)
+        else:
+            break
     return found
 
 
 def worst_gap(found: Mapping[int, Bucket], domain: Sequence[int], rule: Rule) -> int | None:
     """The count inside the neighbours that may lose most, or None where none may lose enough."""
-    counts = sorted(found)
     gaps = [
         (cost, middle)
-        for low, high in pairwise(counts)
-        if (cost := gap_cost(found[low], found[high], rule)) > 0.0
+        for low, high in pairwise(sorted(found))
+        if (cost := gap_cost(found[low], found[high], rule)) > WORTH_REFINING * rule.margin
         and (middle := between(domain, low, high)) is not None
     ]
     return max(gaps)[1] if gaps else None
 
 
 def gap_cost(low: Bucket, high: Bucket, rule: Rule) -> float:
-    """needs_refining over the fills of two neighbouring buckets: the worst of them."""
-    return max(
+    """What counts between two neighbours may lose, times the gap's width in e-folds of tokens.
+
+    The width matters because losing 5% at three token counts is not worth a bucket, while half a
+    jump of 300% is; the loss is needs_refining's, over the fills the worst.
+    """
+    lost = max(
         needs_refining(a.verdict, b.verdict, rule)
         for a, b in zip(low.fills, high.fills, strict=True)
     )
+    return lost * math.log(high.num_tokens / low.num_tokens)
+
+
+def greatest_doubt(
+    found: Mapping[int, Bucket], finished: Collection[int], rule: Rule
+) -> int | None:
+    """The unsettled bucket with the most to gain from more rounds, or None."""
+    doubts = [
+        (promise, num_tokens)
+        for num_tokens, bucket in found.items()
+        if num_tokens not in finished
+        and (promise := max(promised(fill.verdict, rule) for fill in bucket.fills)) > 0.0
+    ]
+    return max(doubts)[1] if doubts else None
+
+
+def promised(verdict: Verdict, rule: Rule) -> float:
+    """The gain that an unsettled verdict's best policy seems to have, or 0.0 if not promising."""
+    if verdict.settled:
+        return 0.0
+    gain = max((r.gain for r in verdict.results if r.gain is not None), default=0.0)
+    return gain if gain > PROMISING_MARGINS * rule.margin else 0.0

@@ -17,10 +17,9 @@ from adaptive_moe.timing import Clock, Sampler
 
 logger = logging.getLogger("adaptive_moe")
 
-# A first look this many times slower than the best is looked at once more, beside the best so that
-# a burst of noise hits both; one so much slower that no burst explains it is not run again.
+# A first look this many times slower than the best is looked at once more, with the best beside it,
+# so that no single stall of the machine drops a good policy.
 HOPELESS = 3.0
-BEYOND_DOUBT = 20.0
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,7 @@ def check_policies(
     found: dict[int, Exclusion] = {}
     for policy in kernel.policies:
         try:
-            with poisoned_memory():
-                outputs = kernel.moe_sorting(*inputs.arguments(policy))
-            problems = check_contract(inputs, outputs, accumulate=accumulate)
+            problems = _check_policy(kernel, inputs, policy, accumulate)
         # A policy may fail in any way its kernel likes; that must only cost it the candidacy.
         except Exception as error:
             found[policy] = Exclusion(Standing.FAILED, f"raised {_short(error)}")
@@ -51,6 +48,15 @@ def check_policies(
         if problems:
             found[policy] = Exclusion(Standing.WRONG, "; ".join(problems))
     return found
+
+
+def _check_policy(
+    kernel: SortKernel, inputs: SortingInputs, policy: int, accumulate: bool
+) -> list[str]:
+    # A function of its own, so that one policy's outputs are freed before the next one runs.
+    with poisoned_memory():
+        outputs = kernel.moe_sorting(*inputs.arguments(policy))
+    return check_contract(inputs, outputs, accumulate=accumulate)
 
 
 def apply_exclusions(
@@ -69,38 +75,42 @@ def measure(
     kernel: SortKernel,
     train: Sequence[SortingInputs],
     clock: Clock,
+    candidates: Sequence[Candidate],
     rule: Rule,
-    excluded: Mapping[int, Exclusion],
+    rounds: int,
     spent: Callable[[], bool],
 ) -> list[Candidate]:
     """Samples of one bucket: `train` holds the inputs that each sample runs through; see `race`."""
-    candidates = apply_exclusions([Candidate(p) for p in kernel.policies], excluded)
+    prepared = list(candidates)
     samplers: dict[int, Sampler] = {}
-    for place, candidate in enumerate(candidates):
+    for place, candidate in enumerate(prepared):
         if candidate.out is not None:
             continue
         calls = [partial(kernel.moe_sorting, *i.arguments(candidate.policy)) for i in train]
         try:
             samplers[candidate.policy] = clock.prepare(calls)
         except Exception as error:
-            candidates[place] = _failed(candidate, error)
-    return race(candidates, samplers, rule, spent)
+            prepared[place] = _failed(candidate, error)
+    return race(prepared, samplers, rule, rounds, spent)
 
 
 def race(
     candidates: Sequence[Candidate],
     samplers: Mapping[int, Sampler],
     rule: Rule,
+    rounds: int,
     spent: Callable[[], bool],
 ) -> list[Candidate]:
-    """Sample the policies that are still in, until the verdict is settled or the time is up.
+    """Sample the policies that are still in, until the verdict is settled, policy 0 has `rounds`
+    rounds or the time is up. Candidates that have rounds already go on from there.
 
-    `spent` is asked once before each round. Only whole rounds count; where it is true at once,
-    nothing has a round.
+    `spent` is asked once before each round. Only whole rounds count.
     """
     table = {candidate.policy: candidate for candidate in candidates}
-    _first_look(table, samplers)
-    for number in range(rule.max_rounds):
+    done = len(candidates[0].round_us)
+    if not done:
+        _first_look(table, samplers)
+    for number in range(done, rounds):
         live = _live(table, rule)
         if len(live) < 2 or spent():
             break
@@ -114,10 +124,11 @@ def _first_look(table: dict[int, Candidate], samplers: Mapping[int, Sampler]) ->
     for policy, time in seen.items():
         best = min(seen, key=lambda p: seen[p])
         ratio = time / seen[best]
-        if HOPELESS < ratio <= BEYOND_DOUBT:
-            again, beside = _sample(table, samplers, policy), _sample(table, samplers, best)
-            ratio = min(ratio, again / beside) if again and beside else ratio
-        if policy != 0 and ratio > HOPELESS and table[policy].out is None:
+        if policy == 0 or ratio <= HOPELESS:
+            continue
+        again, beside = _sample(table, samplers, policy), _sample(table, samplers, best)
+        ratio = min(ratio, again / beside) if again and beside else ratio
+        if ratio > HOPELESS and table[policy].out is None:
             reason = f"{ratio:.1f} times the fastest at the first look"
             table[policy] = replace(table[policy], out=Standing.HOPELESS, reason=reason)
 

@@ -63,7 +63,7 @@ VARIABLES = (
     ),
     Variable(
         "ADAPTIVE_MOE_BUDGET_S",
-        "1.0",
+        "0.75",
         "seconds, more than 0",
         "most wall-clock time one shape's measurement may take",
     ),
@@ -81,9 +81,15 @@ VARIABLES = (
     ),
     Variable(
         "ADAPTIVE_MOE_CACHE_DIR",
-        "the user's cache folder",
+        "$VLLM_CACHE_ROOT/adaptive_moe, else the user's cache folder",
         "a folder",
         "where calibrations are kept",
+    ),
+    Variable(
+        "ADAPTIVE_MOE_RECALIBRATE",
+        "no",
+        "1, true, yes or on, or 0, false, no or off",
+        "measure again, whatever is kept, and keep the new result",
     ),
     Variable(
         "ADAPTIVE_MOE_LOG_DETAIL",
@@ -110,10 +116,11 @@ class Settings:
 
     mode: Mode = Mode.OFF
     fixed_policy: int | None = None
-    budget_s: float = 1.0
+    budget_s: float = 0.75
     margin: float = 0.01
     buckets: tuple[int, ...] = ()
     cache_dir: str | None = None
+    recalibrate: bool = False
     log_detail: LogDetail = LogDetail.TABLE
     report: str | None = None
 
@@ -124,7 +131,7 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     A variable that is set but empty counts as unset.
     """
     mode, fixed_policy = _dispatch_policy(environ)
-    budget = environ.get("ADAPTIVE_MOE_BUDGET_S") or "1.0"
+    budget = environ.get("ADAPTIVE_MOE_BUDGET_S") or "0.75"
     margin = environ.get("ADAPTIVE_MOE_MARGIN") or "0.01"
     detail = (environ.get("ADAPTIVE_MOE_LOG_DETAIL") or "table").lower()
     try:
@@ -138,6 +145,9 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         margin=parse_margin("ADAPTIVE_MOE_MARGIN", margin),
         buckets=parse_buckets("ADAPTIVE_MOE_BUCKETS", environ.get("ADAPTIVE_MOE_BUCKETS") or ""),
         cache_dir=environ.get("ADAPTIVE_MOE_CACHE_DIR") or None,
+        recalibrate=parse_switch(
+            "ADAPTIVE_MOE_RECALIBRATE", environ.get("ADAPTIVE_MOE_RECALIBRATE") or "no"
+        ),
         log_detail=log_detail,
         report=environ.get("ADAPTIVE_MOE_REPORT") or None,
     )
@@ -167,6 +177,16 @@ def parse_margin(name: str, text: str) -> float:
     if margin is None or not 0 <= margin <= 0.5:
         raise _refuse(name, text)
     return margin
+
+
+def parse_switch(name: str, text: str) -> bool:
+    """1, true, yes, on or 0, false, no, off, in any case."""
+    word = text.strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise _refuse(name, text)
 
 
 def parse_buckets(name: str, text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -11,11 +12,15 @@ from typing import Any
 
 from adaptive_moe import __version__
 
+FLAT_LIST = re.compile(r"\[[^\[\]{}]*\]")
+
 # name -> what it measures; each is a module here with `add_options(parser)` and `run(args)`.
 BENCHES = {
     "decision": "quality of the decision, on simulated clocks",
     "lookup": "cost of the hot path's array index",
     "regret": "time lost against an exhaustive oracle, on a real kernel",
+    "noise": "A/A calibrations and repeatability, on a real kernel",
+    "startup": "cost of a calibration against an exhaustive sweep, on a GPU",
 }
 
 
@@ -49,7 +54,8 @@ def stamp(device: Any = None) -> dict[str, Any]:
 def _runner(name: str, run: Callable[[argparse.Namespace], dict[str, Any]]) -> Any:
     def command(args: argparse.Namespace) -> int:
         result = {"bench": name, **run(args)}
-        text = json.dumps(result, indent=1)
+        # Flat lists on one line: a sweep stays readable, and its diff too.
+        text = FLAT_LIST.sub(lambda m: " ".join(m[0].split()), json.dumps(result, indent=1))
         if args.out is not None:
             args.out.write_text(text + "\n", encoding="utf-8")
         print(text)

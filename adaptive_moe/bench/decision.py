@@ -13,7 +13,7 @@ from typing import Any
 
 from adaptive_moe.buckets import bucket_of
 from adaptive_moe.decision import SWEEPS, Candidate, Rule, Verdict, combine, decide
-from adaptive_moe.explore import explore
+from adaptive_moe.explore import SKETCH_ROUNDS, explore, promised
 from adaptive_moe.measure import race
 from adaptive_moe.policy_table import Bucket, Fill
 
@@ -56,18 +56,20 @@ class NoisyClock:
 def simulate_bucket(
     true_us: Mapping[int, float], rng: random.Random, *, bimodal: bool, rule: Rule
 ) -> tuple[Verdict, int]:
-    """The verdict on one bucket with these true times, and how many samples it took."""
+    """The verdict on one bucket with these true times, and how many samples it took.
+
+    As `explore` does with time enough: a sketch, and more rounds where that is promising.
+    """
     clock = NoisyClock(true_us, rng, bimodal=bimodal)
 
     def sampler(policy: int) -> Callable[[], float]:
         return lambda: clock.sample(policy)
 
-    candidates = race(
-        [Candidate(policy) for policy in sorted(true_us)],
-        {policy: sampler(policy) for policy in true_us},
-        rule,
-        clock.next_round,
-    )
+    samplers = {policy: sampler(policy) for policy in true_us}
+    candidates = [Candidate(policy) for policy in sorted(true_us)]
+    candidates = race(candidates, samplers, rule, SKETCH_ROUNDS, clock.next_round)
+    if promised(decide(candidates, rule), rule):
+        candidates = race(candidates, samplers, rule, rule.max_rounds, clock.next_round)
     return decide(candidates, rule), clock.samples
 
 
@@ -76,7 +78,7 @@ def simulate_table(
 ) -> dict[int, int]:
     """Policy of every bucket that a whole exploration of 1..MAX_TOKENS measures."""
 
-    def measure(num_tokens: int) -> Bucket:
+    def measure(num_tokens: int, rounds: int) -> Bucket:
         verdict, _ = simulate_bucket(true_us(num_tokens), rng, bimodal=bimodal, rule=rule)
         policy, reason = combine([verdict])
         return Bucket(num_tokens, policy, reason, (Fill(1.0, verdict),))

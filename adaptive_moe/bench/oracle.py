@@ -40,7 +40,11 @@ def dense_counts(max_tokens: int, per_octave: int) -> list[int]:
 def measure_oracle(
     kernel: SortKernel, shape: SortingShape, mode: CallMode, counts: Sequence[int], rounds: int
 ) -> list[OraclePoint]:
-    """Every policy at every count: `rounds` interleaved samples, order reversed each round."""
+    """Every policy at every count, `rounds` rounds of four interleaved visits each.
+
+    A time is the second smallest of a round's visits; ratios are within rounds, their median is
+    the result.
+    """
     largest = max(counts)
     tokens = [
         route(shape, largest, ROUTINGS[i % 2], FIRST_SEED + i, kernel.device) for i in range(4)
@@ -49,7 +53,7 @@ def measure_oracle(
     clock = clock_for(mode, kernel.device)
     points = []
     for num_tokens in counts:
-        train = [sorting_inputs(shape, t, num_tokens, mask) for t in tokens]
+        train = [sorting_inputs(shape, t, num_tokens, mask) for t in tokens[: mode.train_length]]
         samplers = {
             policy: clock.prepare(
                 [partial(kernel.moe_sorting, *inputs.arguments(policy)) for inputs in train]
@@ -60,9 +64,14 @@ def measure_oracle(
         best = min(first.values())
         live = [p for p in kernel.policies if p == 0 or first[p] <= FAR_BEHIND * best]
         times: dict[int, list[float]] = {policy: [] for policy in live}
-        for number in range(rounds):
-            for policy in live if number % 2 else reversed(live):
-                times[policy].append(samplers[policy]())
+        for _ in range(rounds):
+            visits: dict[int, list[float]] = {policy: [] for policy in live}
+            for order in (live, live[::-1], live[1:] + live[:1], live[::-1]):
+                for policy in order:
+                    visits[policy].append(samplers[policy]())
+            for policy in live:
+                times[policy].append(sorted(visits[policy])[1])
+            live = live[1:] + live[:1]
         base = statistics.median(times[0])
         us = {
             policy: base

@@ -8,6 +8,8 @@ calibration, and knows nothing of its samples. All figures are time ratios, 1.0 
                         policies differ by more than the margin
     worst_vs_policy0    the table's choice over policy 0, largest
     gain_vs_best_static the best single policy over the table's choice, geometric mean
+    same_speed          geomean and worst regret over the counts at which the machine ran as fast as
+                        it did in the calibration
     other_mode_geomean  the regret of choosing by the other mode's array (the same on a CPU)
 """
 
@@ -22,8 +24,12 @@ from adaptive_moe.calibrator import Plan, calibrate
 from adaptive_moe.kernels import load_kernel
 from adaptive_moe.models import find_model
 from adaptive_moe.policy_table import PolicyTable, runs
+from adaptive_moe.settings import Settings
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.timing import CallMode
+
+# How far policy 0's time may be off its calibrated one for the machine to count as equally fast.
+SPEED_BAND = 1.25
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan = Plan(
         max_tokens=max_tokens,
         capture_sizes=() if on_cpu else tuple(n for n in cli.CAPTURE_SIZES if n <= max_tokens),
-        budget_s=args.budget or (cli.CPU_BUDGET_S if on_cpu else 1.0),
+        budget_s=args.budget or (cli.CPU_BUDGET_S if on_cpu else Settings().budget_s),
     )
     shapes: dict[str, SortingShape] = {}
     if args.models:
@@ -81,9 +87,11 @@ def shape_result(table: PolicyTable, points: dict[CallMode, list[OraclePoint]]) 
         modes[mode.value] = {
             **figures(mine, sweep, table.evidence.rule.margin),
             "other_mode_geomean": _round(_geomean(_regrets(other, sweep))),
+            "same_speed": _same_speed(table, mode, mine, sweep),
             "table": runs(mine),
+            "sweep_columns": ["num_tokens", "applied", *(f"policy {p} us" for p in sweep[0].us)],
             "sweep": [
-                {"num_tokens": p.num_tokens, "applied": at(mine, p.num_tokens), "us": p.us}
+                [p.num_tokens, at(mine, p.num_tokens), *(round(us, 3) for us in p.us.values())]
                 for p in sweep
             ],
         }
@@ -112,6 +120,27 @@ def figures(array: bytes, sweep: list[OraclePoint], margin: float) -> dict[str, 
         "gain_vs_policy0": _round(
             _geomean([p.us[0] / p.us[at(array, p.num_tokens)] for p in sweep])
         ),
+    }
+
+
+def _same_speed(
+    table: PolicyTable, mode: CallMode, array: bytes, sweep: list[OraclePoint]
+) -> dict[str, float]:
+    """The regret where the oracle met the machine as fast as the calibration had: policy 0 within
+    SPEED_BAND of what its bucket measured. A host that halves its speed moves eager crossovers."""
+    captured = mode is CallMode.GRAPH
+    same = []
+    for point in sweep:
+        result = table.bucket(point.num_tokens, captured=captured).fills[0].verdict.results[0]
+        ratio = point.us[0] / (result.median_us or point.us[0])
+        if 1.0 / SPEED_BAND <= ratio <= SPEED_BAND:
+            same.append(point)
+    regrets = _regrets(array, same) or [1.0]
+    return {
+        "counts": len(same),
+        "of": len(sweep),
+        "geomean_regret": _round(_geomean(regrets)),
+        "worst_regret": _round(max(regrets)),
     }
 
 
