@@ -1,15 +1,14 @@
 """Samples -> verdict: which policy a bucket gets, why, and how sure that is. Pure.
 
 What is judged are *rounds*. A round visits every live policy SWEEPS times, interleaved (see
-calibrator.py), and gives one time a policy: the lower median of its visits, so that a single
-disturbed visit does not count. Statistics are on the logarithm of within-round ratios to policy 0:
+measure.py), and gives one time a policy: the median of its visits, so that a single disturbed visit
+does not count. Statistics are on the logarithm of within-round ratios to policy 0:
 what slows a whole round (clocks, neighbours, drift) cancels.
 
 The interval around the mean log-ratio is an anytime-valid Student interval (Lai 1976; Wang and
 Ramdas, "Anytime-valid t-tests and confidence sequences for Gaussian means with unknown variance",
 2024): it may be looked at after every round without spending confidence, so the stopping rule is
-simply "stop when settled". Rounds further than CLIP robust deviations from their median are pulled
-in to that distance first.
+simply "stop when settled". Rounds far off the others are pulled in to a fence first.
 
 A policy is FASTER when its whole interval lies beyond the margin, TIED when it surely gains less
 than is worth more rounds, and UNSETTLED in between. Nothing but FASTER ever leaves policy 0.
@@ -22,8 +21,6 @@ from dataclasses import dataclass
 
 # Visits of each live policy in one round.
 SWEEPS = 4
-# Robust standard deviations beyond which a round is an outlier.
-CLIP = 4.0
 # Weight of the interval's prior on effect sizes, in rounds: small favours early decisions.
 PRIOR_ROUNDS = 0.3
 # What a policy must gain, in margins, to be worth more rounds than it takes to rule that out.
@@ -114,14 +111,14 @@ def decide(candidates: Sequence[Candidate], rule: Rule) -> Verdict:
         raise ValueError(f"the first candidate must be policy 0, not {candidates[:1]!r}")
     reference = candidates[0]
     rounds = len(reference.round_us)
-    if any(len(c.round_us) > rounds for c in candidates):
-        raise ValueError("a candidate has more rounds than policy 0: rounds must be paired")
     if reference.out is not None:
         # Without a trusted policy 0 there is nothing to compare with, and 0 is what runs anyway.
         kept = tuple(
             PolicyResult(c.policy, c.out or Standing.UNSETTLED, reason=c.reason) for c in candidates
         )
         return Verdict(0, True, rounds, f"kept 0: policy 0 itself {reference.reason}", kept)
+    if any(len(c.round_us) > rounds for c in candidates):
+        raise ValueError("a candidate has more rounds than policy 0: rounds must be paired")
 
     base = PolicyResult(0, Standing.REFERENCE, _median(reference.round_us), gain=0.0)
     results = [_judge(c, reference, rule) for c in candidates[1:]]
@@ -146,13 +143,14 @@ def combine(verdicts: Sequence[Verdict]) -> tuple[int, str]:
     """One policy for several fills of the same bucket: the least worst-case loss.
 
     The host cannot know how many rows are real, so one policy serves all fills. A policy's loss in
-    a fill is its time over the fastest trusted time there; policy 0 stays unless another's worst
-    loss is smaller. A policy that is not trusted in every fill is no candidate.
+    a fill is its time over the fastest trusted time there, and at its interval's worse end where it
+    is not settled; policy 0 stays unless another's worst loss is smaller. A policy that is not
+    trusted in every fill is no candidate.
     """
     if len(verdicts) == 1:
         return verdicts[0].policy, verdicts[0].reason
     worst = {
-        policy: max(loss(v, policy) for v in verdicts)
+        policy: max(_cautious_loss(v, policy) for v in verdicts)
         for policy in (r.policy for r in verdicts[0].results)
     }
     chosen = {v.policy for v in verdicts}
@@ -170,6 +168,16 @@ def loss(verdict: Verdict, policy: int) -> float:
     """
     ratios = _ratios(verdict)
     return ratios[policy] / min(ratios.values()) if policy in ratios else math.inf
+
+
+def _cautious_loss(verdict: Verdict, policy: int) -> float:
+    """`loss`, with an unsettled policy taken at the worse end of its interval."""
+    result = next(r for r in verdict.results if r.policy == policy)
+    if result.standing is not Standing.UNSETTLED:
+        return loss(verdict, policy)
+    if result.gain_low is None:
+        return math.inf
+    return (1.0 - result.gain_low) / min(_ratios(verdict).values())
 
 
 def needs_refining(below: Verdict, above: Verdict, rule: Rule) -> float:
@@ -234,7 +242,8 @@ def _judge(candidate: Candidate, reference: Candidate, rule: Rule) -> PolicyResu
         elif tie_high < TIE_MARGINS * rule.margin:
             # Surely not worth switching to; which word depends on what it most likely is.
             standing = Standing.TIED if gain > -TIE_MARGINS * rule.margin else Standing.SLOWER
-    return PolicyResult(candidate.policy, standing, median, gain, low, high)
+    bounds = (None, None) if math.isinf(sure) else (low, high)
+    return PolicyResult(candidate.policy, standing, median, gain, *bounds)
 
 
 def half_width(n: int, spread: float, alpha: float) -> float:
@@ -253,11 +262,17 @@ def half_width(n: int, spread: float, alpha: float) -> float:
 
 
 def _clipped_moments(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sum of squared deviations, with outliers pulled in to CLIP robust deviations."""
-    center = _median(values) or 0.0
-    # 1.4826 makes the median absolute deviation estimate a normal standard deviation.
-    reach = CLIP * 1.4826 * (_median([abs(v - center) for v in values]) or 0.0)
-    clipped = [min(max(v, center - reach), center + reach) for v in values]
+    """Mean and sum of squared deviations, with outliers pulled in to the fences.
+
+    The fences lie one inter-decile width outside the inner 80% of the values, some 3.8 standard
+    deviations if they are normal. (A median absolute deviation would do with half of the values,
+    but is 0 where a coarse clock makes half of them equal, and would then clip away all doubt.)
+    """
+    ordered = sorted(values)
+    tail = len(ordered) // 10
+    low, high = ordered[tail], ordered[-1 - tail]
+    width = high - low
+    clipped = [min(max(v, low - width), high + width) for v in ordered]
     mean = math.fsum(clipped) / len(clipped)
     return mean, math.fsum((v - mean) ** 2 for v in clipped)
 

@@ -6,6 +6,7 @@ what ran before matters to the next call.
 """
 
 import logging
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -145,7 +146,7 @@ def _one_round(
     logger.debug("samples us: %s", visits)
     for policy, times in visits.items():
         if table[policy].out is None:
-            middle = sorted(times)[(len(times) - 1) // 2]
+            middle = statistics.median(times)
             table[policy] = replace(table[policy], round_us=(*table[policy].round_us, middle))
 
 

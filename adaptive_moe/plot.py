@@ -33,6 +33,8 @@ def draw(table: PolicyTable, path: Path) -> None:
 def _draw_panel(
     axes: Any, title: str, buckets: Sequence[Bucket], array: bytes, policies: Sequence[int]
 ) -> None:
+    from matplotlib.ticker import LogFormatter
+
     top = 0.0
     for policy in policies:
         points = [
@@ -56,6 +58,10 @@ def _draw_panel(
             axes.annotate(f"{first}", (first, top), fontsize=8, color="grey", ha="left", va="top")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    # Plain numbers: readers look for 512 tokens and 6 us, not for powers.
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.6)))
     axes.set_xlim(0.9, array and len(array) * 1.05)
     axes.set_xlabel("tokens")
     axes.set_ylabel("us a call")

@@ -1,0 +1,219 @@
+"""explore() on made-up times: which counts it measures, how long, and what it closes in on."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptive_moe.buckets import bucket_of
+from adaptive_moe.decision import Candidate, Rule, Standing, decide
+from adaptive_moe.explore import explore, gap_cost, worst_gap
+from adaptive_moe.policy_table import Bucket, Fill
+
+RULE = Rule()
+Times = dict[int, float]
+DOMAIN = range(1, 2049)
+POWERS = [1 << k for k in range(12)]
+
+
+class Measured:
+    """Buckets from exact times, or noisy ones where `noise` says so; and what was asked for."""
+
+    def __init__(
+        self, us: Callable[[int], Times], noise: Callable[[int], float] = lambda n: 1.0
+    ) -> None:
+        self.us, self.noise = us, noise
+        self.asked: list[int] = []
+        self.rounds: list[int] = []
+
+    def __call__(self, num_tokens: int, rounds: int) -> Bucket:
+        self.asked.append(num_tokens)
+        self.rounds.append(rounds)
+        times, noise = self.us(num_tokens), self.noise(num_tokens)
+        best = min(times.values())
+
+        def samples(policy: int) -> tuple[float, ...]:
+            us = times[policy]
+            if policy == 0:
+                return (us,) * rounds
+            return ((us * noise, us / noise) * rounds)[:rounds]
+
+        candidates = [
+            Candidate(p, samples(p))
+            if p == 0 or times[p] < 3 * best
+            else Candidate(p, out=Standing.HOPELESS)
+            for p in sorted(times)
+        ]
+        verdict = decide(candidates, RULE)
+        return Bucket(num_tokens, verdict.policy, verdict.reason, (Fill(1.0, verdict),))
+
+
+def explored(
+    us: Callable[[int], Times], domain: Sequence[int] = DOMAIN, wanted: Sequence[int] = ()
+) -> tuple[dict[int, Bucket], list[int]]:
+    measured = Measured(us)
+    return explore(domain, wanted, RULE, measured, lambda: True), measured.asked
+
+
+def around(found: dict[int, Bucket], threshold: int) -> tuple[int, int]:
+    """The measured neighbours that have the threshold between them."""
+    return max(n for n in found if n <= threshold), min(n for n in found if n > threshold)
+
+
+def closed_in(found: dict[int, Bucket], threshold: int, lost: float) -> bool:
+    """Whether what the gap may still lose is under a tenth of a margin, averaged over an e-fold."""
+    low, high = around(found, threshold)
+    return high - low == 1 or lost * math.log(high / low) <= RULE.margin / 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 2000))
+def test_no_count_loses_more_than_three_margins_around_a_crossover(at: int) -> None:
+    def us(num_tokens: int) -> Times:
+        one, two = 5.0 + 5.0 * num_tokens / at, 10.0
+        return {0: 1.5 * min(one, two), 1: one, 2: two}
+
+    found, asked = explored(us)
+    counts = sorted(found)
+    for num_tokens in DOMAIN:
+        times = us(num_tokens)
+        applied = found[counts[bucket_of(num_tokens, counts)]].policy
+        lost = times[applied] / min(times.values()) - 1
+        assert lost <= 3.01 * RULE.margin or lost / num_tokens <= RULE.margin / 10
+    assert len(asked) <= 12 + 12
+
+
+def step(threshold: int, below: Times, above: Times) -> Callable[[int], Times]:
+    return lambda num_tokens: below if num_tokens <= threshold else above
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2047))
+def test_a_sudden_change_of_winner_is_closed_in_on(threshold: int) -> None:
+    found, asked = explored(step(threshold, {0: 10, 1: 7, 2: 10}, {0: 10, 1: 10, 2: 7}))
+    low, high = around(found, threshold)
+    assert (found[low].policy, found[high].policy) == (1, 2)
+    assert closed_in(found, threshold, 10 / 7 - 1)
+    assert threshold > 400 or (low, high) == (threshold, threshold + 1)
+    assert len(asked) <= 12 + 12
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2047))
+def test_a_jump_of_policy_0_between_two_buckets_that_keep_it_is_closed_in_on(
+    threshold: int,
+) -> None:
+    """Policy 0 runs what 1 runs up to the threshold and what 2 runs beyond it. It is tied at both
+    ends of the gap, so only its twins betray the jump."""
+    found, asked = explored(step(threshold, {0: 8, 1: 8, 2: 12}, {0: 8, 1: 12, 2: 8}))
+    assert closed_in(found, threshold, 0.5)
+    assert threshold > 400 or around(found, threshold) == (threshold, threshold + 1)
+    assert all(bucket.policy == 0 for bucket in found.values())
+    assert len(asked) <= 12 + 12
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 2047))
+def test_the_count_at_which_a_winner_becomes_hopeless_is_found_exactly(threshold: int) -> None:
+    found, _ = explored(step(threshold, {0: 10, 1: 7, 2: 9}, {0: 10, 1: 99, 2: 9}))
+    assert (found[threshold].policy, found[threshold + 1].policy) == (1, 2)
+
+
+def test_where_nothing_differs_only_the_first_buckets_are_measured_small_to_large() -> None:
+    found, asked = explored(lambda num_tokens: {0: 10, 1: 8, 2: 11})
+    assert asked == POWERS
+    assert {b.policy for b in found.values()} == {1}
+    _, asked = explored(lambda num_tokens: {0: 10, 1: 10, 2: 12}, wanted=(5, 50))
+    assert asked == [1, 5, 50, 2048]
+
+
+times = st.fixed_dictionaries({p: st.sampled_from((5.0, 9.0, 10.0, 10.1, 40.0)) for p in (0, 1, 2)})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sets(st.integers(1, 400), min_size=1, max_size=40).map(sorted),
+    st.lists(times, min_size=1, max_size=6),
+    st.sampled_from((1.0, 1.02, 1.5)),
+)
+def test_it_ends_and_only_ever_measures_counts_of_the_domain(
+    domain: list[int], wild: list[Times], noise: float
+) -> None:
+    measured = Measured(lambda n: wild[n % len(wild)], lambda n: noise if n % 2 else 1.0)
+    found = explore(domain, (), RULE, measured, lambda: True)
+    assert set(found) == set(measured.asked) <= set(domain)
+    # A count is sketched once, and gone on with once at most.
+    asked = list(zip(measured.asked, measured.rounds, strict=True))
+    assert len(asked) == len(set(asked)) <= 2 * len(domain)
+    # It ended because nothing that matters is left to refine, not because it gave up.
+    for low, high in pairwise(sorted(found)):
+        if gap_cost(found[low], found[high], RULE) > RULE.margin / 10:
+            assert not [n for n in domain if low < n < high]
+
+
+def test_without_time_only_the_first_buckets_are_measured() -> None:
+    measured = Measured(step(100, {0: 10, 1: 7}, {0: 10, 1: 14}))
+    explore(DOMAIN, (), RULE, measured, lambda: False)
+    assert measured.asked == POWERS
+
+
+def test_refinement_stops_when_time_is_up() -> None:
+    measured = Measured(step(100, {0: 10, 1: 7}, {0: 10, 1: 14}))
+    explore(DOMAIN, (), RULE, measured, lambda: len(measured.asked) < 14)
+    assert len(measured.asked) == 14
+    assert max(measured.rounds) < RULE.max_rounds
+
+
+def test_the_costliest_gap_is_refined_first() -> None:
+    def us(num_tokens: int) -> Times:
+        if num_tokens <= 10:
+            return {0: 10, 1: 9}  # little is lost around 10 ...
+        return {0: 10, 1: 12} if num_tokens <= 500 else {0: 10, 1: 4}  # ... and much around 500
+
+    measured = Measured(us)
+    found = {n: measured(n, 12) for n in (1, 8, 16, 256, 1024)}
+    gap = worst_gap(found, DOMAIN, RULE)
+    assert gap is not None
+    assert 256 < gap < 1024
+    near_10 = worst_gap({n: found[n] for n in (1, 8, 16)}, DOMAIN, RULE)
+    assert near_10 is not None
+    assert 8 < near_10 < 16
+    assert worst_gap({n: found[n] for n in (16, 256)}, DOMAIN, RULE) is None
+
+
+def test_the_wider_of_two_gaps_that_lose_alike_costs_more() -> None:
+    measured = Measured(lambda n: {0: 10, 1: 8} if n in (4, 64) else {0: 10, 1: 12})
+    four, eight, sixty_four, thousand = (measured(n, 12) for n in (4, 8, 64, 1024))
+    assert gap_cost(sixty_four, thousand, RULE) > gap_cost(four, eight, RULE) > 0
+
+
+def test_the_worst_of_several_fills_decides_what_a_gap_costs() -> None:
+    measured = Measured(lambda n: {0: 10, 1: 8} if n == 4 else {0: 10, 1: 12})
+    same, differs = measured(4, 12).fills[0], measured(8, 12).fills[0]
+    low = Bucket(4, 1, "", (same, same))
+    assert gap_cost(low, Bucket(8, 1, "", (same, same)), RULE) == 0
+    cost = gap_cost(low, Bucket(8, 1, "", (same, differs)), RULE)
+    assert cost == pytest.approx(0.25 * math.log(2))
+
+
+def test_doubts_are_settled_after_gaps_the_most_promising_first_and_once() -> None:
+    gains = {4: 0.02, 16: 0.10, 64: 0.05}
+    measured = Measured(
+        lambda n: {0: 10.0, 1: 10.0 * (1 - gains.get(n, 0.0))},
+        noise=lambda n: 1.25 if n in gains else 1.0,
+    )
+    found = explore((1, 4, 16, 64, 256), (1, 4, 16, 64, 256), RULE, measured, lambda: True)
+    assert measured.asked[5:] == [16, 64, 4]
+    assert set(measured.rounds[5:]) == {RULE.max_rounds}
+    assert max(measured.rounds[:5]) < RULE.max_rounds
+    assert found[16].policy == 1
+
+
+def test_a_doubt_without_promise_is_not_worth_more_rounds() -> None:
+    measured = Measured(lambda n: {0: 10.0, 1: 9.99}, noise=lambda n: 1.25 if n in (4, 16) else 1.0)
+    found = explore((1, 4, 16), (1, 4, 16), RULE, measured, lambda: True)
+    assert measured.asked == [1, 4, 16]
+    assert not found[4].fills[0].verdict.settled

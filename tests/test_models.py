@@ -1,0 +1,173 @@
+"""Shapes: of known models, of config.json files in their several spellings, of numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adaptive_moe.models import (
+    ModelError,
+    config_dtype,
+    find_model,
+    known_models,
+    model_from_config,
+)
+from adaptive_moe.shape import SortingShape
+
+
+def written(folder: Path, config: object) -> Path:
+    path = folder / "config.json"
+    path.write_text(config if isinstance(config, str) else json.dumps(config), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("mixtral-8x7b", (8, 2, 4096)),
+        ("mixtral-8x22b", (8, 2, 6144)),
+        ("DeepSeek-V3", (256, 8, 7168)),
+        ("deepseek-v3-fused", (257, 9, 7168)),
+        ("kimi-k2-fused", (385, 9, 7168)),
+        ("qwen3-235b", (128, 8, 4096)),
+        ("qwen3-30b", (128, 8, 2048)),
+        ("qwen3-next-80b", (512, 10, 2048)),
+        ("gpt-oss-20b", (32, 4, 2880)),
+        ("gpt-oss-120b", (128, 4, 2880)),
+        ("minimax-m2", (256, 8, 3072)),
+        ("glm-4.5", (160, 8, 5120)),
+        ("llama-4-maverick", (128, 1, 5120)),
+    ],
+)
+def test_known_models(name, numbers):
+    model = find_model(name)
+    assert (model.num_experts, model.topk, model.model_dim) == numbers
+
+
+def test_every_known_model_has_a_source_and_a_valid_shape():
+    models = known_models()
+    assert len([name for name in models if not name.endswith("-fused")]) >= 12
+    for model in models.values():
+        assert model.source.startswith("https://")
+        assert isinstance(model.shape(), SortingShape)
+
+
+def test_an_unknown_model_lists_what_would_work():
+    with pytest.raises(ModelError) as refused:
+        find_model("gpt-9")
+    assert "'gpt-9'" in str(refused.value)
+    assert "deepseek-v3" in str(refused.value)
+    assert "--config" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "numbers"),
+    [
+        ({"num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 4096}, (8, 2, 4096)),
+        ({"n_routed_experts": 64, "num_experts_per_tok": 6, "hidden_size": 2048}, (64, 6, 2048)),
+        ({"num_experts": 128, "num_experts_per_tok": 8, "hidden_size": 2048}, (128, 8, 2048)),
+        ({"num_experts": 32, "experts_per_token": 4, "hidden_size": 2880}, (32, 4, 2880)),
+        ({"moe_num_experts": 64, "moe_k": 6, "hidden_size": 2560}, (64, 6, 2560)),
+        ({"num_experts": [64, 64], "moe_topk": [8, 8], "hidden_size": 4096}, (64, 8, 4096)),
+        (
+            {
+                "model_type": "vision",
+                "hidden_size": 1,
+                "text_config": {
+                    "num_local_experts": 16,
+                    "num_experts_per_tok": 1,
+                    "hidden_size": 5120,
+                },
+            },
+            (16, 1, 5120),
+        ),
+        (
+            {
+                "thinker_config": {
+                    "text_config": {
+                        "num_experts": 128,
+                        "num_experts_per_tok": 8,
+                        "hidden_size": 2048,
+                    }
+                }
+            },
+            (128, 8, 2048),
+        ),
+    ],
+)
+def test_config_spellings(tmp_path, config, numbers):
+    model = model_from_config(written(tmp_path, config))
+    assert (model.num_experts, model.topk, model.model_dim) == numbers
+
+
+@pytest.mark.parametrize(
+    ("shared", "more"),
+    [({"n_shared_experts": 2}, 2), ({"shared_expert_intermediate_size": 512}, 1), ({}, 0)],
+)
+def test_shared_experts_are_fused_on_request_only(tmp_path, shared, more):
+    config = {"n_routed_experts": 64, "num_experts_per_tok": 6, "hidden_size": 2048, **shared}
+    path = written(tmp_path, config)
+    assert model_from_config(path).num_experts == 64
+    fused = model_from_config(path, fuse_shared=True)
+    assert (fused.num_experts, fused.topk) == (64 + more, 6 + more)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "llama", "hidden_size": 4096}, "dense"),
+        ({"num_experts": 0, "hidden_size": 64}, "dense"),
+        ({"num_local_experts": 1, "num_experts_per_tok": 1, "hidden_size": 64}, "dense"),
+        ({"num_experts": 8, "hidden_size": 64}, "num_experts_per_tok"),
+        ({"num_experts": 8, "num_experts_per_tok": "two", "hidden_size": 64}, "'two'"),
+        ({"num_experts": True, "num_experts_per_tok": 2, "hidden_size": 64}, "dense"),
+        ("[1, 2]", "list"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_config_without_a_shape_says_why(tmp_path, config, says):
+    path = written(tmp_path, config)
+    with pytest.raises(ModelError) as refused:
+        model_from_config(path)
+    assert says in str(refused.value)
+    assert str(path) in str(refused.value)
+
+
+def test_a_missing_config_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"nowhere\.json cannot be read"):
+        model_from_config(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "torch.float32"}, "float32"),
+        ({"torch_dtype": "float8_e4m3fn"}, "bfloat16"),
+        ({}, "bfloat16"),
+    ],
+)
+def test_the_buffer_dtype_comes_from_the_config_where_it_can(tmp_path, config, dtype):
+    assert config_dtype(written(tmp_path, config)) == dtype
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_experts", 0),
+        ("num_experts", 1025),
+        ("num_experts", 8.0),
+        ("topk", 9),
+        ("topk", True),
+        ("model_dim", -1),
+        ("block_size", 0),
+        ("dtype", "int8"),
+        ("local_experts", 0),
+        ("local_experts", 9),
+    ],
+)
+def test_a_shape_refuses_by_field_and_value(field, value):
+    good = {"num_experts": 8, "topk": 2, "model_dim": 64}
+    with pytest.raises(ValueError, match=f"{field}={value!r}"):
+        SortingShape(**{**good, field: value})
