@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 MODEL ?= deepseek-v3
 ARGS ?=
 
-.PHONY: calibrate test lint format bench bench-gpu clean
+.PHONY: calibrate test lint contract contract-aiter faults format bench bench-gpu clean
 
 calibrate: $(VENV)/run.stamp
 	$(BIN)/adaptive-moe calibrate --model $(MODEL) --kernel cpu $(ARGS)
@@ -20,6 +20,18 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The plugins in the real engines' code, each in an environment of its own under .contract/.
+contract: $(VENV)/dev.stamp
+	$(BIN)/python tests/contract/run.py $(ARGS)
+
+# What the wrapper relies on, against real AITER source: make contract-aiter AITER_SRC=path
+contract-aiter: $(VENV)/dev.stamp
+	$(BIN)/python tests/contract/check_aiter.py "$(AITER_SRC)" $(foreach ref,$(AITER_REFS),--ref $(ref))
+
+# Crowds, kills, corrupted files, full disks and lost ranks: minutes, with real processes.
+faults: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.faults --out calibration/results/faults.json $(ARGS)
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

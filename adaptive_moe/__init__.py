@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptive_moe.calibrator import calibrate as calibrate
+    from adaptive_moe.engines.process import counts as counts
+    from adaptive_moe.engines.process import install as install
+    from adaptive_moe.engines.process import uninstall as uninstall
+    from adaptive_moe.engines.process import warm_up as warm_up
     from adaptive_moe.policy_table import PolicyTable as PolicyTable
     from adaptive_moe.settings import Settings as Settings
     from adaptive_moe.settings import read_settings as read_settings
@@ -21,7 +25,11 @@ _HOME = {
     "Settings": "adaptive_moe.settings",
     "SortingShape": "adaptive_moe.shape",
     "calibrate": "adaptive_moe.calibrator",
+    "counts": "adaptive_moe.engines.process",
+    "install": "adaptive_moe.engines.process",
     "read_settings": "adaptive_moe.settings",
+    "uninstall": "adaptive_moe.engines.process",
+    "warm_up": "adaptive_moe.engines.process",
 }
 
 __all__ = [
@@ -30,7 +38,11 @@ __all__ = [
     "SortingShape",
     "__version__",
     "calibrate",
+    "counts",
+    "install",
     "read_settings",
+    "uninstall",
+    "warm_up",
 ]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adaptive_moe.buckets import check_domain, first_buckets
-from adaptive_moe.decision import Candidate, Rule, combine, decide
+from adaptive_moe.decision import Candidate, Rule, Standing, combine, decide
 from adaptive_moe.environment import describe_environment
 from adaptive_moe.explore import explore
 from adaptive_moe.kernels import SortKernel
@@ -48,7 +48,7 @@ class CalibrationRefusedError(RuntimeError):
 
 
 class BudgetError(ValueError):
-    """The budget does not even cover one round of the first bucket."""
+    """The budget did not cover one round of any bucket."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ def calibrate(
             clock = clock_factory(mode, kernel.device)
             # What one mode does not need, the next one has.
             run.section(mode, domain, clock, now() + (deadline - now()) / left)
+        run.check_budget()
     finally:
         run.tokens.clear()
         if on_gpu:
@@ -219,30 +220,25 @@ class _Run:
         deadline: float,
     ) -> list[Samples]:
         """Those samples of one bucket, brought to `rounds` rounds as far as the deadline allows."""
-        begun = self.now()
         found = []
         for fraction, so_far in zip(fills(self.shape), samples, strict=True):
             train = [self._inputs(i, num_tokens, fraction) for i in range(mode.train_length)]
-            candidates = apply_exclusions(so_far, self.excluded)
-            found.append(
-                measure(
-                    self.kernel,
-                    train,
-                    clock,
-                    candidates,
-                    self.plan.rule,
-                    rounds,
-                    spent=lambda: self.now() > deadline,
-                )
+            candidates = measure(
+                self.kernel,
+                train,
+                clock,
+                apply_exclusions(so_far, self.excluded),
+                self.plan.rule,
+                rounds,
+                spent=lambda: self.now() > deadline,
             )
+            for candidate in candidates:
+                if candidate.out is Standing.FAILED:
+                    why = Exclusion(Standing.FAILED, candidate.reason)
+                    self._exclude(candidate.policy, why, num_tokens)
+            found.append(candidates)
         self.done += 1
         self.progress(min(self.done, self.total), self.total, f"{num_tokens} tokens")
-        if self.done == 1 and self.now() > deadline and not found[0][0].round_us:
-            raise BudgetError(
-                f"budget {self.plan.budget_s:g} s is too small for one round: {num_tokens} "
-                f"tokens alone took {self.now() - begun:.3g} s without completing one; "
-                "give a larger budget"
-            )
         return found
 
     def _check_once(self, num_tokens: int) -> None:
@@ -252,15 +248,26 @@ class _Run:
         for fraction in fills(self.shape):
             inputs = self._inputs(num_tokens % INPUTS, num_tokens, fraction)
             for policy, why in check_policies(self.kernel, inputs, self.shape.accumulate).items():
-                if policy not in self.excluded:
-                    self.excluded[policy] = why
-                    logger.warning(
-                        "policy %d is out for %s: at %d tokens it %s",
-                        policy,
-                        self.shape.describe(),
-                        num_tokens,
-                        why.reason,
-                    )
+                self._exclude(policy, why, num_tokens)
+
+    def _exclude(self, policy: int, why: Exclusion, num_tokens: int) -> None:
+        """From here on, and in every bucket of this shape measured before, it is no candidate."""
+        if policy not in self.excluded:
+            self.excluded[policy] = why
+            shape = self.shape.describe()
+            logger.warning(
+                "policy %d is out for %s: at %d tokens it %s", policy, shape, num_tokens, why.reason
+            )
+
+    def check_budget(self) -> None:
+        """Raise BudgetError where no bucket was settled or got a round."""
+        buckets = [bucket for mode in self.samples for bucket in self.buckets(mode)]
+        verdicts = [fill.verdict for bucket in buckets for fill in bucket.fills]
+        if not any(verdict.rounds or verdict.settled for verdict in verdicts):
+            raise BudgetError(
+                f"budget {self.plan.budget_s:g} s is too small for one round of any bucket of "
+                f"{self.shape.describe()}: give a larger budget"
+            )
 
     def _inputs(self, index: int, num_tokens: int, fraction: float) -> SortingInputs:
         return sorting_inputs(self.shape, self.tokens[index], num_tokens, self.mask, fraction)

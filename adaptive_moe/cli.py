@@ -1,4 +1,4 @@
-"""adaptive-moe: calibrate | show | explain | plot | bench | doctor."""
+"""adaptive-moe: calibrate | show | explain | plot | bench | cache | doctor."""
 
 import argparse
 import logging
@@ -84,7 +84,7 @@ def shape_from(args: argparse.Namespace) -> SortingShape:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from adaptive_moe import commands
+    from adaptive_moe import cache_cli, commands
     from adaptive_moe.bench import add_bench_parser
 
     parser = argparse.ArgumentParser(
@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (calibrate, show, explain, plot, doctor):
         command.add_argument("--json", action="store_true", help="print JSON instead")
     add_bench_parser(sub)
+    cache_cli.add_parser(sub)
     return parser
 
 

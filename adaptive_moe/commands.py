@@ -20,6 +20,7 @@ from adaptive_moe.settings import (
     parse_margin,
     read_settings,
 )
+from adaptive_moe.store import cache_folder
 
 LATEST = "latest.json"
 
@@ -114,8 +115,7 @@ def doctor(args: Namespace) -> int:
 
 def latest_path(settings: Settings) -> Path:
     """Where `calibrate` leaves its result for show, explain and plot."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(settings.cache_dir or Path(cache) / "adaptive_moe") / LATEST
+    return cache_folder(settings) / LATEST
 
 
 def load_table(path: Path | None) -> PolicyTable:

@@ -1,0 +1,84 @@
+"""The one hook of this process: what `adaptive_moe.install()` and the engine plugins share."""
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from types import ModuleType
+
+from adaptive_moe.engines.aiter_hook import AiterHook
+from adaptive_moe.engines.counters import Counters, Counts
+from adaptive_moe.engines.on_import import when_imported
+from adaptive_moe.engines.warm_up import WarmUp
+from adaptive_moe.engines.warm_up import warm_up as warm_up_hook
+from adaptive_moe.kernels.aiter import MODULE, find_aiter
+from adaptive_moe.settings import Mode, Settings, read_settings
+
+logger = logging.getLogger("adaptive_moe")
+
+_lock = threading.RLock()
+_hook: AiterHook | None = None
+_wanted = False
+
+
+def install(settings: Settings | None = None, *, engine_policy: int = 0) -> bool:
+    """Choose AITER's sorting policy in this process from now on; False where there is no AITER.
+
+    Wraps the seam now where `aiter.fused_moe` is imported, else as soon as it is; AITER itself is
+    not imported. Without `settings` the environment decides, and no variable set means `auto`.
+    engine_policy is what the engine passes when its user chose nothing, if that is not 0.
+    Installing again with the same settings changes nothing. Raises SettingsError.
+    """
+    global _hook, _wanted  # noqa: PLW0603
+    found = find_aiter()
+    if found.problem is not None:
+        logger.warning("nothing is changed: %s", found.problem)
+        return False
+    settings = settings or _settings_or_auto()
+    with _lock:
+        if _hook is not None and (_hook.settings, _hook.engine_policy) != (settings, engine_policy):
+            _hook.uninstall()
+            _hook = None
+        _hook = _hook or AiterHook(settings, engine_policy=engine_policy)
+        _wanted = True
+    when_imported(MODULE, _install)
+    return True
+
+
+def uninstall() -> None:
+    """AITER as it was, now and when it is imported later. Tables are kept for another install()."""
+    global _wanted  # noqa: PLW0603
+    with _lock:
+        _wanted = False
+        if _hook is not None:
+            _hook.uninstall()
+
+
+def warm_up(max_tokens: int, capture_sizes: Sequence[int] = ()) -> WarmUp:
+    """Calibrate every shape seen since install(), for batches up to max_tokens; call it after a
+    first forward and before capturing the sizes named. See engines/warm_up.py."""
+    hook = current()
+    return WarmUp({}, (), 0.0) if hook is None else warm_up_hook(hook, max_tokens, capture_sizes)
+
+
+def counts() -> Counts:
+    """What happened to the calls at the seam so far."""
+    hook = current()
+    return Counters().read() if hook is None else hook.counts()
+
+
+def current() -> AiterHook | None:
+    """The hook, whether or not AITER has been imported yet; None before the first install()."""
+    return _hook
+
+
+def _install(module: ModuleType) -> None:
+    with _lock:
+        if _wanted and _hook is not None:
+            _hook.install(module)
+
+
+def _settings_or_auto() -> Settings:
+    settings = read_settings(os.environ)
+    return replace(settings, mode=Mode.AUTO) if settings.mode is Mode.OFF else settings

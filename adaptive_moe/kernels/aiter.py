@@ -1,0 +1,158 @@
+"""The live AITER: what is installed, whether its seam is the one we know, and its sort as a kernel.
+
+Read in ROCm/aiter from v0.1.5 to main of 2026-08-22: `aiter.fused_moe.moe_sorting` keeps its first
+nine parameters, `dispatch_policy` being the ninth, while those after it differ by version.
+"""
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from adaptive_moe.kernels import POLICIES, SortKernel
+
+if TYPE_CHECKING:
+    import torch
+
+MODULE = "aiter.fused_moe"
+SEAM = "moe_sorting"
+LEADING = (
+    "topk_ids",
+    "topk_weights",
+    "num_experts",
+    "model_dim",
+    "moebuf_dtype",
+    "block_size",
+    "expert_mask",
+    "num_local_tokens",
+    "dispatch_policy",
+)
+
+# AMD's package has been called both; PyPI's unrelated one is called the second.
+_DISTRIBUTIONS = ("amd-aiter", "aiter")
+# What the rest of AITER's names for "the second stage reduces by itself" have been.
+REDUCES = ("stage2_uses_route_reduce", "is_flydsl_stage2_reduce")
+FLAGS = ("_USE_CK_MOE_SORTING", "_USE_FLYDSL_MOE_SORTING", "_USE_OPUS_MOE_SORTING")
+
+
+@dataclass(frozen=True)
+class AiterInstall:
+    """What `import aiter` would find. problem is None where it is AMD's and has the seam's file."""
+
+    version: str
+    location: str
+    problem: str | None
+
+
+def find_aiter() -> AiterInstall:
+    """Look for AITER without importing it; its import builds kernels and needs a GPU."""
+    spec = importlib.util.find_spec("aiter")
+    if spec is None:
+        return AiterInstall("", "", "AITER is not installed (no module named aiter)")
+    folders = list(spec.submodule_search_locations or [])
+    location = folders[0] if folders else str(spec.origin)
+    version = _version()
+    if not any((Path(folder) / "fused_moe.py").is_file() for folder in folders):
+        problem = (
+            f"the installed `aiter` {version} at {location} has no fused_moe: it is PyPI's "
+            "unrelated package of that name, not AMD's AITER; pip uninstall aiter, then install "
+            "AITER from https://github.com/ROCm/aiter"
+        )
+        return AiterInstall(version, location, problem)
+    return AiterInstall(version, location, None)
+
+
+def _version() -> str:
+    for name in _DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "(version unknown)"
+
+
+def seam_problem(module: ModuleType) -> str | None:
+    """Why `module.moe_sorting` cannot be wrapped, in a sentence with what to do; None if it can."""
+    seam = getattr(module, SEAM, None)
+    if seam is None:
+        return (
+            f"{module.__name__} has no {SEAM}: this is not the AITER we know; install AITER v0.1.5 "
+            "or newer from https://github.com/ROCm/aiter"
+        )
+    parameters = inspect.signature(seam).parameters
+    names = tuple(parameters)
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        return None  # somebody's wrapper that hides what it wraps; it passes on what it is given
+    if "dispatch_policy" not in names:
+        return (
+            f"this AITER's {SEAM}({', '.join(names)}) takes no dispatch_policy, so there is "
+            "nothing to choose: install AITER v0.1.5 or newer"
+        )
+    if names[: len(LEADING)] != LEADING:
+        return (
+            f"this AITER's {SEAM}({', '.join(names)}) does not begin with {', '.join(LEADING)}: "
+            "it is newer than this adaptive_moe knows; upgrade adaptive_moe"
+        )
+    return None
+
+
+def backend(module: ModuleType) -> str:
+    """Which implementation is behind the seam: ck, the only one at first and the default until
+    2026, opus, or flydsl. The module's flags say so, as AITER reads them at each call."""
+    ck, flydsl, opus = (getattr(module, flag, None) for flag in FLAGS)
+    if ck is None:
+        return "opus" if opus else "ck"
+    return "ck" if ck else "flydsl" if flydsl else "opus"
+
+
+def live_kernel(
+    module: ModuleType,
+    seam: Callable[..., Any],
+    device: "torch.device",
+    accumulate: bool,
+) -> SortKernel:
+    """AITER's own sort, to be measured. `seam` is the unwrapped function: measuring it must neither
+    be counted nor steered. `accumulate` is what the caller passes, where this AITER knows it."""
+    moe_sorting = seam
+    if not accumulate:
+        moe_sorting = functools.partial(seam, accumulate=False)
+    return SortKernel(f"aiter {_version()} {backend(module)}", moe_sorting, device, POLICIES)
+
+
+@dataclass(frozen=True)
+class SortRequest:
+    """What AITER will ask of the sort at one token count. sorts: False where it takes a path that
+    ignores the policy (flat, output_aux)."""
+
+    block_size: int
+    accumulate: bool
+    sorts: bool
+
+
+@dataclass(frozen=True)
+class ConfigCall:
+    """How AITER's `get_2stage_cfgs` was asked for block_size and stages: all arguments but the
+    first, which is the token count; these describe the layer."""
+
+    rest: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+
+
+def request_at(
+    module: ModuleType, choose: Callable[..., Any], call: ConfigCall, num_tokens: int
+) -> SortRequest:
+    """Ask AITER's own chooser what `num_tokens` rows of that layer will be sorted as."""
+    pad = getattr(module, "get_padded_M", None)
+    padded = pad(num_tokens) if pad is not None else num_tokens
+    found = choose(padded, *call.rest, **dict(call.keywords))
+    reduces = next((getattr(module, name) for name in REDUCES if hasattr(module, name)), None)
+    return SortRequest(
+        block_size=int(found.block_m),
+        accumulate=not (reduces is not None and found.stage2 is not None and reduces(found.stage2)),
+        sorts=not (getattr(found, "flat", False) or getattr(found, "output_aux", False)),
+    )

@@ -1,0 +1,256 @@
+"""The plugin in a real vLLM, whose code runs on the CPU; run by run.py in vLLM's environment."""
+
+import inspect
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import worker
+
+HERE = Path(__file__).parent
+VERSION = os.environ["CONTRACT_VERSION"]
+VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
+# Before this version vLLM passes AITER no policy and does not know the variable.
+KNOWS_THE_VARIABLE = tuple(map(int, VERSION.split("."))) >= (0, 23)
+
+
+def run(code, *, standin=True, check=True, **environ):
+    """Run Python code in a fresh process; its return code, stdout and stderr."""
+    environ = {**os.environ, "VLLM_LOGGING_COLOR": "0", **environ}
+    if standin:
+        environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], str(worker.STANDIN)])
+    command = [sys.executable, *(["-c", code] if "\n" in code or ";" in code else code.split())]
+    done = subprocess.run(
+        command, env=environ, cwd=HERE, capture_output=True, text=True, check=False
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def envs():
+    """vllm.envs with the plugin registered by vLLM's own loader."""
+    sys.path.insert(0, str(worker.STANDIN))
+    os.environ[VARIABLE] = "auto"
+    import vllm.envs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    yield vllm.envs
+    del os.environ[VARIABLE]
+
+
+def uncached(envs):
+    """Undo enable_envs_cache(), which wraps the module's __getattr__."""
+    envs.__getattr__ = getattr(envs.__getattr__, "__wrapped__", envs.__getattr__)
+
+
+def test_vllm_discovers_the_entry_point():
+    (found,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "adaptive_moe"]
+    assert found.value == "adaptive_moe.engines.vllm:register"
+
+
+def test_unset_it_imports_nothing_and_touches_nothing():
+    done = run(
+        "import sys\n"
+        "from importlib.metadata import entry_points\n"
+        "(ours,) = [e for e in entry_points(group='vllm.general_plugins')"
+        " if e.name == 'adaptive_moe']\n"
+        "ours.load()()\n"
+        "heavy = {'torch', 'numpy', 'vllm', 'aiter', 'adaptive_moe.settings'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import vllm.envs, vllm.plugins\n"
+        "before = dict(vllm.envs.environment_variables)\n"
+        "vllm.plugins.load_general_plugins()\n"
+        "assert vllm.envs.environment_variables == before\n"
+        "assert 'aiter' not in sys.modules\n"
+    )
+    assert "adaptive_moe" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "read"), [("auto", 0), ("AUTO", 0), (" Auto ", 0), ("2", 2), ("0", 0), ("", 0)]
+)
+def test_every_reader_in_vllm_accepts(envs, value, read, monkeypatch):
+    from vllm._aiter_ops import rocm_aiter_ops
+
+    monkeypatch.setenv(VARIABLE, value)
+    assert getattr(envs, VARIABLE) == read
+    envs.enable_envs_cache()
+    assert getattr(envs, VARIABLE) == read
+    uncached(envs)
+    if KNOWS_THE_VARIABLE:
+        rocm_aiter_ops._MOE_DISPATCH_POLICY = None
+        assert worker.read_policy(rocm_aiter_ops) == read
+        rocm_aiter_ops._MOE_DISPATCH_POLICY = None
+        rocm_aiter_ops.refresh_env_variables()
+        if "_MOE_DISPATCH_POLICY" in inspect.getsource(rocm_aiter_ops.refresh_env_variables):
+            assert read == rocm_aiter_ops._MOE_DISPATCH_POLICY
+    assert envs.compile_factors()[VARIABLE] == read
+
+
+def test_unset_reads_as_before(envs, monkeypatch):
+    monkeypatch.delenv(VARIABLE)
+    assert getattr(envs, VARIABLE) == 0
+
+
+@pytest.mark.parametrize("value", ["x", "3x", "-1", "auto,2"])
+def test_a_bad_value_is_one_clear_error_wherever_vllm_reads_it(envs, value, monkeypatch):
+    monkeypatch.setenv(VARIABLE, value)
+    with pytest.raises(ValueError, match=f"{VARIABLE}='{re.escape(value)}'.*auto.*integer"):
+        getattr(envs, VARIABLE)
+    with pytest.raises(ValueError, match="is not accepted"):
+        envs.enable_envs_cache()
+    uncached(envs)
+
+
+def test_both_variables_in_conflict_say_which_is_which(envs, monkeypatch):
+    monkeypatch.setenv("ADAPTIVE_MOE_DISPATCH_POLICY", "2")
+    with pytest.raises(ValueError, match=f"{VARIABLE}='auto' and ADAPTIVE_MOE_DISPATCH_POLICY='2'"):
+        getattr(envs, VARIABLE)
+
+
+def test_workers_forked_or_not_calibrate_in_kernel_warmup_and_sort_by_their_tables():
+    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "1", "AITER_STANDIN_SLOW": "0"}
+    done = run("worker.py", **environ)
+    log = done.stdout + done.stderr
+    results = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
+    for result in results.values():
+        assert result["blocks"] == [16, 64]  # as AITER will ask up to and from 32 tokens
+        assert result["policies"] == result["expected"]
+        assert result["policies"][1] != 0  # which was made the slow one
+        assert result["eager"] == 6
+    # The first warm-up of each worker came before its model had sorted anything.
+    assert log.count("auto has nothing to choose") == 2
+    lines = [line for line in log.splitlines() if "experts, topk" in line]
+    assert len(lines) == 4
+    # vLLM's own prefix: level, date, file.
+    prefix = r"INFO \d\d-\d\d \d\d:\d\d:\d\d \[(.*/)?warm_up.py:\d+\] 256 experts"
+    assert all(re.search(prefix, line) for line in lines)
+    (Path(sys.prefix) / "warm_up.log").write_text(log)
+
+
+def test_the_tables_policy_arrives_through_vllms_own_implementation(envs):
+    from tables import make_table
+
+    from adaptive_moe.engines import process
+
+    hook = process.current()
+    assert worker.forward(32).policy == 0
+    (key,) = [key for key in hook.seen if key.block_size == 16]
+    hook.set_tables({key: make_table({1: 1, 8: 2, 16: 0, 32: 1})})
+    assert [int(worker.forward(n).policy) for n in (1, 2, 8, 9, 16, 17)] == [1, 2, 2, 0, 0, 1]
+    hook.tables = {}
+
+
+def test_plugins_loaded_twice_are_one_layer(envs):
+    import vllm.model_executor.warmup.kernel_warmup as warmup
+    import vllm.plugins
+
+    gpu_worker = worker.import_worker()
+    before = warmup.kernel_warmup
+    vllm.plugins.plugins_loaded = False
+    vllm.plugins.load_general_plugins()
+    assert warmup.kernel_warmup is before is gpu_worker.kernel_warmup
+    assert not hasattr(before.__wrapped__, "__wrapped__")
+
+    from adaptive_moe.engines import process
+
+    already = process.counts().total
+    worker.forward(8)
+    assert process.counts().total == already + 1
+
+
+def test_a_failure_of_ours_does_not_stop_the_warm_up(envs, monkeypatch, caplog):
+    from adaptive_moe.engines import process
+
+    gpu_worker = worker.import_worker()
+    made = worker.make_worker(gpu_worker)
+    worker.forward(8)
+    monkeypatch.setattr(process, "warm_up", lambda **options: 1 / 0)
+    with caplog.at_level("ERROR", "adaptive_moe"):
+        logging.getLogger("adaptive_moe").addHandler(caplog.handler)
+        gpu_worker.kernel_warmup(made)
+        logging.getLogger("adaptive_moe").removeHandler(caplog.handler)
+    assert "warm-up failed" in caplog.text
+    assert worker.forward(8).policy == 0
+
+
+def test_a_fixed_policy_reaches_the_sort_and_measures_nothing(envs, monkeypatch):
+    """The last of those that share this process: it leaves another hook behind."""
+    import vllm.plugins
+    from vllm._aiter_ops import rocm_aiter_ops
+
+    from adaptive_moe.engines import process
+
+    monkeypatch.setenv(VARIABLE, "2")
+    rocm_aiter_ops._MOE_DISPATCH_POLICY = None
+    vllm.plugins.plugins_loaded = False
+    vllm.plugins.load_general_plugins()
+    gpu_worker = worker.import_worker()
+    assert worker.forward(8).policy == 2
+    gpu_worker.kernel_warmup(worker.make_worker(gpu_worker))
+    assert worker.forward(8).policy == 2
+    assert process.current().tables == {}
+
+
+LOAD_TWO_PROCESSES = (
+    "import multiprocessing\n"
+    "import vllm.envs\n"
+    "from vllm.plugins import load_general_plugins\n"
+    "def child():\n"
+    "    import vllm.plugins\n"
+    "    vllm.plugins.plugins_loaded = False\n"
+    "    vllm.plugins.load_general_plugins()\n"
+    "    print('CHILD', vllm.envs.VLLM_ROCM_AITER_MOE_DISPATCH_POLICY)\n"
+    "load_general_plugins()\n"
+    "other = multiprocessing.get_context('fork').Process(target=child)\n"
+    "other.start()\n"
+    "other.join()\n"
+    "print('PARENT', vllm.envs.VLLM_ROCM_AITER_MOE_DISPATCH_POLICY)\n"
+)
+
+
+def test_without_aiter_the_word_is_accepted_and_said_once():
+    done = run(LOAD_TWO_PROCESSES, standin=False, **{VARIABLE: "auto"})
+    assert "CHILD 0" in done.stdout
+    assert "PARENT 0" in done.stdout
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "no effect here" in line]
+    assert len(said) == 1
+    assert "AITER is not installed" in said[0]
+
+
+def test_pypis_unrelated_aiter_is_named(tmp_path):
+    (tmp_path / "aiter").mkdir()
+    (tmp_path / "aiter" / "__init__.py").write_text("")
+    environ = {VARIABLE: "auto"}
+    environ["PYTHONPATH"] = os.pathsep.join([os.environ["PYTHONPATH"], str(tmp_path)])
+    done = run(LOAD_TWO_PROCESSES, standin=False, **environ)
+    assert "it is PyPI's unrelated package of that name" in done.stdout + done.stderr
+    assert "PARENT 0" in done.stdout
+
+
+def test_filtered_out_vllm_itself_refuses_the_word_and_we_can_say_why():
+    code = (
+        "import vllm.envs\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "print(vllm.envs.VLLM_ROCM_AITER_MOE_DISPATCH_POLICY)\n"
+    )
+    done = run(code, check=False, **{VARIABLE: "auto", "VLLM_PLUGINS": "some_other_plugin"})
+    assert done.returncode != 0
+    if KNOWS_THE_VARIABLE:
+        assert "invalid literal for int() with base 10: 'auto'" in done.stderr
+    from adaptive_moe.engines.vllm import plugin_problem
+
+    text = plugin_problem({VARIABLE: "auto", "VLLM_PLUGINS": "some_other_plugin"})
+    assert "add adaptive_moe to VLLM_PLUGINS" in text
+    allowed = {VARIABLE: "auto", "VLLM_PLUGINS": "some_other_plugin,adaptive_moe"}
+    assert run(code, **allowed).stdout.split()[-1] == "0"
+    assert plugin_problem(allowed) is None

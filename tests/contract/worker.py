@@ -1,0 +1,148 @@
+"""A vLLM worker's start, with vLLM's own code and config on the CPU: plugins, profile run, warm-up.
+
+As a script it makes such a start twice, in a forked child and in its own process, and prints what
+each call was sorted with.
+"""
+
+import json
+import multiprocessing
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+TESTS = Path(__file__).resolve().parents[1]
+STANDIN = TESTS / "aiter_standin"
+
+# Warm-ups of single NVIDIA models, whose kernels cannot even be imported without that GPU.
+NVIDIA_ONLY = ("step5_dsa_warmup", "minimax_m3_msa_warmup")
+MAX_TOKENS = 2048
+CAPTURE_SIZES = [1, 2, 4, 8, 16, 32, 64]
+
+
+def import_worker() -> Any:
+    """`vllm.v1.worker.gpu_worker`, importable without a GPU."""
+    if "vllm.v1.worker.gpu_worker" in sys.modules:
+        return sys.modules["vllm.v1.worker.gpu_worker"]
+    from absent import make_importable
+
+    make_importable("torchvision")
+    for name in NVIDIA_ONLY:
+        module = types.ModuleType(name)
+        setattr(module, name, lambda worker: None)
+        sys.modules[f"vllm.model_executor.warmup.{name}"] = module
+    import vllm.v1.worker.gpu_worker
+
+    return vllm.v1.worker.gpu_worker
+
+
+def make_worker(gpu_worker: Any) -> Any:
+    """vLLM's Worker with a real config, around a model runner that has nothing to warm up."""
+    import torch
+    from vllm.config import CompilationConfig, DeviceConfig, VllmConfig
+
+    config = VllmConfig(
+        device_config=DeviceConfig(device="cpu"),
+        compilation_config=CompilationConfig(cudagraph_capture_sizes=list(CAPTURE_SIZES)),
+    )
+    config.scheduler_config.max_num_batched_tokens = MAX_TOKENS
+    described = SimpleNamespace(model_type="mixtral", architectures=["MixtralForCausalLM"])
+    config.model_config = SimpleNamespace(hf_text_config=described, hf_config=described)
+    worker = gpu_worker.Worker.__new__(gpu_worker.Worker)
+    worker.vllm_config = config
+    worker.scheduler_config = config.scheduler_config
+    worker.model_config = config.model_config
+    worker.use_v2_model_runner = True
+    worker.model_runner = MagicMock(attn_groups=[], is_pooling_model=True)
+    worker.model_runner.get_model.return_value = torch.nn.Linear(1, 1)
+    worker.get_model = worker.model_runner.get_model
+    return worker
+
+
+def forward(num_tokens: int, *, experts: int = 256, topk: int = 8, dim: int = 7168) -> Any:
+    """One MoE layer (DeepSeek-V3's shape) through vLLM's own implementation; what arrived at the
+    sort."""
+    import torch
+    import vllm._aiter_ops as ops
+    from aiter import QuantType
+
+    generator = torch.Generator().manual_seed(num_tokens)
+    ids = torch.rand((num_tokens, experts), generator=generator).argsort(1)[:, :topk]
+    policy = read_policy(ops.rocm_aiter_ops)
+    passed = {} if policy is None else {"moe_sorting_dispatch_policy": policy}
+    zero = torch.zeros((), dtype=torch.bfloat16)
+    ops._rocm_aiter_fused_moe_impl(
+        zero.expand(num_tokens, dim),
+        zero.expand(experts, 32, dim),
+        zero.expand(experts, dim, 16),
+        torch.rand((num_tokens, topk), generator=generator),
+        ids.int().contiguous(),
+        quant_method=QuantType.per_1x128.value,
+        **passed,
+    )
+    import aiter.sort
+
+    return aiter.sort.calls[-1]
+
+
+def read_policy(rocm_aiter_ops: Any) -> Any:
+    """vLLM's get_moe_dispatch_policy() as on ROCm; None where this vLLM has none."""
+    getter = getattr(rocm_aiter_ops, "get_moe_dispatch_policy", None)
+    if getter is None:
+        return None
+    # Elsewhere its decorator returns None before it looks; the function below it is what we want.
+    return getter.__func__.__wrapped__(rocm_aiter_ops)
+
+
+def start() -> dict[str, Any]:
+    """Run the model once, warm up, run it again; what came of it."""
+    import torch
+
+    torch.set_num_threads(1)  # as vLLM's workers have it
+    gpu_worker = import_worker()
+    worker = make_worker(gpu_worker)
+    set_up_logging(worker.vllm_config)
+    gpu_worker.kernel_warmup(worker)  # as in a model without a single sort
+    forward(MAX_TOKENS)
+    gpu_worker.kernel_warmup(worker)
+    from adaptive_moe.engines import process
+
+    tables = {t.evidence.shape.block_size: t for t in process.current().tables.values()}
+    calls = [forward(count) for count in (1, 8, 32, 33, 512, MAX_TOKENS)]
+    return {
+        "blocks": sorted(tables),
+        "policies": [int(call.policy) for call in calls],
+        "expected": [tables[call.block_size].policy(call.num_tokens) for call in calls],
+        "eager": process.counts().eager,
+    }
+
+
+def set_up_logging(config: Any) -> None:
+    """As vLLM's processes do once they have their config; earlier versions do it at import."""
+    import vllm.logger
+
+    if hasattr(vllm.logger, "configure_logging"):
+        vllm.logger.configure_logging(config.logging_config)
+
+
+def main() -> None:
+    """One start in a forked child, as with VLLM_WORKER_MULTIPROC_METHOD=fork, and one here."""
+    sys.path.insert(0, str(STANDIN))
+    import_worker()  # before the plugin: it has kernel_warmup by name by then
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: writer.send(start()), name="forked worker")
+    child.start()
+    writer.close()  # so that a child that dies is the end of the file, not of our patience
+    forked = reader.recv()
+    child.join()
+    print("RESULT", json.dumps({"forked": forked, "here": start()}))
+
+
+if __name__ == "__main__":
+    main()
