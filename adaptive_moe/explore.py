@@ -36,11 +36,14 @@ def explore(
     found = {n: measure(n, SKETCH_ROUNDS) for n in first_buckets(domain, wanted)}
     finished: set[int] = set()
     while has_time():
-        if (gap := worst_gap(found, domain, rule)) is not None:
-            found[gap] = measure(gap, SKETCH_ROUNDS)
-        elif (doubt := greatest_doubt(found, finished, rule)) is not None:
+        gap = worst_gap(found, domain, rule)
+        # Where a gap is only a doubt about one of its ends, more buckets would only be more doubts.
+        near = found if gap is None else _neighbours(found, gap)
+        if (doubt := greatest_doubt(near, finished, rule)) is not None:
             found[doubt] = measure(doubt, rule.max_rounds)
             finished.add(doubt)
+        elif gap is not None:
+            found[gap] = measure(gap, SKETCH_ROUNDS)
         else:
             break
     return found
@@ -55,6 +58,11 @@ def worst_gap(found: Mapping[int, Bucket], domain: Sequence[int], rule: Rule) ->
         and (middle := between(domain, low, high)) is not None
     ]
     return max(gaps)[1] if gaps else None
+
+
+def _neighbours(found: Mapping[int, Bucket], gap: int) -> dict[int, Bucket]:
+    low, high = max(n for n in found if n < gap), min(n for n in found if n > gap)
+    return {low: found[low], high: found[high]}
 
 
 def gap_cost(low: Bucket, high: Bucket, rule: Rule) -> float:

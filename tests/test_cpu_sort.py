@@ -197,16 +197,19 @@ def test_any_policy_but_0_and_1_is_multi_phase(policy: int) -> None:
     assert_is_by_hand(inputs, sort(inputs, policy))
 
 
-def test_the_two_policies_run_different_algorithms() -> None:
-    """The profiler names what torch ran: one flat sort, or a two-dimensional one and a cumsum."""
-    inputs = make_inputs(tokens=3000)
-    ran = []
-    for policy in (1, 2):
-        with torch.profiler.profile(record_shapes=True) as profile:
-            cpu_sort.moe_sorting(*inputs.arguments(policy))
-        sorts = [e for e in profile.events() if e.name == "aten::sort"]
-        ran.append({len(e.input_shapes[0]) for e in sorts})
-    assert ran == [{1}, {2}]
+@pytest.mark.parametrize(
+    ("policy", "tokens", "dimensions"),
+    [(1, 20, 1), (2, 20, 2), (0, 20, 1), (1, 3000, 1), (0, 3000, 2)],
+)
+def test_policies_1_and_2_are_different_algorithms_and_0_picks_between_them(
+    policy: int, tokens: int, dimensions: int
+) -> None:
+    """torch's profiler tells them apart: one sorts the batch flat, the other row by row."""
+    inputs = make_inputs(tokens)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        cpu_sort.moe_sorting(*inputs.arguments(policy))
+    sorts = [event.input_shapes[0] for event in profile.events() if event.name == "aten::sort"]
+    assert {len(shape) for shape in sorts} == {dimensions}
 
 
 def test_policy_0_is_one_shot_while_its_working_set_fits_and_experts_are_few() -> None:

@@ -374,7 +374,9 @@ def start_sglang(package, monkeypatch):
     sglang.register()
     sglang.register()
     module = importlib.import_module(f"{sglang._BACKENDS}.full_cuda_graph_backend")
-    return module.FullCudaGraphBackend()
+    backend = module.FullCudaGraphBackend
+    assert not hasattr(backend.capture_one.__wrapped__, "__wrapped__")  # one layer, not two
+    return backend()
 
 
 def test_sglang_calibrates_after_the_first_eager_run_and_only_for_new_shapes(package, monkeypatch):
