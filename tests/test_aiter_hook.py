@@ -765,3 +765,24 @@ def test_counters_lose_no_call_under_threads(aiter, switch_often):
     for thread in threads:
         thread.join()
     assert (hook.counts().eager, hook.counts().passed, hook.counts().total) == (5000, 5000, 10_000)
+
+
+# Stored tables
+
+
+def test_a_second_start_takes_its_tables_from_the_store_and_measures_only_when_asked():
+    def never(*args, **kwargs):
+        raise RuntimeError("measured again")
+
+    def start(measure, **more):
+        settings = Settings(mode=Mode.AUTO, budget_s=3.0, **more)
+        aiter = load_aiter("main")
+        hook = installed(aiter, settings)
+        aiter.fused_moe(*batch(64))
+        return warm_up(hook, 64, measure=measure)
+
+    first, second = start(None), start(never)
+    assert second.problems == ()
+    assert second.tables == first.tables != {}
+    (problem,) = start(never, recalibrate=True).problems
+    assert "measured again" in problem

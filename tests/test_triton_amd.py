@@ -115,7 +115,7 @@ def compile_all(target: str) -> dict[str, dict[str, object]]:
             "shared": compiled.metadata.shared,
             "wavefront": re.findall(r"\.wavefront_size:\s+(\d+)", text),
             "static_shared": re.findall(r"\.group_segment_fixed_size:\s+(\d+)", text),
-            "architecture": re.findall(r'\.amdgcn_target "amdgcn-amd-amdhsa--(\w+)"', text)
+            "architecture": re.findall(r'\.amdgcn_target "[\w.-]*-(gfx\w+)"', text)
             or re.findall(r"\.target (\w+)", text),
         }
     return results

@@ -22,6 +22,7 @@ from adaptive_moe.kernels.aiter import SortRequest, live_kernel, request_at
 from adaptive_moe.policy_table import PolicyTable
 from adaptive_moe.settings import LogDetail, Settings
 from adaptive_moe.shape import SortingShape
+from adaptive_moe.store import key_for, open_store
 
 if TYPE_CHECKING:
     import torch
@@ -100,9 +101,15 @@ def warm_up(
 
 
 def table_for(target: Target, layer: Layer, settings: Settings, measure: Measure) -> PolicyTable:
-    """The table of one target, measured on the live kernel."""
+    """The table of one target: stored by an earlier start, or measured on the live kernel."""
     kernel = live_kernel(layer.module, layer.seam, target.device, target.key.accumulate)
-    return measure(kernel, _shape(target), _plan(target, settings), expert_mask=target.expert_mask)
+    shape, plan = _shape(target), _plan(target, settings)
+    store, key = open_store(settings), key_for(kernel, shape, plan)
+    table = store.load(key)
+    if table is None:
+        table = measure(kernel, shape, plan, expert_mask=target.expert_mask)
+        store.publish({key: table})
+    return table
 
 
 def targets(

@@ -1,0 +1,9 @@
+"""No test reads or leaves anything in the user's own cache folder."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
