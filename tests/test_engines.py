@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from adaptive_moe.engines import process, sglang, vllm
+from adaptive_moe.engines import on_import, process, sglang, vllm
 from adaptive_moe.engines.on_import import when_imported
 from adaptive_moe.engines.warm_up import warm_up
 from adaptive_moe.kernels.aiter import find_aiter
@@ -64,7 +64,8 @@ def package(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    """No variable set, no AITER imported, no hook left behind."""
+    """No variable set, no AITER imported, no hook and nothing waited for left behind."""
+    monkeypatch.setattr(on_import._finder, "waiting", {})
     for name in (NAME, NEUTRAL, sglang.SGLANG_VARIABLE, "VLLM_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(vllm, "KERNEL_WARMUP", "vllm.kernels")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from absent import make_importable
 from worker import STANDIN
 
@@ -24,9 +25,10 @@ def sglang():
     """SGLang's modules under test, with the plugin executed by SGLang's own loader."""
     sys.path.insert(0, str(STANDIN))
     os.environ[VARIABLE] = "auto"
-    os.environ["ADAPTIVE_MOE_BUDGET_S"] = "1"
+    os.environ["ADAPTIVE_MOE_BUDGET_S"] = "5"  # enough on a busy machine; it ends when settled
     os.environ["AITER_STANDIN_SLOW"] = "0"
     make_importable("torchvision")
+    torch.set_num_threads(1)
     from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
     from sglang.srt.plugins import load_plugins
 
@@ -58,8 +60,6 @@ def sglang():
 
 def forward(runner, num_tokens, *, experts=16, topk=4, dim=64):
     """One MoE layer through SGLang's own runner; what arrived at the sort."""
-    import torch
-
     core = runner.AiterRunnerCore(runner.MoeRunnerConfig())
     generator = torch.Generator().manual_seed(num_tokens)
     ids = torch.rand((num_tokens, experts), generator=generator).argsort(1)[:, :topk]
@@ -87,7 +87,6 @@ class CaptureBeginsError(Exception):
 
 def capture_one(backend_class, forward_fn, monkeypatch):
     """SGLang's real capture_one, up to the moment where it would begin to capture."""
-    import torch
 
     def begin(*args, **kwargs):
         raise CaptureBeginsError
@@ -238,7 +237,5 @@ def test_sglangs_own_small_sort_keeps_working_below_us(sglang, monkeypatch):
     assert process.counts().eager == already.eager + 2
     # What is measured is what serves: the unwrapped seam goes through SGLang's sort as well.
     layer = process.current().layer
-    import torch
-
     layer.seam(torch.zeros((2, 4), dtype=torch.int32), torch.zeros((2, 4)), 16, 64, torch.bfloat16)
     assert small_sorts == [4, 2]

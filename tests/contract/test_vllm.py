@@ -117,7 +117,7 @@ def test_both_variables_in_conflict_say_which_is_which(envs, monkeypatch):
 
 
 def test_workers_forked_or_not_calibrate_in_kernel_warmup_and_sort_by_their_tables():
-    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "1", "AITER_STANDIN_SLOW": "0"}
+    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "5", "AITER_STANDIN_SLOW": "0"}
     done = run("worker.py", **environ)
     log = done.stdout + done.stderr
     results = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
