@@ -59,6 +59,8 @@ GRACE = 0.25
 ASKS_PER_S = 5000
 
 _DECIDED = "decided"
+# AITER's own choice, policy 0; under SGLang what SGLang passes instead.
+_WITHOUT = "the ranks have no common table, the engine's own policy serves"
 
 T = TypeVar("T")
 
@@ -146,18 +148,18 @@ def agree(
     # A store can fail in any way its transport likes; that must only cost the tables.
     except Exception as error:
         known = isinstance(error, (NoDecisionError, TimeoutError))
-        problem = f"policy 0 serves all shapes: {error if known else _short(error)}"
+        problem = f"{_WITHOUT} all shapes: {error if known else _short(error)}"
         logger.warning("%s", problem)
         return Agreement({}, (problem,), time.monotonic() - begun)
     problems = _problems(tables, decision)
-    for problem in problems:
-        # One rank says it aloud, or a large engine says it a thousand times.
-        logger.log(logging.INFO if channel.rank else logging.WARNING, "%s", problem)
     seconds = time.monotonic() - begun
+    # One rank says it aloud, or a large engine says it a thousand times.
+    quiet = channel.rank != 0
+    for problem in problems:
+        logger.log(logging.DEBUG if quiet else logging.WARNING, "%s", problem)
     if agreed:
-        logger.info(
-            "%d ranks run the same %d tables, agreed in %.3f s", channel.size, len(agreed), seconds
-        )
+        said = f"{channel.size} ranks run the same {len(agreed)} tables, agreed in {seconds:.3f} s"
+        logger.log(logging.DEBUG if quiet else logging.INFO, "%s", said)
     return Agreement(agreed, problems, seconds)
 
 
@@ -257,11 +259,10 @@ def _problems(tables: Mapping[SortingShape, PolicyTable], decision: Decision) ->
         few = [f"rank {rank} {why}" for rank, why in list(decision.missing.items())[:8]]
         more = len(decision.missing) - len(few)
         words = "; ".join(few) + (f"; and {more} more ranks" if more else "")
-        return (f"policy 0 serves all shapes: {words}",)
+        return (f"{_WITHOUT} all shapes: {words}",)
     described = {canonical(shape): shape.describe() for shape in tables}
     return tuple(
-        f"policy 0 serves {described.get(name, name)}: {why}"
-        for name, why in decision.voided.items()
+        f"{_WITHOUT} {described.get(name, name)}: {why}" for name, why in decision.voided.items()
     )
 
 

@@ -274,9 +274,30 @@ def test_kernel_warmup_warms_up_wherever_it_was_imported(
             compilation_config=SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4]),
         )
     )
+    assert gpu_worker.kernel_warmup(worker) == "theirs"
     assert gpu_worker.kernel_warmup(worker, process_local_only=True) == "theirs"
-    assert kernels.warmed == [(worker, True)]
-    assert asked == [{"max_tokens": 8192, "capture_sizes": [1, 2, 4]}]
+    assert kernels.warmed == [(worker, False), (worker, True)]
+    # Together with the other ranks, but for one that joins an engine already at work.
+    options = {"max_tokens": 8192, "capture_sizes": [1, 2, 4]}
+    assert asked == [{**options, "agree": True}, {**options, "agree": False}]
+
+
+def test_a_rank_that_sorted_nothing_comes_to_the_exchange_all_the_same(
+    package, monkeypatch, caplog
+):
+    start_vllm(package, monkeypatch)
+    load_aiter()
+    came = []
+    monkeypatch.setattr(process, "open_channel", came.append)
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
+            compilation_config=SimpleNamespace(cudagraph_capture_sizes=None),
+        )
+    )
+    importlib.import_module("vllm.kernels").kernel_warmup(worker)
+    assert came == [None]  # all ranks
+    assert "auto has nothing to choose" in caplog.text
 
 
 def test_a_warm_up_that_fails_is_logged_and_vllm_goes_on(package, monkeypatch, caplog):
@@ -369,7 +390,7 @@ SGLANG = {
 
 def start_sglang(package, monkeypatch):
     package(SGLANG)
-    monkeypatch.setattr(sglang, "_seen_before", 0)
+    monkeypatch.setattr(sglang, "_seen_before", sglang._seen_before)  # put back afterwards
     monkeypatch.setenv(NEUTRAL, "auto")
     load_aiter()
     sglang.register()
@@ -385,8 +406,8 @@ def test_sglang_calibrates_after_the_first_eager_run_and_only_for_new_shapes(pac
     backend._cuda_graph_runner = SimpleNamespace(captured_req_width=3)
     aiter, asked, hooked = sys.modules["aiter.fused_moe"], [], []
 
-    def warm_up_by_hand(*arguments):
-        asked.append(arguments)
+    def warm_up_by_hand(*arguments, agree):
+        asked.append((*arguments, agree))
         warm_up(process.current(), *arguments, measure=measure_as({1: 1, 64: 1}))
 
     monkeypatch.setattr(process, "warm_up", warm_up_by_hand)
@@ -399,11 +420,27 @@ def test_sglang_calibrates_after_the_first_eager_run_and_only_for_new_shapes(pac
     assert result == ("captured", None)
     assert policies == [2, 1, 1]  # SGLang's own until measured
     assert hooked == [1, 2]
-    assert asked == [(2048, (3, 24))]  # requests times tokens a request; prefill is not captured
+    # Requests times tokens a request; prefill is not captured. No other ranks.
+    assert asked == [(2048, (3, 24), False)]
     backend.capture_one("key", lambda: sort(aiter, policy=2))
     assert len(asked) == 1
     backend.capture_one("key", lambda: sort(aiter, dim=128, policy=2))
     assert len(asked) == 2
+
+
+def test_sglangs_ranks_come_to_the_first_capture_whatever_they_saw(package, monkeypatch):
+    """Over the group that SGLang's own barrier has just gathered, at the same captures."""
+    backend = start_sglang(package, monkeypatch)
+    backend._tp_group = SimpleNamespace(cpu_group="ranks of this stage")
+    came = []
+    monkeypatch.setattr(process, "open_channel", came.append)
+    aiter = sys.modules["aiter.fused_moe"]
+    backend.capture_one("a dense layer", lambda: None)
+    assert came == ["ranks of this stage"]
+    backend.capture_one("a dense layer", lambda: None)
+    assert len(came) == 1
+    backend.capture_one("a new shape", lambda: sort(aiter, policy=2))
+    assert len(came) == 2
 
 
 def test_a_users_sglang_policy_wins(package, monkeypatch, caplog):
@@ -417,7 +454,7 @@ def test_a_users_sglang_policy_wins(package, monkeypatch, caplog):
 
 def test_a_failing_warm_up_does_not_stop_sglangs_capture(package, monkeypatch, caplog):
     backend = start_sglang(package, monkeypatch)
-    monkeypatch.setattr(process, "warm_up", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(process, "warm_up", lambda *arguments, agree: 1 / 0)
     aiter = sys.modules["aiter.fused_moe"]
     assert backend.capture_one("key", lambda: sort(aiter, policy=2)) == ("captured", 2)
     assert "warm-up failed" in caplog.text

@@ -1,12 +1,15 @@
 """The one hook of this process: what `adaptive_moe.install()` and the engine plugins share."""
 
+import functools
 import logging
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
+from typing import TYPE_CHECKING
 
+from adaptive_moe.agreement import open_channel
 from adaptive_moe.engines.aiter_hook import AiterHook
 from adaptive_moe.engines.counters import Counters, Counts
 from adaptive_moe.engines.on_import import when_imported
@@ -14,6 +17,9 @@ from adaptive_moe.engines.warm_up import WarmUp
 from adaptive_moe.engines.warm_up import warm_up as warm_up_hook
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
 from adaptive_moe.settings import Mode, Settings, read_settings
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -55,11 +61,26 @@ def uninstall() -> None:
             _hook.uninstall()
 
 
-def warm_up(max_tokens: int, capture_sizes: Sequence[int] = ()) -> WarmUp:
+def warm_up(
+    max_tokens: int,
+    capture_sizes: Sequence[int] = (),
+    *,
+    agree: "bool | dist.ProcessGroup" = False,
+) -> WarmUp:
     """Calibrate every shape seen since install(), for batches up to max_tokens; call it after a
-    first forward and before capturing the sizes named. See engines/warm_up.py."""
-    hook = current()
-    return WarmUp({}, (), 0.0) if hook is None else warm_up_hook(hook, max_tokens, capture_sizes)
+    first forward and before capturing the sizes named. See engines/warm_up.py.
+
+    agree: end with the same tables as all ranks of torch.distributed, or as those of one group.
+    Every one of them must then call this equally often; the others wait for one that does not, up
+    to three minutes, and then run without tables. A rank that has nothing to calibrate calls it
+    too, even without AITER.
+    """
+    connect = None
+    if agree is not False:
+        connect = functools.partial(open_channel, None if agree is True else agree)
+    # Without install() there is nothing to measure, but other ranks may wait.
+    hook = current() or AiterHook(Settings())
+    return warm_up_hook(hook, max_tokens, capture_sizes, connect=connect)
 
 
 def counts() -> Counts:

@@ -8,6 +8,10 @@ SGLang runs no model before it captures its first graph, so that is when calibra
 the eager runs of the first capture, which show the shapes, and the capture itself. SGLang's
 small-batch sort sits below the seam; it is measured, and keeps working, as part of AITER.
 
+Ranks agree over the tensor-parallel group of the graph backend. SGLang itself makes all of that
+group wait for each other right before each of those eager runs, so they surely all come by here:
+at the first capture of all, whatever they saw, and later at one that shows them new shapes.
+
 Read in SGLang 0.5.23.
 """
 
@@ -105,7 +109,7 @@ def _wrap_capture(name: str, module: ModuleType) -> None:
             try:
                 _warm_up(self)
             except Exception:
-                logger.exception("warm-up failed; SGLang's own policy stays")
+                logger.exception("warm-up failed; SGLang's own policy stays for what has no table")
 
         return original(self, shape_key, forward_fn, capture_inputs, after_eager_run)
 
@@ -113,8 +117,9 @@ def _wrap_capture(name: str, module: ModuleType) -> None:
     backend.capture_one = capture_one  # type: ignore[union-attr]
 
 
-# Shapes there were at the latest warm-up: it runs again only when a capture shows new ones.
-_seen_before = 0
+# Shapes there were at the latest warm-up: it runs again only when a capture shows new ones. As many
+# on all ranks of a group, since they run the same layers.
+_seen_before: int | None = None
 
 
 def _warm_up(backend: Any) -> None:
@@ -126,7 +131,8 @@ def _warm_up(backend: Any) -> None:
         return
     _seen_before = len(hook.seen)
     max_tokens, capture_sizes = _counts(backend)
-    process.warm_up(max_tokens, capture_sizes)
+    group = getattr(getattr(backend, "_tp_group", None), "cpu_group", None)
+    process.warm_up(max_tokens, capture_sizes, agree=False if group is None else group)
 
 
 def _counts(backend: Any) -> tuple[int, tuple[int, ...]]:

@@ -5,6 +5,11 @@ logging. Else vLLM's own parser of the variable learns the word `auto`, the seam
 as vLLM imports AITER, and calibration runs inside vLLM's kernel_warmup: on every rank, after the
 memory profile and the KV cache, before graphs are captured.
 
+Ranks agree over torch.distributed's default group: all ranks of the engine and, where data-parallel
+engines run one MoE model together, of all of those. vLLM builds its own world group from exactly
+these, which each of them has to take part in, and makes their dummy batches wait for each other: so
+all of them come to kernel_warmup, equally often.
+
 Read in vLLM 0.22.1, 0.23.0, 0.27.1 and 0.33.0.
 """
 
@@ -113,8 +118,10 @@ def _wrap_kernel_warmup(module: ModuleType) -> None:
     @functools.wraps(original)
     def kernel_warmup(worker: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(worker, *args, **kwargs)
+        # A worker that joins an engine at work (elastic expert parallelism) warms up by itself.
+        alone = bool(kwargs.get("process_local_only"))
         try:
-            _warm_up(worker)
+            _warm_up(worker, with_others=not alone)
         except Exception:
             logger.exception("warm-up failed; AITER's own policy stays where nothing was measured")
         return result
@@ -128,22 +135,14 @@ def _wrap_kernel_warmup(module: ModuleType) -> None:
             held["kernel_warmup"] = kernel_warmup
 
 
-def _warm_up(worker: Any) -> None:
+def _warm_up(worker: Any, *, with_others: bool) -> None:
     from adaptive_moe.engines import process
-    from adaptive_moe.engines.warm_up import is_rank_zero
 
-    hook = process.current()
-    if hook is None or not hook.seen:
-        if is_rank_zero():
-            logger.warning(
-                "auto has nothing to choose: this model has not sorted anything through AITER's "
-                "fused_moe (a dense model, or VLLM_ROCM_USE_AITER or VLLM_ROCM_USE_AITER_MOE is 0)"
-            )
-        return
     config = worker.vllm_config
     process.warm_up(
         max_tokens=config.scheduler_config.max_num_batched_tokens,
         capture_sizes=config.compilation_config.cudagraph_capture_sizes or (),
+        agree=with_others,
     )
 
 
