@@ -6,19 +6,17 @@ time goes after that is decided with all of them in view, the costliest gap firs
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from adaptive_moe.buckets import between, first_buckets
-from adaptive_moe.decision import Rule, Verdict, needs_refining
+from adaptive_moe.decision import TIE_MARGINS, Rule, Standing, Verdict, needs_refining
 from adaptive_moe.policy_table import Bucket
 
 # Rounds of a sketch.
-SKETCH_ROUNDS = 12
+SKETCH_ROUNDS = 10
 # What a gap must cost, in margins times its width, to get another bucket.
 WORTH_REFINING = 0.1
-# What an unsettled policy must seem to gain, in margins, to be worth more than a sketch.
-PROMISING_MARGINS = 0.25
 
 
 def explore(
@@ -34,19 +32,26 @@ def explore(
     to that many rounds, fewer where it settles or time runs out, and goes on where it was before.
     """
     found = {n: measure(n, SKETCH_ROUNDS) for n in first_buckets(domain, wanted)}
-    finished: set[int] = set()
+    asked = dict.fromkeys(found, SKETCH_ROUNDS)
     while has_time():
         gap = worst_gap(found, domain, rule)
         # Where a gap is only a doubt about one of its ends, more buckets would only be more doubts.
         near = found if gap is None else _neighbours(found, gap)
-        if (doubt := greatest_doubt(near, finished, rule)) is not None:
-            found[doubt] = measure(doubt, rule.max_rounds)
-            finished.add(doubt)
+        open_to = {n: bucket for n, bucket in near.items() if asked[n] < rule.max_rounds}
+        if (doubt := greatest_doubt(open_to, rule)) is not None:
+            asked[doubt] = more_rounds(asked[doubt], rule)
+            found[doubt] = measure(doubt, asked[doubt])
         elif gap is not None:
+            asked[gap] = SKETCH_ROUNDS
             found[gap] = measure(gap, SKETCH_ROUNDS)
         else:
             break
     return found
+
+
+def more_rounds(rounds: int, rule: Rule) -> int:
+    """To how many a doubt is brought: twice as many, then it is weighed against the others anew."""
+    return min(2 * rounds, rule.max_rounds)
 
 
 def worst_gap(found: Mapping[int, Bucket], domain: Sequence[int], rule: Rule) -> int | None:
@@ -78,22 +83,28 @@ def gap_cost(low: Bucket, high: Bucket, rule: Rule) -> float:
     return lost * math.log(high.num_tokens / low.num_tokens)
 
 
-def greatest_doubt(
-    found: Mapping[int, Bucket], finished: Collection[int], rule: Rule
-) -> int | None:
-    """The unsettled bucket with the most to gain from more rounds, or None."""
+def greatest_doubt(found: Mapping[int, Bucket], rule: Rule) -> int | None:
+    """The bucket with the most to gain from more rounds, or None."""
     doubts = [
         (promise, num_tokens)
         for num_tokens, bucket in found.items()
-        if num_tokens not in finished
-        and (promise := max(promised(fill.verdict, rule) for fill in bucket.fills)) > 0.0
+        if (promise := max(promised(fill.verdict, rule) for fill in bucket.fills)) > 0.0
     ]
     return max(doubts)[1] if doubts else None
 
 
 def promised(verdict: Verdict, rule: Rule) -> float:
-    """The gain that an unsettled verdict's best policy seems to have, or 0.0 if not promising."""
+    """What an unsettled policy may well gain over the one chosen; 0.0 where it is too little.
+
+    Taken is a gain half-way up its interval's upper half, some two standard errors above the mean.
+    """
     if verdict.settled:
         return 0.0
-    gain = max((r.gain for r in verdict.results if r.gain is not None), default=0.0)
-    return gain if gain > PROMISING_MARGINS * rule.margin else 0.0
+    gains = {r.policy: r.gain for r in verdict.results if r.gain is not None}
+    likely = [
+        r.gain if r.gain_high is None else (r.gain + r.gain_high) / 2.0
+        for r in verdict.results
+        if r.gain is not None and r.standing is Standing.UNSETTLED
+    ]
+    promise = max(likely, default=0.0) - gains.get(verdict.policy, 0.0)
+    return promise if promise > TIE_MARGINS * rule.margin else 0.0

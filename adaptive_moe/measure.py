@@ -6,10 +6,13 @@ what ran before matters to the next call.
 """
 
 import logging
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+
+from torch import Tensor
 
 from adaptive_moe.decision import SWEEPS, Candidate, Rule, Standing, decide
 from adaptive_moe.kernels import SortKernel
@@ -39,25 +42,34 @@ def check_policies(
     This is also each policy's first call, in which kernels may compile: never timed.
     """
     found: dict[int, Exclusion] = {}
+    right: Sequence[Tensor] | None = None
     for policy in kernel.policies:
         try:
-            problems = _check_policy(kernel, inputs, policy, accumulate)
+            problems, outputs = _check_policy(kernel, inputs, policy, accumulate, right)
         # A policy may fail in any way its kernel likes; that must only cost it the candidacy.
         except Exception as error:
             found[policy] = Exclusion(Standing.FAILED, f"raised {_short(error)}")
             continue
         if problems:
             found[policy] = Exclusion(Standing.WRONG, "; ".join(problems))
+        elif right is None:
+            right = outputs
     return found
 
 
 def _check_policy(
-    kernel: SortKernel, inputs: SortingInputs, policy: int, accumulate: bool
-) -> list[str]:
-    # A function of its own, so that one policy's outputs are freed before the next one runs.
+    kernel: SortKernel,
+    inputs: SortingInputs,
+    policy: int,
+    accumulate: bool,
+    right: Sequence[Tensor] | None,
+) -> tuple[list[str], Sequence[Tensor]]:
+    """Its problems, and its outputs but for moe_buf, which is as large as the batch's activations:
+    it is freed before the next policy runs."""
     with poisoned_memory():
         outputs = kernel.moe_sorting(*inputs.arguments(policy))
-    return check_contract(inputs, outputs, accumulate=accumulate)
+    problems = check_contract(inputs, outputs, accumulate=accumulate, right=right)
+    return problems, outputs[:4]
 
 
 def apply_exclusions(
@@ -81,18 +93,40 @@ def measure(
     rounds: int,
     spent: Callable[[], bool],
 ) -> list[Candidate]:
-    """Samples of one bucket: `train` holds the inputs that each sample runs through; see `race`."""
-    prepared = list(candidates)
+    """Samples of one bucket: `train` holds the inputs that each sample runs through.
+
+    Candidates without rounds are looked at first. Only what is still in then is prepared for
+    samples as long as the clock likes them, and raced (see `race`).
+    """
+    found = list(candidates)
+    if found and not found[0].round_us:
+        samplers = _prepare(kernel, train, clock, found, call_us=math.inf)
+        found, call_us = first_look(found, samplers)
+    else:
+        call_us = min((min(c.round_us) for c in found if c.round_us), default=0.0)
+    if sum(candidate.out is None for candidate in found) < 2:
+        return found
+    return race(found, _prepare(kernel, train, clock, found, call_us), rule, rounds, spent)
+
+
+def _prepare(
+    kernel: SortKernel,
+    train: Sequence[SortingInputs],
+    clock: Clock,
+    candidates: list[Candidate],
+    call_us: float,
+) -> dict[int, Sampler]:
+    """A sampler for each candidate that is in; one that cannot be prepared is out, in place."""
     samplers: dict[int, Sampler] = {}
-    for place, candidate in enumerate(prepared):
+    for place, candidate in enumerate(candidates):
         if candidate.out is not None:
             continue
         calls = [partial(kernel.moe_sorting, *i.arguments(candidate.policy)) for i in train]
         try:
-            samplers[candidate.policy] = clock.prepare(calls)
+            samplers[candidate.policy] = clock.prepare(calls, call_us)
         except Exception as error:
-            prepared[place] = _failed(candidate, error)
-    return race(prepared, samplers, rule, rounds, spent)
+            candidates[place] = _failed(candidate, error)
+    return samplers
 
 
 def race(
@@ -108,10 +142,7 @@ def race(
     `spent` is asked once before each round. Only whole rounds count.
     """
     table = {candidate.policy: candidate for candidate in candidates}
-    done = len(candidates[0].round_us)
-    if not done:
-        _first_look(table, samplers)
-    for number in range(done, rounds):
+    for number in range(len(candidates[0].round_us), rounds):
         live = _live(table, rule)
         if len(live) < 2 or spent():
             break
@@ -119,7 +150,11 @@ def race(
     return list(table.values())
 
 
-def _first_look(table: dict[int, Candidate], samplers: Mapping[int, Sampler]) -> None:
+def first_look(
+    candidates: Sequence[Candidate], samplers: Mapping[int, Sampler]
+) -> tuple[list[Candidate], float]:
+    """The candidates, with those HOPELESS that are, and the fastest look in us."""
+    table = {candidate.policy: candidate for candidate in candidates}
     looks = {policy: _sample(table, samplers, policy) for policy in samplers}
     seen = {policy: time for policy, time in looks.items() if time is not None}
     for policy, time in seen.items():
@@ -132,6 +167,7 @@ def _first_look(table: dict[int, Candidate], samplers: Mapping[int, Sampler]) ->
         if ratio > HOPELESS and table[policy].out is None:
             reason = f"{ratio:.1f} times the fastest at the first look"
             table[policy] = replace(table[policy], out=Standing.HOPELESS, reason=reason)
+    return list(table.values()), min(seen.values(), default=0.0)
 
 
 def _one_round(

@@ -13,6 +13,7 @@ call.
 """
 
 import enum
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -23,8 +24,10 @@ Train = Sequence[Callable[[], object]]
 Sampler = Callable[[], float]
 
 # A replay costs 0.2 us more or less for one graph than for another that holds the same kernels
-# (measured on an H200); passes make it so long, some 80 us, that this is a quarter of a percent.
-GRAPH_PASSES = 8
+# (measured on an H200); passes over the train make it so long that this is a quarter of a percent.
+REPLAY_US = 80.0
+# Capturing a call takes the host longer than the device takes to run it: no more passes than this.
+MAX_PASSES = 8
 
 
 class CallMode(enum.Enum):
@@ -41,8 +44,12 @@ class CallMode(enum.Enum):
 
 
 class Clock(Protocol):
-    def prepare(self, train: Train) -> Sampler:
-        """The sampler of this train, in microseconds a call."""
+    def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
+        """The sampler of this train, in microseconds a call.
+
+        call_us: about what a call takes, 0.0 where that is not known yet. A clock that must repeat
+        short calls to see them well repeats longer ones less; given inf, it does not repeat at all.
+        """
 
 
 class WallClock:
@@ -51,7 +58,7 @@ class WallClock:
     def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
         self.timer = timer
 
-    def prepare(self, train: Train) -> Sampler:
+    def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
         def sample() -> float:
             start = self.timer()
             for call in train:
@@ -64,7 +71,7 @@ class WallClock:
 class EagerClock:
     """GPU events around a train that the host launches call by call."""
 
-    def prepare(self, train: Train) -> Sampler:
+    def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
         start, end = _events()
 
         def sample() -> float:
@@ -93,8 +100,9 @@ class GraphClock:
         # torch forgets a pool with its last graph; this one lives as long as the clock.
         self._keeper = self._capture([lambda: torch.zeros(1, device="cuda")])
 
-    def prepare(self, train: Train) -> Sampler:
-        graph = self._capture([*train] * GRAPH_PASSES)
+    def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
+        passes = passes_over(len(train), call_us)
+        graph = self._capture([*train] * passes)
         start, end = _events()
 
         def sample() -> float:
@@ -102,7 +110,7 @@ class GraphClock:
             graph.replay()
             end.record()
             end.synchronize()
-            return float(start.elapsed_time(end)) * 1e3 / (GRAPH_PASSES * len(train))
+            return float(start.elapsed_time(end)) * 1e3 / (passes * len(train))
 
         sample()  # the first replay uploads the graph
         return sample
@@ -119,6 +127,13 @@ class GraphClock:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
         return graph
+
+
+def passes_over(calls: int, call_us: float) -> int:
+    """How often a graph repeats a train of so many calls, each of call_us, to last REPLAY_US."""
+    if call_us * calls * MAX_PASSES <= REPLAY_US:
+        return MAX_PASSES
+    return max(1, math.ceil(REPLAY_US / (call_us * calls)))
 
 
 def clock_for(mode: CallMode, device: torch.device) -> Clock:

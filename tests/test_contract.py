@@ -69,6 +69,22 @@ def test_padding_may_name_any_token_that_is_not_real(inputs: SortingInputs) -> N
     assert check_contract(inputs, (*outputs, torch.empty(0))) == []  # newer AITERs return more
 
 
+def test_what_equals_right_outputs_where_they_are_defined_is_right(inputs: SortingInputs) -> None:
+    outputs = right(inputs)
+    total = int(outputs[3][0])
+    outputs[0][total:] = 12345
+    outputs[1][total:] = float("nan")
+    outputs[1][:total][outputs[0][:total] >> 24 == TOPK] = float("nan")
+    outputs[2][total // BLOCK :] = 99
+    assert check_contract(inputs, tuple(outputs), right=right(inputs)) == []
+
+
+def test_what_differs_from_right_outputs_is_judged_by_itself(inputs: SortingInputs) -> None:
+    outputs = right(inputs)
+    outputs[0][outputs[0] >> 24 == TOPK] = PADDING | ROWS
+    assert check_contract(inputs, tuple(outputs), right=right(inputs)) == []
+
+
 def is_entry(outputs: Outputs) -> torch.Tensor:
     """Places of entries that are not padding, of the defined ones."""
     return torch.nonzero(outputs[0][: int(outputs[3][0])] >> 24 < TOPK).view(-1)
@@ -186,8 +202,9 @@ def test_a_planted_defect_is_named(
 ) -> None:
     outputs = right(inputs)
     defect(outputs)
-    problems = check_contract(inputs, tuple(outputs))
-    assert any(DEFECTS[defect] in problem for problem in problems), problems
+    for known in (None, right(inputs)):
+        problems = check_contract(inputs, tuple(outputs), right=known)
+        assert any(DEFECTS[defect] in problem for problem in problems), problems
 
 
 @pytest.mark.parametrize("place", range(5))

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_moe.buckets import bucket_of
-from adaptive_moe.decision import Candidate, Rule, Standing, decide
-from adaptive_moe.explore import explore, gap_cost, worst_gap
+from adaptive_moe.decision import Candidate, PolicyResult, Rule, Standing, Verdict, decide
+from adaptive_moe.explore import SKETCH_ROUNDS, explore, gap_cost, promised, worst_gap
 from adaptive_moe.policy_table import Bucket, Fill
 
 RULE = Rule()
@@ -28,6 +28,10 @@ class Measured:
         self.us, self.noise = us, noise
         self.asked: list[int] = []
         self.rounds: list[int] = []
+
+    def rounds_of(self, num_tokens: int) -> list[int]:
+        asked = zip(self.asked, self.rounds, strict=True)
+        return [rounds for n, rounds in asked if n == num_tokens]
 
     def __call__(self, num_tokens: int, rounds: int) -> Bucket:
         self.asked.append(num_tokens)
@@ -145,9 +149,12 @@ def test_it_ends_and_only_ever_measures_counts_of_the_domain(
     measured = Measured(lambda n: wild[n % len(wild)], lambda n: noise if n % 2 else 1.0)
     found = explore(domain, (), RULE, measured, lambda: True)
     assert set(found) == set(measured.asked) <= set(domain)
-    # A count is sketched once, and gone on with once at most.
-    asked = list(zip(measured.asked, measured.rounds, strict=True))
-    assert len(asked) == len(set(asked)) <= 2 * len(domain)
+    # A count is sketched once, and each time it is gone on with it gets twice the rounds.
+    for count in found:
+        rounds = measured.rounds_of(count)
+        assert rounds[0] == SKETCH_ROUNDS
+        assert rounds[1:] == [min(2 * r, RULE.max_rounds) for r in rounds[:-1]]
+        assert len(rounds) == len(set(rounds))
     # It ended because nothing that matters is left to refine, not because it gave up.
     for low, high in pairwise(sorted(found)):
         if gap_cost(found[low], found[high], RULE) > RULE.margin / 10:
@@ -199,21 +206,34 @@ def test_the_worst_of_several_fills_decides_what_a_gap_costs() -> None:
     assert cost == pytest.approx(0.25 * math.log(2))
 
 
-def test_doubts_are_settled_after_gaps_the_most_promising_first_and_once() -> None:
-    gains = {4: 0.02, 16: 0.10, 64: 0.05}
+def test_doubts_are_settled_the_most_promising_first_until_they_are_or_promise_too_little() -> None:
+    gains = {4: 0.03, 16: 0.10, 64: 0.06}
     measured = Measured(
         lambda n: {0: 10.0, 1: 10.0 * (1 - gains.get(n, 0.0))},
-        noise=lambda n: 1.25 if n in gains else 1.0,
+        noise=lambda n: 1.1 if n in gains else 1.0,
     )
     found = explore((1, 4, 16, 64, 256), (1, 4, 16, 64, 256), RULE, measured, lambda: True)
-    assert measured.asked[5:] == [16, 64, 4]
-    assert set(measured.rounds[5:]) == {RULE.max_rounds}
-    assert max(measured.rounds[:5]) < RULE.max_rounds
-    assert found[16].policy == 1
+    assert sorted(set(measured.asked[5:]), key=measured.asked[5:].index) == [16, 64, 4]
+    assert measured.rounds_of(1) == measured.rounds_of(256) == [SKETCH_ROUNDS]
+    assert [found[n].policy for n in (16, 64)] == [1, 1]
+    assert max(measured.rounds_of(16)) < max(measured.rounds_of(64))
 
 
 def test_a_doubt_without_promise_is_not_worth_more_rounds() -> None:
-    measured = Measured(lambda n: {0: 10.0, 1: 9.99}, noise=lambda n: 1.25 if n in (4, 16) else 1.0)
+    measured = Measured(lambda n: {0: 10.0, 1: 9.99}, noise=lambda n: 1.05 if n in (4, 16) else 1.0)
     found = explore((1, 4, 16), (1, 4, 16), RULE, measured, lambda: True)
-    assert measured.asked == [1, 4, 16]
+    assert measured.rounds_of(1) == [SKETCH_ROUNDS]
+    assert max(measured.rounds) <= 2 * SKETCH_ROUNDS
     assert not found[4].fills[0].verdict.settled
+
+
+def test_a_rival_that_cannot_gain_over_the_chosen_policy_is_no_doubt() -> None:
+    chosen = PolicyResult(1, Standing.FASTER, 8.0, 0.20, 0.15, 0.25)
+    base = PolicyResult(0, Standing.REFERENCE, 10.0, 0.0)
+
+    def verdict(high: float) -> Verdict:
+        rival = PolicyResult(2, Standing.UNSETTLED, 8.1, 0.19, 0.10, high)
+        return Verdict(1, False, SKETCH_ROUNDS, "", (base, chosen, rival))
+
+    assert promised(verdict(0.24), RULE) == 0.0
+    assert promised(verdict(0.35), RULE) == pytest.approx(0.07)

@@ -16,6 +16,7 @@ from adaptive_moe.measure import (
     Exclusion,
     apply_exclusions,
     check_policies,
+    first_look,
     measure,
     race,
 )
@@ -48,7 +49,8 @@ class Runs:
     def race(
         self, rounds: int = ROUNDS, spent: Callable[[], bool] = lambda: False
     ) -> dict[int, Candidate]:
-        found = race([Candidate(p) for p in self.samplers], self.samplers, RULE, rounds, spent)
+        looked, _ = first_look([Candidate(p) for p in self.samplers], self.samplers)
+        found = race(looked, self.samplers, RULE, rounds, spent)
         return {candidate.policy: candidate for candidate in found}
 
     def rounds(self, live: int) -> list[list[int]]:
@@ -247,13 +249,14 @@ def test_with_nobody_to_race_policy_0_is_not_run_in_vain() -> None:
 
 def test_a_race_goes_on_where_it_was() -> None:
     runs = Runs(p0=10.0, p1=unsettled(1), p2=99.0)
-    first = race([Candidate(p) for p in (0, 1, 2)], runs.samplers, RULE, 6, lambda: False)
+    looked_at, _ = first_look([Candidate(p) for p in (0, 1, 2)], runs.samplers)
+    first = race(looked_at, runs.samplers, RULE, 6, lambda: False)
     looked = len(runs.log)
     again = race(first, runs.samplers, RULE, 10, lambda: False)
     assert [len(c.round_us) for c in again] == [10, 10, 0]
     for before, after in zip(first, again, strict=True):
         assert after.round_us[: len(before.round_us)] == before.round_us
-    # No second first look, and the order of visits goes on, too.
+    # The order of visits goes on, too.
     assert len(runs.log) - looked == 4 * 2 * SWEEPS
     whole = Runs(p0=10.0, p1=unsettled(1), p2=99.0)
     whole.race(10)
@@ -274,15 +277,18 @@ def inputs(num_tokens: int = 5) -> SortingInputs:
 
 
 class CountingClock:
-    """Every call is run, and takes what the table says; prepare fails for `refuses`."""
+    """Every call is run, and takes what the table says; prepare fails for `refuses`.
+
+    prepared: the policies, each with what the clock was told its calls take.
+    """
 
     def __init__(self, us: dict[int, float], refuses: int | None = None) -> None:
         self.us, self.refuses = us, refuses
-        self.prepared = 0
+        self.prepared: list[tuple[int, float]] = []
 
-    def prepare(self, train: Train) -> Sampler:
-        policy = self.prepared
-        self.prepared += 1
+    def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
+        policy = train[0].args[8]  # type: ignore[attr-defined]
+        self.prepared.append((policy, call_us))
         if policy == self.refuses:
             raise RuntimeError("cannot be captured")
 
@@ -324,12 +330,25 @@ def test_a_policy_that_cannot_be_prepared_is_out_and_the_others_are_measured() -
 
 def test_a_policy_that_is_out_is_neither_prepared_nor_run() -> None:
     ran: list[object] = []
-    clock = CountingClock({0: 10.0, 1: 9.0})
+    clock = CountingClock({0: 10.0, 2: 9.0})
     candidates = [Candidate(0), Candidate(1, (), Standing.WRONG, "wrong"), Candidate(2)]
     sort = lambda *a: ran.append(a[8])  # noqa: E731
     measure(kernel(sort), [inputs()], clock, candidates, RULE, ROUNDS, lambda: False)  # type: ignore[arg-type]
-    assert clock.prepared == 2
+    assert {policy for policy, _ in clock.prepared} == {0, 2}
     assert set(ran) == {0, 2}
+
+
+def test_what_is_hopeless_is_only_prepared_for_a_look_and_the_rest_for_calls_that_long() -> None:
+    clock = CountingClock({0: 10.0, 1: 80.0, 2: 8.0})
+    fresh = [Candidate(p) for p in (0, 1, 2)]
+    sort = kernel(lambda *a: ())  # type: ignore[arg-type, return-value]
+    found = measure(sort, [inputs()], clock, fresh, RULE, 5, lambda: False)
+    look = [(policy, math.inf) for policy in (0, 1, 2)]
+    assert clock.prepared == [*look, (0, 8.0), (2, 8.0)]
+    assert found[1].out is Standing.HOPELESS
+    # More rounds later: what is known by then is not looked at again.
+    measure(sort, [inputs()], clock, found, RULE, 9, lambda: False)
+    assert clock.prepared == [*look, *[(0, 8.0), (2, 8.0)] * 2]
 
 
 def test_right_policies_are_not_excluded() -> None:

@@ -130,9 +130,9 @@ def test_bad_input_is_named(change: dict[str, object], words: list[str]) -> None
     ],
 )
 def test_policy_zero_asks_what_fits(num_tokens: int, num_experts: int, policy: int) -> None:
-    from adaptive_moe.kernels.triton_sort import policy_zero
+    from adaptive_moe.kernels.triton_sort import one_shot_tokens
 
-    assert policy_zero(num_tokens, num_experts) == policy
+    assert (1 if num_tokens <= one_shot_tokens(num_experts) else 2) == policy
 
 
 def run_cases() -> dict[str, list[str]]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from adaptive_moe.buckets import bucket_of
 from adaptive_moe.decision import SWEEPS, Candidate, Rule, Verdict, combine, decide
-from adaptive_moe.explore import SKETCH_ROUNDS, explore, promised
-from adaptive_moe.measure import race
+from adaptive_moe.explore import SKETCH_ROUNDS, explore, more_rounds, promised
+from adaptive_moe.measure import first_look, race
 from adaptive_moe.policy_table import Bucket, Fill
 
 SIGMA = 0.05
@@ -67,9 +67,12 @@ def simulate_bucket(
 
     samplers = {policy: sampler(policy) for policy in true_us}
     candidates = [Candidate(policy) for policy in sorted(true_us)]
+    candidates, _ = first_look(candidates, samplers)
     candidates = race(candidates, samplers, rule, SKETCH_ROUNDS, clock.next_round)
-    if promised(decide(candidates, rule), rule):
-        candidates = race(candidates, samplers, rule, rule.max_rounds, clock.next_round)
+    rounds = SKETCH_ROUNDS
+    while rounds < rule.max_rounds and promised(decide(candidates, rule), rule):
+        rounds = more_rounds(rounds, rule)
+        candidates = race(candidates, samplers, rule, rounds, clock.next_round)
     return decide(candidates, rule), clock.samples
 
 

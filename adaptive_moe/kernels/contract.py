@@ -20,7 +20,7 @@ Its kernels write L into padding entries where its Python reference writes M; co
 that the token is not below L, and so does this checker.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -76,10 +76,16 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def check_contract(
-    inputs: SortingInputs, outputs: tuple[Tensor, ...], *, accumulate: bool = True
+    inputs: SortingInputs,
+    outputs: tuple[Tensor, ...],
+    *,
+    accumulate: bool = True,
+    right: Sequence[Tensor] | None = None,
 ) -> list[str]:
     """What is wrong with the outputs, one sentence each; empty where the contract holds.
 
+    right: the first four outputs of another sort of these inputs that was checked and had nothing
+    wrong with it. What equals it is right, too, and that takes a fraction of the time to see.
     Synchronises with the device and reads num_local_tokens: for warm-up and tests only.
     """
     if not isinstance(outputs, tuple) or len(outputs) < 5:
@@ -99,7 +105,7 @@ def check_contract(
         if given.dtype != dtype or list(given.shape) != [size]
     ]
     problems += _check_moe_buf(inputs, moe_buf, accumulate)
-    if problems:
+    if problems or (right is not None and _equal(right, outputs, inputs)):
         return problems
 
     local_tokens = num_rows
@@ -145,6 +151,19 @@ def check_contract(
     if not torch.equal(sorted_weights[:total][~padding], inputs.topk_weights[token, slot]):
         problems.append("sorted_weights does not hold its entry's weight")
     return problems
+
+
+def _equal(right: Sequence[Tensor], outputs: Sequence[Tensor], inputs: SortingInputs) -> bool:
+    """Are the sorted parts the same, as far as they are defined?"""
+    total = int(right[3][0])
+    defined = (total, total, -(-total // inputs.block_size), 2)
+    (ids, weights, experts, valid), theirs = (
+        [tensor[:size] for tensor, size in zip(some, defined, strict=False)]
+        for some in (right, outputs)
+    )
+    padding = ids >> TOKEN_BITS == inputs.topk_ids.shape[1]
+    same = (ids == theirs[0]).all() & ((weights == theirs[1]) | padding).all()
+    return bool(same & (experts == theirs[2]).all() & (valid == theirs[3]).all())
 
 
 def _check_moe_buf(inputs: SortingInputs, moe_buf: Tensor, accumulate: bool) -> list[str]:

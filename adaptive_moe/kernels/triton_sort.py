@@ -13,7 +13,7 @@ give the same answer and differ in how the work is laid out:
 2  multi-phase: two launches and a workspace. The first counts experts per chunk of entries (and
    zeroes the output buffer); in the second every chunk derives its own place from those counts
    and scatters. It uses the whole GPU and pays for one more launch.
-0  chooses between them by a rule (`policy_zero`) that knows only the shape.
+0  chooses between them by a rule (`one_shot_tokens`) that knows only the shape.
 
 The sort is stable and needs no atomics in memory: an entry's position is the padded start of its
 expert, plus the expert's entries in earlier chunks, plus those before it in its own chunk. Nothing
@@ -22,6 +22,7 @@ depends on the width of a warp, so one source serves NVIDIA (32) and AMD (64).
 Contract: ROCm/aiter, `aiter/fused_moe.py` and `csrc/include/moe_sorting_opus.h`.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -270,16 +271,18 @@ def _launch(
         compiled[(programs, 1, 1)](*args)
 
 
-def policy_zero(num_tokens: int, num_experts: int) -> int:
-    """The policy that 0 stands for: 1 (one-shot) or 2 (multi-phase), from the shape alone.
+@functools.cache
+def one_shot_tokens(num_experts: int) -> int:
+    """The most tokens that policy 0 sorts one-shot; with more it is multi-phase.
 
     The rule of AITER's `moe_sorting_is_oneshot`: one-shot if its table of one row a token and two
     more, one 4-byte column an expert and one more, fits in half of AMD's 64 KiB of shared memory
     (token rows come in eights), and never from 512 experts on. AITER sends 131,072 tokens and more
     to one-shot to avoid a fault of its multi-phase kernel; these kernels need no such exception.
+    Cached because AITER's rule is compiled, and here every microsecond of the host counts.
     """
     rows = 32768 // 4 // (num_experts + 1) - 2
-    return 1 if num_experts < 512 and num_tokens <= rows // 8 * 8 else 2
+    return rows // 8 * 8 if num_experts < 512 else 0
 
 
 def moe_sorting(
@@ -336,7 +339,7 @@ def moe_sorting(
     # On AMD, Triton addresses a buffer under 2 GiB with 32 bits.
     large = size * moebuf_dtype.itemsize >= 1 << 31
     variant = (device, moebuf_dtype, large, expert_mask is None, num_local_tokens is None, bins)
-    if (dispatch_policy or policy_zero(num_tokens, num_experts)) == 1:
+    if dispatch_policy == 1 or (not dispatch_policy and num_tokens <= one_shot_tokens(num_experts)):
         _launch(
             _one_shot_kernel, 1 + min(size // FILL_TILE + 1, MAX_FILLS), (1, *variant),
             (topk_ids, topk_weights, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
