@@ -376,6 +376,19 @@ def test_ranks_end_with_the_same_bytes_twice():
     assert not store.check(["1/from/0"])
 
 
+def test_ranks_of_one_host_that_met_over_a_file_agree_over_it(tmp_path):
+    """As vLLM's do. Each rank opens the file by itself."""
+    path = str(tmp_path / "store")
+    channels = [Channel(rank, 3, lambda: dist.FileStore(path, 3)) for rank in range(3)]
+    tables = [noisy(rank) for rank in range(3)]
+    found = together(channels, tables, 30.0)
+    texts = {agreed.tables[SHAPE].to_json() for agreed in found.values()}
+    assert texts == {merged(*tables).to_json()}
+    with listening():
+        late = together(channels[:2], tables, 0.2)
+    assert all("rank 2 did not take part" in agreed.problems[0] for agreed in late.values())
+
+
 def test_a_rank_that_never_comes_costs_all_tables_and_nothing_else():
     channels, _ = world(3)
     with listening() as lines:

@@ -1,116 +1,36 @@
 """The plugin in a real SGLang, whose code runs on the CPU; run.py runs it in its environment."""
 
 import contextlib
+import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from absent import make_importable
-from worker import STANDIN
+from processes import STANDIN
+from sglang_worker import LARGEST_CAPTURE, PREFILL, capture_one, forward, sglang_with_plugin
 
 HERE = Path(__file__).parent
 VARIABLE = "ADAPTIVE_MOE_DISPATCH_POLICY"
 SGLANG_VARIABLE = "SGLANG_AITER_MOE_SORTING_DISPATCH_POLICY"
-LARGEST_CAPTURE = 64
-PREFILL = 2048
 
 
 @pytest.fixture(scope="module")
 def sglang():
-    """SGLang's modules under test, with the plugin executed by SGLang's own loader."""
-    sys.path.insert(0, str(STANDIN))
     os.environ[VARIABLE] = "auto"
-    os.environ["ADAPTIVE_MOE_BUDGET_S"] = "5"  # enough on a busy machine; it ends when settled
-    os.environ["AITER_STANDIN_SLOW"] = "0"
-    make_importable("torchvision")
-    torch.set_num_threads(1)
-    from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
-    from sglang.srt.layers.moe.moe_runner import aiter as runner
-    from sglang.srt.model_executor.runner_backend import (
-        breakable_cuda_graph_backend,
-        full_cuda_graph_backend,
-        tc_piecewise_cuda_graph_backend,
-    )
-    from sglang.srt.runtime_context import get_exec, publish
-    from sglang.srt.server_args import ServerArgs
-
-    publish(
-        ServerArgs(model_path="dummy", device="cpu", chunked_prefill_size=PREFILL),
-        role="scheduler",
-    )
-    sizes = CudaGraphConfig(decode=PhaseConfig(backend="full", bs=[1, 8, LARGEST_CAPTURE]))
-    with get_exec().graph.override(cuda_graph_config=sizes):
-        yield SimpleNamespace(
-            runner=runner,
-            backends=(
-                full_cuda_graph_backend.FullCudaGraphBackend,
-                breakable_cuda_graph_backend.BreakableCudaGraphBackend,
-                tc_piecewise_cuda_graph_backend.TcPiecewiseCudaGraphBackend,
-            ),
-        )
-
-
-def forward(runner, num_tokens, *, experts=16, topk=4, dim=64):
-    """One MoE layer through SGLang's own runner; what arrived at the sort."""
-    core = runner.AiterRunnerCore(runner.MoeRunnerConfig())
-    generator = torch.Generator().manual_seed(num_tokens)
-    ids = torch.rand((num_tokens, experts), generator=generator).argsort(1)[:, :topk]
-    core.run(
-        runner.AiterRunnerInput(
-            hidden_states=torch.zeros((num_tokens, dim), dtype=torch.bfloat16),
-            topk_ids=ids.int().contiguous(),
-            topk_weights=torch.rand((num_tokens, topk), generator=generator),
-            quant_type=runner.AiterQuantType.NONE,
-        ),
-        runner.AiterMoeQuantInfo(
-            w13_weight=torch.zeros((experts, 32, dim), dtype=torch.bfloat16),
-            w2_weight=torch.zeros((experts, dim, 16), dtype=torch.bfloat16),
-        ),
-        {},
-    )
-    import aiter.sort
-
-    return aiter.sort.calls[-1]
-
-
-class CaptureBeginsError(Exception):
-    """Raised in place of making a CUDAGraph, which the CPU cannot."""
-
-
-def capture_one(backend_class, forward_fn, monkeypatch):
-    """SGLang's real capture_one, up to the moment where it would begin to capture."""
-
-    def begin(*args, **kwargs):
-        raise CaptureBeginsError
-
-    backend = backend_class.__new__(backend_class)
-    backend._cuda_graph_runner = SimpleNamespace(captured_req_width=1)
-    backend._device_module = SimpleNamespace(synchronize=lambda: None)
-    backend._tp_group = SimpleNamespace(barrier=lambda: None)
-    backend._precarve = SimpleNamespace(measure=contextlib.nullcontext)
-    backend._reuse_output_buffer = False
-    backend.deduped_cuda_graph = False
-    module = sys.modules[backend_class.__module__]
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", begin)
-    if hasattr(module, "BreakableCUDAGraph"):
-        monkeypatch.setattr(module, "BreakableCUDAGraph", begin)
-    with contextlib.suppress(CaptureBeginsError):
-        backend.capture_one(SimpleNamespace(size=LARGEST_CAPTURE), forward_fn)
+    with sglang_with_plugin() as found:
+        yield found
 
 
 def run(code, **environ):
     environ = {**os.environ, **environ}
     environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], str(STANDIN)])
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *(["-c", code] if "\n" in code else code.split())],
         env=environ,
         cwd=HERE,
         capture_output=True,
@@ -152,7 +72,7 @@ def test_a_users_own_sglang_policy_wins_and_is_logged():
     assert f"{SGLANG_VARIABLE}=1 is set and wins" in out
 
 
-def test_calibration_comes_between_the_first_eager_run_and_the_first_capture(sglang, monkeypatch):
+def test_calibration_comes_between_the_first_eager_run_and_the_first_capture(sglang):
     from adaptive_moe.engines import process
 
     arrived = []
@@ -161,7 +81,7 @@ def test_calibration_comes_between_the_first_eager_run_and_the_first_capture(sgl
     def one_layer():
         arrived.append(int(forward(sglang.runner, LARGEST_CAPTURE).policy))
 
-    capture_one(sglang.backends[0], one_layer, monkeypatch)
+    capture_one(sglang.backends[0], one_layer)
     (table,) = process.current().tables.values()
     # SGLang's own 2 where nothing is measured yet, and the table's policy from then on.
     assert arrived == [2, table.policy(LARGEST_CAPTURE)]
@@ -171,13 +91,25 @@ def test_calibration_comes_between_the_first_eager_run_and_the_first_capture(sgl
         assert int(forward(sglang.runner, count).policy) == table.policy(count)
 
 
-def test_every_graph_backend_warms_up(sglang, monkeypatch):
+def test_tensor_parallel_ranks_agree_and_a_second_start_measures_nothing(tmp_path):
+    folders = f"{tmp_path / 'a'} {tmp_path / 'b'}"
+    log = run(f"sglang_worker.py {folders}", **{VARIABLE: "auto"})
+    first, second = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
+    assert [rank["group"] for rank in first] == [[0, 1]] * 2
+    assert all(rank["measured"] > 0 for rank in first)
+    assert first[0]["tables"] == first[1]["tables"] != []
+    assert [rank["measured"] for rank in second] == [0, 0]
+    assert [rank["tables"] for rank in second] == [rank["tables"] for rank in first]
+    assert {rank["policy"] for rank in first + second} <= {1, 2}  # 0 was made the slow one
+
+
+def test_every_graph_backend_warms_up(sglang):
     from adaptive_moe.engines import process
 
     for number, backend in enumerate(sglang.backends):
         dim = 128 + 64 * number
         before = len(process.current().tables)
-        capture_one(backend, lambda dim=dim: forward(sglang.runner, 8, dim=dim), monkeypatch)
+        capture_one(backend, lambda dim=dim: forward(sglang.runner, 8, dim=dim))
         assert len(process.current().tables) == before + 1, backend
         assert process.current().counts().failed == 0
 
@@ -187,11 +119,7 @@ def test_a_failure_of_ours_does_not_stop_the_capture(sglang, monkeypatch, caplog
 
     monkeypatch.setattr(process, "warm_up", lambda *arguments, agree: 1 / 0)
     runs = []
-    capture_one(
-        sglang.backends[0],
-        lambda: runs.append(forward(sglang.runner, 8, dim=512)),
-        monkeypatch,
-    )
+    capture_one(sglang.backends[0], lambda: runs.append(forward(sglang.runner, 8, dim=512)))
     assert [call.policy for call in runs] == [2, 2]
     assert "warm-up failed" in caplog.text
 

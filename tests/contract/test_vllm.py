@@ -12,19 +12,22 @@ from pathlib import Path
 
 import pytest
 import worker
+from processes import STANDIN
 
 HERE = Path(__file__).parent
 VERSION = os.environ["CONTRACT_VERSION"]
 VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
 # Before this version vLLM passes AITER no policy and does not know the variable.
 KNOWS_THE_VARIABLE = tuple(map(int, VERSION.split("."))) >= (0, 23)
+# What was decided for a shape, behind vLLM's own prefix: level, date, file.
+HEADLINE = re.compile(r"INFO \d\d-\d\d \d\d:\d\d:\d\d \[(?:.*/)?warm_up.py:\d+\] 256 experts")
 
 
 def run(code, *, standin=True, check=True, **environ):
     """Run Python code in a fresh process; its return code, stdout and stderr."""
     environ = {**os.environ, "VLLM_LOGGING_COLOR": "0", **environ}
     if standin:
-        environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], str(worker.STANDIN)])
+        environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], str(STANDIN)])
     command = [sys.executable, *(["-c", code] if "\n" in code or ";" in code else code.split())]
     done = subprocess.run(
         command, env=environ, cwd=HERE, capture_output=True, text=True, check=False
@@ -36,7 +39,7 @@ def run(code, *, standin=True, check=True, **environ):
 @pytest.fixture(scope="module")
 def envs():
     """vllm.envs with the plugin registered by vLLM's own loader."""
-    sys.path.insert(0, str(worker.STANDIN))
+    sys.path.insert(0, str(STANDIN))
     os.environ[VARIABLE] = "auto"
     import vllm.envs
     from vllm.plugins import load_general_plugins
@@ -128,12 +131,57 @@ def test_workers_forked_or_not_calibrate_in_kernel_warmup_and_sort_by_their_tabl
         assert result["eager"] == 6
     # The first warm-up of each worker came before its model had sorted anything.
     assert log.count("auto has nothing to choose") == 2
-    lines = [line for line in log.splitlines() if "experts, topk" in line]
-    assert len(lines) == 4
-    # vLLM's own prefix: level, date, file.
-    prefix = r"INFO \d\d-\d\d \d\d:\d\d:\d\d \[(.*/)?warm_up.py:\d+\] 256 experts"
-    assert all(re.search(prefix, line) for line in lines)
-    (Path(sys.prefix) / "warm_up.log").write_text(log)
+    assert len(HEADLINE.findall(log)) == 4
+    # The second of them found what the first had stored.
+    assert log.count("table from") == 2
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """Four starts of an engine, see worker.py: each rank's outcome, the log, and the folders."""
+    root = tmp_path_factory.mktemp("caches")
+    folders = [str(root / name) for name in ("cold", "warm", "none", "a", "b")]
+    cold, warm, none, a, b = folders
+    mixed = f"tensor:{cold},{warm},{none}-"
+    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "5", "AITER_STANDIN_SLOW": "0"}
+    done = run(f"worker.py tensor:{warm} {mixed} {mixed} data:{a},{b}", **environ)
+    log = done.stdout + done.stderr
+    starts = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
+    (Path(sys.prefix) / "engines.log").write_text(log)
+    return starts, log, folders
+
+
+def test_warm_cold_and_layerless_ranks_agree_in_kernel_warmup(engines):
+    (alone, first, _, _), log, _ = engines
+    assert alone[0]["sorts"] > 0
+    assert [rank["world"] for rank in first] == [[0, 1, 2]] * 3
+    assert first[0]["sorts"] > 0
+    assert first[1]["sorts"] == first[2]["sorts"] == 0
+    assert first[0]["tables"] == first[1]["tables"] != {}
+    assert first[2]["tables"] == {}
+    assert first[0]["policies"] == first[1]["policies"]
+    assert "no common table" not in log
+
+
+def test_a_second_start_measures_nothing_and_says_where_its_tables_are_from(engines):
+    (_, first, second, _), log, (cold, warm, *_) = engines
+    assert [rank["sorts"] for rank in second] == [0, 0, 0]
+    assert [rank["tables"] for rank in second] == [rank["tables"] for rank in first]
+    assert [rank["policies"] for rank in second] == [rank["policies"] for rank in first]
+    assert log.count("3 ranks run the same 2 tables") == 2
+    assert log.count(f"table from {cold}") == 2  # two block sizes
+    assert log.count(f"table from {warm}") == 4
+    # Each start says what was decided once a shape, on rank 0.
+    assert len(HEADLINE.findall(log)) == 8
+
+
+def test_data_parallel_ranks_of_one_model_agree_too(engines):
+    (*_, (one, other)), log, _ = engines
+    assert one["world"] == other["world"] == [0, 1]
+    assert one["sorts"] > 0
+    assert other["sorts"] > 0
+    assert one["tables"] == other["tables"] != {}
+    assert log.count("2 ranks run the same 2 tables") == 1
 
 
 def test_the_tables_policy_arrives_through_vllms_own_implementation(envs):
@@ -238,19 +286,28 @@ def test_pypis_unrelated_aiter_is_named(tmp_path):
 
 def test_filtered_out_vllm_itself_refuses_the_word_and_we_can_say_why():
     code = (
-        "import vllm.envs\n"
-        "from vllm.plugins import load_general_plugins\n"
-        "load_general_plugins()\n"
-        "print(vllm.envs.VLLM_ROCM_AITER_MOE_DISPATCH_POLICY)\n"
+        "import os\n"
+        "import vllm.envs, vllm.plugins\n"
+        "def read():\n"
+        "    vllm.plugins.plugins_loaded = False\n"
+        "    vllm.plugins.load_general_plugins()\n"
+        "    try:\n"
+        "        print('READ', vllm.envs.VLLM_ROCM_AITER_MOE_DISPATCH_POLICY)\n"
+        "    except (ValueError, AttributeError) as error:\n"
+        "        print('REFUSED', error)\n"
+        "read()\n"
+        "os.environ['VLLM_PLUGINS'] += ',adaptive_moe'\n"
+        "read()\n"
     )
-    done = run(code, check=False, **{VARIABLE: "auto", "VLLM_PLUGINS": "some_other_plugin"})
-    assert done.returncode != 0
+    done = run(code, **{VARIABLE: "auto", "VLLM_PLUGINS": "some_other_plugin"})
+    refused, read = (s for s in done.stdout.splitlines() if s.startswith(("REFUSED", "READ")))
     if KNOWS_THE_VARIABLE:
-        assert "invalid literal for int() with base 10: 'auto'" in done.stderr
+        assert refused == "REFUSED invalid literal for int() with base 10: 'auto'"
+    assert refused.startswith("REFUSED")
+    assert read == "READ 0"
     from adaptive_moe.engines.vllm import plugin_problem
 
     text = plugin_problem({VARIABLE: "auto", "VLLM_PLUGINS": "some_other_plugin"})
     assert "add adaptive_moe to VLLM_PLUGINS" in text
     allowed = {VARIABLE: "auto", "VLLM_PLUGINS": "some_other_plugin,adaptive_moe"}
-    assert run(code, **allowed).stdout.split()[-1] == "0"
     assert plugin_problem(allowed) is None

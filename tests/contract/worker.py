@@ -1,20 +1,24 @@
 """A vLLM worker's start, with vLLM's own code and config on the CPU: plugins, profile run, warm-up.
 
-As a script it makes such a start twice, in a forked child and in its own process, and prints what
-each call was sorted with.
+    worker.py                       one start in a forked child, and one in its own process
+    worker.py tensor:a tensor:b,a,c-    two starts of an engine: of one rank, which keeps its tables
+                                    in folder a, then of three; the one of c- has no MoE layer
+    worker.py data:a,b              the same with data-parallel ranks
+
+It prints what came of each rank, after RESULT and as JSON.
 """
 
+import functools
+import hashlib
 import json
-import multiprocessing
+import os
 import sys
 import types
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
-TESTS = Path(__file__).resolve().parents[1]
-STANDIN = TESTS / "aiter_standin"
+from processes import STANDIN, free_port, in_child
 
 # Warm-ups of single NVIDIA models, whose kernels cannot even be imported without that GPU.
 NVIDIA_ONLY = ("step5_dsa_warmup", "minimax_m3_msa_warmup")
@@ -49,7 +53,9 @@ def make_worker(gpu_worker: Any) -> Any:
     )
     config.scheduler_config.max_num_batched_tokens = MAX_TOKENS
     described = SimpleNamespace(model_type="mixtral", architectures=["MixtralForCausalLM"])
-    config.model_config = SimpleNamespace(hf_text_config=described, hf_config=described)
+    config.model_config = SimpleNamespace(
+        hf_text_config=described, hf_config=described, is_moe=True
+    )
     worker = gpu_worker.Worker.__new__(gpu_worker.Worker)
     worker.vllm_config = config
     worker.scheduler_config = config.scheduler_config
@@ -119,6 +125,64 @@ def start() -> dict[str, Any]:
     }
 
 
+def start_rank(how: str, rank: int, size: int, method: str, folder: str) -> dict[str, Any]:
+    """One rank of a starting engine: join the others as vLLM does, run the model once, warm up."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["VLLM_CACHE_ROOT"] = folder.removesuffix("-")
+    gpu_worker = import_worker()
+    worker = make_worker(gpu_worker)
+    set_up_logging(worker.vllm_config)
+    join(gpu_worker, worker.vllm_config, how, rank, size, method)
+    if not folder.endswith("-"):
+        forward(MAX_TOKENS)
+    import aiter.sort
+
+    from adaptive_moe.engines import process
+
+    before = len(aiter.sort.calls)
+    gpu_worker.kernel_warmup(worker)
+    tables = {t.evidence.shape.block_size: t for t in process.current().tables.values()}
+    result = {
+        "world": dist.get_process_group_ranks(dist.group.WORLD),
+        "sorts": len(aiter.sort.calls) - before,
+        "tables": {b: hashlib.sha256(t.to_json().encode()).hexdigest() for b, t in tables.items()},
+        "policies": [int(forward(count).policy) for count in (1, 32, 33, MAX_TOKENS)],
+    }
+    dist.barrier()  # nobody takes the others' store with it
+    return result
+
+
+def join(gpu_worker: Any, config: Any, how: str, rank: int, size: int, method: str) -> None:
+    """vLLM's own way into torch.distributed, over gloo."""
+    from vllm.config import set_current_vllm_config
+
+    parallel = config.parallel_config
+    if how == "data":
+        _, address, port = method.replace("//", "").split(":")
+        parallel.data_parallel_size, parallel.data_parallel_rank = size, rank
+        parallel.data_parallel_master_ip, parallel.data_parallel_master_port = address, int(port)
+        parallel._data_parallel_master_port_list = [int(port)]
+        rank = 0
+    else:
+        parallel.tensor_parallel_size = parallel.world_size = size
+    with set_current_vllm_config(config):
+        gpu_worker.init_worker_distributed_environment(config, rank, method, rank, "gloo")
+
+
+def rendezvous(how: str) -> str:
+    """Where the ranks meet: as vLLM's executors choose it, newer ones a file for ranks of one
+    host."""
+    from vllm.utils import network_utils
+
+    choose = getattr(network_utils, "get_file_store_init_method", None)
+    if how == "data" or choose is None:
+        return f"tcp://127.0.0.1:{free_port()}"
+    return str(choose())
+
+
 def set_up_logging(config: Any) -> None:
     """As vLLM's processes do once they have their config; earlier versions do it at import."""
     import vllm.logger
@@ -127,21 +191,26 @@ def set_up_logging(config: Any) -> None:
         vllm.logger.configure_logging(config.logging_config)
 
 
+def start_engine(how: str, folders: str) -> list[dict[str, Any]]:
+    """All ranks of one engine at the same time; what came of each."""
+    folders = folders.split(",")
+    size, method = len(folders), rendezvous(how)
+    ranks = [
+        in_child(functools.partial(start_rank, how, rank, size, method, folder), f"Worker_{rank}")
+        for rank, folder in enumerate(folders)
+    ]
+    return [result() for result in ranks]
+
+
 def main() -> None:
-    """One start in a forked child, as with VLLM_WORKER_MULTIPROC_METHOD=fork, and one here."""
     sys.path.insert(0, str(STANDIN))
     import_worker()  # before the plugin: it has kernel_warmup by name by then
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    context = multiprocessing.get_context("fork")
-    reader, writer = context.Pipe(duplex=False)
-    child = context.Process(target=lambda: writer.send(start()), name="forked worker")
-    child.start()
-    writer.close()  # so that a child that dies is the end of the file, not of our patience
-    forked = reader.recv()
-    child.join()
-    print("RESULT", json.dumps({"forked": forked, "here": start()}))
+    found = [start_engine(*words.split(":")) for words in sys.argv[1:]]
+    found = found or {"forked": in_child(start, "forked worker")(), "here": start()}
+    print("RESULT", json.dumps(found))
 
 
 if __name__ == "__main__":
