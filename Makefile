@@ -51,7 +51,7 @@ RESULTS := calibration/results
 bench-gpu: export PYTHONPATH := .
 bench-gpu:
 	$(GPU_PYTHON) -m adaptive_moe.cli bench regret --kernel triton --models $(GPU_MODELS) \
-		--oracle-rounds 25 --out $(RESULTS)/regret_triton.json --plot $(RESULTS)/regret_triton.png
+		--out $(RESULTS)/regret_triton.json --plot $(RESULTS)/regret_triton.png
 	$(GPU_PYTHON) -m adaptive_moe.cli bench startup --out $(RESULTS)/startup_triton.json
 	$(GPU_PYTHON) -m adaptive_moe.cli bench noise --kernel triton --out $(RESULTS)/noise_triton.json
 

@@ -21,6 +21,8 @@ from adaptive_moe.models import find_model
 from adaptive_moe.settings import Settings
 from adaptive_moe.timing import CallMode
 
+ORACLE_PASSES = 8
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", choices=cli.KERNELS, default="cpu")
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for mode, counts in modes.items():
         if not counts:
             continue
-        oracle = measure_oracle(kernel, shape, mode, counts, 30)
+        oracle = measure_oracle(kernel, shape, mode, counts, ORACLE_PASSES)
         arrays = [t.graph if mode is CallMode.GRAPH else t.eager for t in tables]
         repeated[mode.value] = agreement(arrays, oracle, TIE_MARGINS * plan.rule.margin)
     return {

@@ -16,8 +16,8 @@ ROUTINGS = (Routing.UNIFORM, Routing.SKEWED)
 # Its own seeds: the oracle never sees the routing a calibration was made on.
 FIRST_SEED = 1000
 
-# Times that the whole sweep is gone through.
-PASSES = 5
+# Rounds of one pass: a multiple of 2 and of 3, so that each policy opens as many as the others.
+ROUNDS_A_PASS = 6
 
 # A policy this far behind after two looks is measured no further in that pass; its look stands.
 FAR_BEHIND = 6.0
@@ -42,12 +42,13 @@ def dense_counts(max_tokens: int, per_octave: int) -> list[int]:
 
 
 def measure_oracle(
-    kernel: SortKernel, shape: SortingShape, mode: CallMode, counts: Sequence[int], rounds: int
+    kernel: SortKernel, shape: SortingShape, mode: CallMode, counts: Sequence[int], passes: int
 ) -> list[OraclePoint]:
-    """Every policy at every count: `rounds` rounds, in PASSES passes over all counts.
+    """Every policy at every count, in that many passes over all counts.
 
     A policy's time is its mean over the passes: no count is judged by one moment of a machine that
-    changes its speed from second to second.
+    changes its speed from second to second. Replays of graphs hardly feel that, and are a tenth as
+    noisy: a quarter of the passes does.
     """
     largest = max(counts)
     tokens = [
@@ -55,21 +56,19 @@ def measure_oracle(
     ]
     mask = default_mask(shape, kernel.device)
     clock = clock_for(mode, kernel.device)
-    passes: dict[int, list[dict[int, float]]] = {count: [] for count in counts}
-    for _ in range(PASSES):
+    timed: dict[int, list[dict[int, float]]] = {count: [] for count in counts}
+    for _ in range(-(-passes // 4) if mode is CallMode.GRAPH else passes):
         for count in counts:
             train = [sorting_inputs(shape, t, count, mask) for t in tokens[: mode.train_length]]
-            passes[count].append(_one_pass(kernel, clock, train, max(1, rounds // PASSES)))
+            timed[count].append(_one_pass(kernel, clock, train))
     return [
         OraclePoint(count, {p: statistics.fmean(us[p] for us in found) for p in kernel.policies})
-        for count, found in passes.items()
+        for count, found in timed.items()
     ]
 
 
-def _one_pass(
-    kernel: SortKernel, clock: Clock, train: Sequence[SortingInputs], rounds: int
-) -> dict[int, float]:
-    """Each policy's time in us, from rounds of four interleaved visits each.
+def _one_pass(kernel: SortKernel, clock: Clock, train: Sequence[SortingInputs]) -> dict[int, float]:
+    """Each policy's time in us, from ROUNDS_A_PASS rounds of four interleaved visits each.
 
     A time is the second smallest of a round's visits; ratios to policy 0 are within rounds, and
     their median is the result.
@@ -84,14 +83,16 @@ def _one_pass(
     best = min(first.values())
     live = [p for p in kernel.policies if p == 0 or first[p] <= FAR_BEHIND * best]
     times: dict[int, list[float]] = {policy: [] for policy in live}
-    for _ in range(rounds):
+    for number in range(ROUNDS_A_PASS):
+        turn = number % len(live)
+        order = live[turn:] + live[:turn]
+        # Each order of the policies comes equally often: a call right after itself is faster.
+        sweep = order[::-1] if number // len(live) % 2 else order
         visits: dict[int, list[float]] = {policy: [] for policy in live}
-        for order in (live, live[::-1], live[1:] + live[:1], live[::-1]):
-            for policy in order:
-                visits[policy].append(samplers[policy]())
+        for policy in (sweep + sweep[::-1]) * 2:
+            visits[policy].append(samplers[policy]())
         for policy in live:
             times[policy].append(sorted(visits[policy])[1])
-        live = live[1:] + live[:1]
     base = statistics.median(times[0])
     ratios = {
         policy: statistics.median(a / b for a, b in zip(times[policy], times[0], strict=True))

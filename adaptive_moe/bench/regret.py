@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--budget", type=float, help="seconds a calibration [30 on the CPU, else 1]"
     )
     parser.add_argument("--per-octave", type=int, default=16, help="sweep counts a doubling [16]")
-    parser.add_argument("--oracle-rounds", type=int, default=40, help="rounds of the oracle [40]")
+    parser.add_argument("--oracle-passes", type=int, default=8, help="passes over the sweep [8]")
     parser.add_argument("--plot", type=Path, help="also draw the sweep of the first shape here")
 
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if plan.capture_sizes:
             sweeps[CallMode.GRAPH] = list(plan.capture_sizes)
         points = {
-            mode: measure_oracle(kernel, shape, mode, counts, args.oracle_rounds)
+            mode: measure_oracle(kernel, shape, mode, counts, args.oracle_passes)
             for mode, counts in sweeps.items()
         }
         results[name] = shape_result(table, points)

@@ -142,9 +142,34 @@ class AiterHook:
         return self._counters.read()
 
     def _pick(self, layer: Layer) -> Pick:
-        choose = self._choose_measured()
         if self.settings.mode is Mode.FIXED:
-            choose = self._choose_fixed(self.settings.fixed_policy)
+            return self._pick_fixed(layer, self.settings.fixed_policy)
+        return self._pick_measured(layer)
+
+    def _pick_fixed(self, layer: Layer, policy: int | None) -> Pick:
+        counters = self._counters
+
+        def pick(topk_ids: Any, *others: Any) -> Any:
+            asked, unsorted = others[6], others[8]
+            if not layer.active:
+                return asked
+            try:
+                if unsorted or not topk_ids.shape[0]:
+                    counters.passed.add()
+                    return asked
+                counters.fixed.add()
+                return policy
+            except Exception as error:
+                return self._failed(layer, error, asked)
+
+        return pick
+
+    def _pick_measured(self, layer: Layer) -> Pick:
+        """The hot path, in one function because each call of another one costs as much as the
+        look-up. A call adds to one counter, as the last thing that can fail."""
+        counters, is_capturing = self._counters, self._is_capturing or capture_query()
+        count_graph, count_eager = counters.graph.add, counters.eager.add
+        engine_policy = self.engine_policy
 
         def pick(
             topk_ids: Any,
@@ -158,82 +183,40 @@ class AiterHook:
             accumulate: Any,
             unsorted: Any,
         ) -> Any:
-            if layer.active:
-                try:
-                    return choose(
-                        topk_ids,
-                        num_experts,
-                        model_dim,
-                        dtype,
-                        block_size,
-                        expert_mask,
-                        num_local_tokens,
-                        asked,
-                        accumulate,
-                        unsorted,
-                    )
-                # Whatever goes wrong on our side must not cost a serving call.
-                except Exception as error:
-                    self._counters.failed.add()
-                    self._stand_aside(layer, error)
-            return asked
+            if not layer.active:
+                return asked
+            try:
+                num_tokens, topk = topk_ids.shape
+                if unsorted or not num_tokens:
+                    counters.passed.add()
+                    return asked
+                if asked and asked != engine_policy:
+                    counters.own.add()
+                    return asked
+                masked, padded = expert_mask is not None, num_local_tokens is not None
+                # AITER allocates moe_buf for masked calls whatever accumulate says.
+                zeroed = masked or accumulate
+                key = (num_experts, topk, model_dim, dtype, block_size, masked, padded, zeroed)
+                table = self.tables.get(key)  # type: ignore[call-overload]
+                if table is None:
+                    self._note(Key(*key), topk_ids, expert_mask)
+                    counters.unknown.add()
+                    return asked
+                captured = is_capturing(topk_ids)
+                array = table.graph if captured else table.eager
+                policy = array[num_tokens] if num_tokens < len(array) else array[-1]
+                count_graph() if captured else count_eager()
+                return policy
+            except Exception as error:
+                return self._failed(layer, error, asked)
 
         return pick
 
-    def _choose_fixed(self, policy: int | None) -> Pick:
-        counters = self._counters
-
-        def choose(topk_ids: Any, *others: Any) -> Any:
-            asked, unsorted = others[6], others[8]
-            if unsorted or not topk_ids.shape[0]:
-                counters.passed.add()
-                return asked
-            counters.fixed.add()
-            return policy
-
-        return choose
-
-    def _choose_measured(self) -> Pick:
-        """The hot path. Each call adds to one counter, as the last thing that can fail."""
-        counters, is_capturing = self._counters, self._is_capturing or capture_query()
-        count_graph, count_eager = counters.graph.add, counters.eager.add
-        engine_policy = self.engine_policy
-
-        def choose(
-            topk_ids: Any,
-            num_experts: Any,
-            model_dim: Any,
-            dtype: Any,
-            block_size: Any,
-            expert_mask: Any,
-            num_local_tokens: Any,
-            asked: Any,
-            accumulate: Any,
-            unsorted: Any,
-        ) -> Any:
-            num_tokens, topk = topk_ids.shape
-            if unsorted or not num_tokens:
-                counters.passed.add()
-                return asked
-            if asked and asked != engine_policy:
-                counters.own.add()
-                return asked
-            masked, padded = expert_mask is not None, num_local_tokens is not None
-            # AITER allocates moe_buf for masked calls whatever accumulate says.
-            zeroed = masked or accumulate
-            key = (num_experts, topk, model_dim, dtype, block_size, masked, padded, zeroed)
-            table = self.tables.get(key)  # type: ignore[call-overload]
-            if table is None:
-                self._note(Key(*key), topk_ids, expert_mask)
-                counters.unknown.add()
-                return asked
-            captured = is_capturing(topk_ids)
-            array = table.graph if captured else table.eager
-            policy = array[num_tokens] if num_tokens < len(array) else array[-1]
-            count_graph() if captured else count_eager()
-            return policy
-
-        return choose
+    def _failed(self, layer: Layer, error: Exception, asked: Any) -> Any:
+        """Whatever goes wrong on our side must not cost a serving call: the caller's own policy."""
+        self._counters.failed.add()
+        self._stand_aside(layer, error)
+        return asked
 
     def _note(self, key: Key, topk_ids: "torch.Tensor", expert_mask: "torch.Tensor | None") -> None:
         """Remember a shape without a table. Holds references only: engines account for memory when
