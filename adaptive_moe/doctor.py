@@ -1,12 +1,14 @@
 """What is here, and what would happen: nothing is measured, no engine is imported."""
 
 import importlib.metadata
-import importlib.util
 import platform
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from adaptive_moe import __version__
+from adaptive_moe.engines.vllm import plugin_problem
+from adaptive_moe.kernels.aiter import find_aiter
 from adaptive_moe.settings import ENGINE_VARIABLE, VARIABLES, Mode, SettingsError, read_settings
 
 PLUGIN_GROUPS = {"vllm": "vllm.general_plugins", "sglang": "sglang.srt.plugins"}
@@ -36,26 +38,15 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
         findings.append(
             Finding(variable.name, f"{shown}; {variable.meaning}; accepts {variable.accepts}")
         )
+    findings.append(Finding("calls", _calls()))
     findings.append(Finding("would happen", _outlook(environ)))
     return findings
 
 
 def describe_aiter() -> str:
     """Which `aiter` is importable: AMD's, PyPI's unrelated one, or none. Imports neither."""
-    spec = importlib.util.find_spec("aiter")
-    if spec is None:
-        return "not installed: nothing to choose for; the cpu and triton kernels still calibrate"
-    folders = list(spec.submodule_search_locations or ())
-    if importlib.machinery.PathFinder.find_spec("aiter.fused_moe", folders) is None:
-        return (
-            f"{spec.origin} is not AMD's AITER but PyPI's unrelated `aiter` (async iterators): "
-            "uninstall it and install AITER from https://github.com/ROCm/aiter"
-        )
-    try:
-        version = importlib.metadata.version("amd-aiter")
-    except importlib.metadata.PackageNotFoundError:
-        version = "of unknown version"
-    return f"AMD's AITER {version} in {folders[0] if folders else spec.origin}"
+    found = find_aiter()
+    return found.problem or f"AMD's AITER {found.version} in {found.location}"
 
 
 def _torch() -> str:
@@ -82,6 +73,17 @@ def _engine(name: str, group: str) -> str:
     return f"{version}; plugin {'registered' if ours else 'not registered'} in {group}"
 
 
+def _calls() -> str:
+    process = sys.modules.get("adaptive_moe.engines.process")
+    counts = None if process is None else process.counts()
+    if counts is None or not counts.total:
+        return (
+            "none sorted in this process; where one serves, adaptive_moe.counts() tells, or "
+            "adaptive_moe.doctor.diagnose(os.environ)"
+        )
+    return ", ".join(f"{number} {name}" for name, number in asdict(counts).items() if number)
+
+
 def _outlook(environ: Mapping[str, str]) -> str:
     try:
         settings = read_settings(environ)
@@ -91,6 +93,9 @@ def _outlook(environ: Mapping[str, str]) -> str:
         return f"nothing: AITER and the engine as they are; {ENGINE_VARIABLE}=auto turns us on"
     if settings.mode is Mode.FIXED:
         return f"policy {settings.fixed_policy} for every call; nothing is measured"
-    if not describe_aiter().startswith("AMD's"):
+    problem = plugin_problem(environ)
+    if problem is not None:
+        return f"an error in vLLM: {problem}"
+    if find_aiter().problem is not None:
         return "`auto` is accepted, but without AMD's AITER it changes nothing"
     return "each sorting shape is measured at warm-up and every batch gets its own policy"

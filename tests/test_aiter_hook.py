@@ -15,7 +15,7 @@ from adaptive_moe.calibrator import CalibrationRefusedError
 from adaptive_moe.engines.aiter_hook import MAX_SEEN, AiterHook, Key
 from adaptive_moe.engines.warm_up import warm_up
 from adaptive_moe.kernels.aiter import LEADING
-from adaptive_moe.settings import Mode, Settings
+from adaptive_moe.settings import LogDetail, Mode, Settings
 from tests.aiter_standin.load import VERSIONS, load_aiter
 from tests.tables import make_table, measure_as
 
@@ -646,6 +646,33 @@ def test_a_real_calibration_on_the_live_sort(version, caplog, tmp_path):
     assert evidence["shape"]["local_experts"] == 8
     aiter.fused_moe(*batch(64), expert_mask=mask)
     assert int(sorted_with().policy) == table.policy(64)
+
+
+def test_debug_shows_every_round_of_samples(aiter, caplog):
+    caplog.set_level(logging.DEBUG, "adaptive_moe")
+    hook = installed(aiter, Settings(mode=Mode.AUTO, budget_s=3.0))
+    aiter.fused_moe(*batch(64))
+    (table,) = warm_up(hook, 64).tables.values()
+    rounds = sum(fill.verdict.rounds for b in table.evidence.eager for fill in b.fills)
+    shown = [r for r in caplog.records if "samples us" in r.message]
+    assert len(shown) == rounds > 0
+    assert {r.levelno for r in shown} == {logging.DEBUG}
+
+
+@pytest.mark.parametrize(("detail", "lines"), [(LogDetail.SUMMARY, 1), (LogDetail.TABLE, 2)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_was_decided_is_said_once_a_shape_on_rank_0(
+    aiter, caplog, monkeypatch, detail, lines, rank
+):
+    caplog.set_level(logging.INFO, "adaptive_moe")
+    monkeypatch.setattr("adaptive_moe.engines.warm_up.is_rank_zero", lambda: rank == 0)
+    hook = installed(aiter, Settings(mode=Mode.AUTO, log_detail=detail))
+    aiter.fused_moe(*batch(8))
+    aiter.fused_moe(*batch(8, dim=128))
+    warm_up(hook, 64, measure=measure_as({1: 2, 64: 2}))
+    said = [r.message for r in caplog.records if r.module == "warm_up"]
+    assert len(said) == (0 if rank else 2 * lines)
+    assert rank or "policy 2 at every token count; gain over policy 0" in said[0]
 
 
 def test_a_report_that_cannot_be_written_is_said(aiter, caplog, tmp_path):

@@ -132,12 +132,29 @@ def test_doctor_says_what_each_value_of_the_variable_would_do(tmp_path):
     assert "'3x'" in wrong["would happen"]
 
 
+def test_doctor_says_that_vllm_would_refuse_the_word_without_our_plugin(tmp_path):
+    auto = {"VLLM_ROCM_AITER_MOE_DISPATCH_POLICY": "auto", "VLLM_PLUGINS": "others"}
+    refused = doctor(tmp_path, **auto)["would happen"]
+    assert refused.startswith("an error in vLLM")
+    assert "add adaptive_moe to VLLM_PLUGINS" in refused
+    auto["VLLM_PLUGINS"] = "others,adaptive_moe"
+    assert "error" not in doctor(tmp_path, **auto)["would happen"]
+
+
+def test_doctor_names_both_variables_in_conflict(tmp_path):
+    both = {"VLLM_ROCM_AITER_MOE_DISPATCH_POLICY": "auto", "ADAPTIVE_MOE_DISPATCH_POLICY": "2"}
+    would = doctor(tmp_path, **both)["would happen"]
+    assert would.startswith("an error: VLLM_ROCM_AITER_MOE_DISPATCH_POLICY='auto' and ADAPTIVE_MOE")
+
+
 def test_doctor_tells_amds_aiter_from_pypis(tmp_path):
     (tmp_path / "pypi" / "aiter").mkdir(parents=True)
     (tmp_path / "pypi" / "aiter" / "__init__.py").write_text("def aiter(): ...\n")
     (tmp_path / "amd" / "aiter").mkdir(parents=True)
     (tmp_path / "amd" / "aiter" / "__init__.py").write_text("raise RuntimeError('imported')\n")
-    (tmp_path / "amd" / "aiter" / "fused_moe.py").write_text("def moe_sorting(): ...\n")
+    (tmp_path / "amd" / "aiter" / "fused_moe.py").write_text(
+        "def moe_sorting(dispatch_policy): ...\n"
+    )
     here = str(Path(__file__).parents[1])
     auto = {"ADAPTIVE_MOE_DISPATCH_POLICY": "auto"}
     pypi = doctor(tmp_path, PYTHONPATH=f"{tmp_path / 'pypi'}:{here}", **auto)

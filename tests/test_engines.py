@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from adaptive_moe.doctor import diagnose
 from adaptive_moe.engines import on_import, process, sglang, vllm
 from adaptive_moe.engines.on_import import when_imported
 from adaptive_moe.engines.warm_up import warm_up
@@ -131,6 +132,20 @@ def test_the_environment_decides_between_measuring_and_a_fixed_policy(monkeypatc
     assert process.counts().total == process.counts().unknown == 1
 
 
+def test_doctor_shows_what_happened_to_the_calls_of_its_process(monkeypatch):
+    def calls():
+        return {found.topic: found.text for found in diagnose({})}["calls"]
+
+    assert calls().startswith("none sorted in this process")
+    aiter = load_aiter()
+    process.install()
+    sort(aiter)
+    warm_up(process.current(), 64, measure=measure_as({1: 2, 64: 2}))
+    sort(aiter)
+    sort(aiter)
+    assert calls() == "2 eager, 1 unknown"
+
+
 def test_a_bad_variable_is_an_error_for_who_calls_install(monkeypatch):
     monkeypatch.setenv(NEUTRAL, "3x")
     with pytest.raises(SettingsError, match="3x"):
@@ -146,10 +161,20 @@ def test_warm_up_without_install_does_nothing():
     ("files", "says"),
     [
         ({"aiter/__init__.py": ""}, "PyPI's unrelated package"),
-        ({"aiter/__init__.py": "", "aiter/fused_moe.py": ""}, None),
+        (
+            {"aiter/__init__.py": "", "aiter/fused_moe.py": "def moe_sorting(topk_ids): ..."},
+            "takes no dispatch_policy",
+        ),
+        (
+            {
+                "aiter/__init__.py": "raise RuntimeError('imported')",
+                "aiter/fused_moe.py": "def moe_sorting(dispatch_policy): ...",
+            },
+            None,
+        ),
     ],
 )
-def test_pypis_aiter_is_told_from_amds(package, monkeypatch, files, says):
+def test_pypis_and_old_aiters_are_told_from_ours(package, monkeypatch, files, says):
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(ROOT)])
     package(files)
     problem = find_aiter().problem

@@ -18,7 +18,7 @@ import logging
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -40,7 +40,7 @@ def register() -> None:
         logger.exception("adaptive_moe could not start; vLLM goes on without it")
 
 
-def plugin_problem(environ: "os._Environ[str] | dict[str, str]") -> str | None:
+def plugin_problem(environ: Mapping[str, str]) -> str | None:
     """Why vLLM would not load this plugin although the environment asks for `auto`; or None."""
     allowed = environ.get("VLLM_PLUGINS")
     asked = environ.get(VARIABLES[0], "")

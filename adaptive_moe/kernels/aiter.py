@@ -42,7 +42,7 @@ FLAGS = ("_USE_CK_MOE_SORTING", "_USE_FLYDSL_MOE_SORTING", "_USE_OPUS_MOE_SORTIN
 
 @dataclass(frozen=True)
 class AiterInstall:
-    """What `import aiter` would find. problem is None where it is AMD's and has the seam's file."""
+    """What `import aiter` would find. problem is None where it is AMD's and knows of policies."""
 
     version: str
     location: str
@@ -64,7 +64,17 @@ def find_aiter() -> AiterInstall:
             "AITER from https://github.com/ROCm/aiter"
         )
         return AiterInstall(version, location, problem)
+    if not any("dispatch_policy" in _text(Path(folder) / "fused_moe.py") for folder in folders):
+        problem = (
+            f"AITER {version} at {location} takes no dispatch_policy, so there is nothing to "
+            "choose: install AITER v0.1.5 or newer from https://github.com/ROCm/aiter"
+        )
+        return AiterInstall(version, location, problem)
     return AiterInstall(version, location, None)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _version() -> str:
