@@ -118,10 +118,12 @@ def _wrap_kernel_warmup(module: ModuleType) -> None:
     @functools.wraps(original)
     def kernel_warmup(worker: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(worker, *args, **kwargs)
-        # A worker that joins an engine at work (elastic expert parallelism) warms up by itself.
-        alone = bool(kwargs.get("process_local_only"))
+        # Said to a worker that joins engines at work (elastic expert parallelism): no rank comes
+        # but this one. It is warmed up once more, like the others, before its graphs are captured.
+        if kwargs.get("process_local_only"):
+            return result
         try:
-            _warm_up(worker, with_others=not alone)
+            _warm_up(worker)
         except Exception:
             logger.exception("warm-up failed; AITER's own policy stays where nothing was measured")
         return result
@@ -135,14 +137,14 @@ def _wrap_kernel_warmup(module: ModuleType) -> None:
             held["kernel_warmup"] = kernel_warmup
 
 
-def _warm_up(worker: Any, *, with_others: bool) -> None:
+def _warm_up(worker: Any) -> None:
     from adaptive_moe.engines import process
 
     config = worker.vllm_config
     process.warm_up(
         max_tokens=config.scheduler_config.max_num_batched_tokens,
         capture_sizes=config.compilation_config.cudagraph_capture_sizes or (),
-        agree=with_others,
+        agree=True,
     )
 
 
