@@ -110,7 +110,7 @@ def test_a_captured_call_takes_the_graph_array_and_an_eager_one_the_other(aiter)
     hook = installed(
         aiter,
         tables={KEY: make_table({1: 1, 64: 1}, graph={1: 2, 64: 2})},
-        is_capturing=lambda ids: captured[0],
+        is_capturing=lambda: captured[0],
     )
     for captured[0], policy in ((False, 1), (True, 2), (False, 1)):
         aiter.fused_moe(*batch(8))
@@ -263,7 +263,7 @@ def test_a_masked_call_accumulates_whatever_it_says(aiter):
 
 
 def test_our_failure_costs_one_log_line_and_no_call(aiter, caplog):
-    def broken(ids):
+    def broken():
         raise RuntimeError("driver says no")
 
     hook = installed(aiter, tables={KEY: make_table({1: 2, 64: 2})}, is_capturing=broken)

@@ -33,7 +33,7 @@ logger = logging.getLogger("adaptive_moe")
 # Far more shapes than a model has; a caller that varies without end must not fill the memory.
 MAX_SEEN = 256
 
-IsCapturing = Callable[["torch.Tensor"], bool]
+IsCapturing = Callable[[], bool]
 
 
 class Key(NamedTuple):
@@ -202,7 +202,7 @@ class AiterHook:
                     self._note(Key(*key), topk_ids, expert_mask)
                     counters.unknown.add()
                     return asked
-                captured = is_capturing(topk_ids)
+                captured = is_capturing()
                 array = table.graph if captured else table.eager
                 policy = array[num_tokens] if num_tokens < len(array) else array[-1]
                 count_graph() if captured else count_eager()
@@ -264,11 +264,10 @@ class AiterHook:
 
 
 def capture_query() -> IsCapturing:
-    """A function that says whether a call is about to be captured into a graph. CPU tensors never
-    are, and ask nobody."""
-    from torch.cuda import is_current_stream_capturing
+    """A function that says whether the current stream is being captured into a graph. A torch
+    built for the CPU cannot say, and never captures."""
+    import torch
 
-    def is_capturing(topk_ids: "torch.Tensor") -> bool:
-        return topk_ids.is_cuda and is_current_stream_capturing()
-
-    return is_capturing
+    if torch.version.cuda is None and torch.version.hip is None:
+        return lambda: False
+    return torch.cuda.is_current_stream_capturing

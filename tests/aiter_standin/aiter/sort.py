@@ -27,7 +27,7 @@ class SortCall:
 
 calls: deque[SortCall] = deque(maxlen=100_000)
 # The outputs of the latest sort; a captured graph writes to them again at each replay.
-latest: list[tuple[torch.Tensor, ...]] = []
+latest: deque[tuple[torch.Tensor, ...]] = deque(maxlen=1)
 
 
 def sort(
@@ -73,5 +73,5 @@ def sort(
         int(dispatch_policy),
         accumulate=accumulate,
     )
-    latest[:] = [outputs]
+    latest.append(outputs)
     return outputs
