@@ -1,7 +1,8 @@
 """Token counts to measure, and the ONE mapper from a token count to a measured bucket.
 
 Tuning and lookup must agree on that mapping, or the table applies a winner that was measured for
-another count (flashinfer#5450); so the dense arrays are built by `bucket_of` and nothing else maps.
+another count (flashinfer#5450); so nothing else maps: `bucket_of` does for one count, and `spread`
+for all of them at once.
 
 A *domain* is the rising sequence of token counts that can occur: `range(1, max + 1)` for eager
 calls, the engine's capture sizes for graph-captured ones.
@@ -20,6 +21,18 @@ def bucket_of(num_tokens: int, buckets: Sequence[int]) -> int:
     if num_tokens < 1 or not buckets:
         raise ValueError(f"num_tokens={num_tokens!r} has no bucket: give 1 or more, and a bucket")
     return min(bisect_left(buckets, num_tokens), len(buckets) - 1)
+
+
+def spread(policies: Sequence[int], buckets: Sequence[int], last: int) -> bytes:
+    """One byte a token count, `policies[bucket_of(n, buckets)]` at n, up to last >= buckets[-1].
+
+    Index 0 holds 0. Built run by run, because a warm start waits for it.
+    """
+    runs, begun = [bytes(1)], 1
+    for policy, end in zip(policies, (*buckets[:-1], last), strict=True):
+        runs.append(bytes((policy,)) * (end + 1 - begun))
+        begun = end + 1
+    return b"".join(runs)
 
 
 def first_buckets(domain: Sequence[int], wanted: Sequence[int] = ()) -> tuple[int, ...]:

@@ -6,9 +6,11 @@ dataclasses' own annotations: exact fields, exact types, finite numbers, bounded
 
 import dataclasses
 import enum
+import functools
 import math
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -33,50 +35,100 @@ def to_plain(value: Any) -> Any:
 
 def from_plain(kind: type[T], value: Any, where: str = "calibration") -> T:
     """Build `kind` from plain values; ValueError naming the place of whatever does not fit."""
-    return typing.cast(T, _read(kind, value, where))
+    read: _Reader = _reader(typing.cast(Any, kind))
+    return typing.cast(T, read(value, where))
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
+# Reads a value, or raises ValueError naming the place.
+_Reader = Callable[[Any, str], Any]
+
+
+@functools.cache
+def _reader(kind: Any) -> _Reader:
+    """The reader of one annotation. Annotations are looked into once, not for each of the thousand
+    values of a calibration: a start that finds its tables stored should take no time."""
     if dataclasses.is_dataclass(kind):
-        return _read_dataclass(kind, value, where)
+        return _dataclass_reader(kind)
     arguments = typing.get_args(kind)
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        if value is None and type(None) in arguments:
-            return None
-        return _read(next(a for a in arguments if a is not type(None)), value, where)
+        return _optional_reader(_reader(next(a for a in arguments if a is not type(None))))
     if typing.get_origin(kind) is tuple:
+        return _tuple_reader(_reader(arguments[0]))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return _enum_reader({member.value: member for member in kind})
+    return _SCALARS[kind]
+
+
+def _dataclass_reader(kind: Any) -> _Reader:
+    hints = typing.get_type_hints(kind)
+    readers = {f.name: _reader(hints[f.name]) for f in dataclasses.fields(kind) if f.init}
+
+    def read(value: Any, where: str) -> Any:
+        if not isinstance(value, dict):
+            raise _misfit(where, f"an object ({kind.__name__})", value)
+        if value.keys() != readers.keys():
+            odd = sorted(set(map(str, value)) ^ set(readers))
+            raise ValueError(f"{where}: fields {odd[:4]} are missing or unknown")
+        return kind(**{n: read_one(value[n], f"{where}.{n}") for n, read_one in readers.items()})
+
+    return read
+
+
+def _optional_reader(inner: _Reader) -> _Reader:
+    def read(value: Any, where: str) -> Any:
+        return None if value is None else inner(value, where)
+
+    return read
+
+
+def _tuple_reader(item: _Reader) -> _Reader:
+    def read(value: Any, where: str) -> Any:
         if not isinstance(value, list) or len(value) > MAX_ITEMS:
             raise _misfit(where, f"a list of at most {MAX_ITEMS}", value)
-        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        known = {member.value: member for member in kind}
+        return tuple(item(one, f"{where}[{i}]") for i, one in enumerate(value))
+
+    return read
+
+
+def _enum_reader(known: dict[Any, enum.Enum]) -> _Reader:
+    def read(value: Any, where: str) -> Any:
         if not isinstance(value, str) or value not in known:
             raise _misfit(where, f"one of {', '.join(map(str, known))}", value)
         return known[value]
-    return _read_scalar(kind, value, where)
+
+    return read
 
 
-def _read_scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind is bool and isinstance(value, bool):
+def _read_bool(value: Any, where: str) -> bool:
+    if isinstance(value, bool):
         return value
-    if kind is str and isinstance(value, str) and len(value) <= MAX_TEXT:
+    raise _misfit(where, "a bool", value)
+
+
+def _read_str(value: Any, where: str) -> str:
+    if isinstance(value, str) and len(value) <= MAX_TEXT:
         return value
-    if kind is int and type(value) is int and abs(value) <= MAX_INT:
+    raise _misfit(where, "a str", value)
+
+
+def _read_int(value: Any, where: str) -> int:
+    if type(value) is int and abs(value) <= MAX_INT:
         return value
-    if kind is float and type(value) in (int, float) and abs(value) <= MAX_INT:
+    raise _misfit(where, "a int", value)
+
+
+def _read_float(value: Any, where: str) -> float:
+    if type(value) in (int, float) and abs(value) <= MAX_INT:
         return float(value)
-    raise _misfit(where, f"a {getattr(kind, '__name__', kind)}", value)
+    raise _misfit(where, "a float", value)
 
 
-def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise _misfit(where, f"an object ({kind.__name__})", value)
-    hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind) if f.init]
-    if set(value) != set(names):
-        odd = sorted(set(map(str, value)) ^ set(names))
-        raise ValueError(f"{where}: fields {odd[:4]} are missing or unknown")
-    return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
+_SCALARS: dict[type, _Reader] = {
+    bool: _read_bool,
+    str: _read_str,
+    int: _read_int,
+    float: _read_float,
+}
 
 
 def _misfit(where: str, wanted: str, value: Any) -> ValueError:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any
 
-from adaptive_moe.buckets import bucket_of
+from adaptive_moe.buckets import bucket_of, spread
 from adaptive_moe.decision import Rule, Verdict
 from adaptive_moe.environment import Environment
 from adaptive_moe.plain import from_plain, to_plain
@@ -146,10 +146,7 @@ def _expand(buckets: Sequence[Bucket], policies: Sequence[int], last: int) -> by
     for bucket in buckets:
         if bucket.policy not in policies or not 0 <= bucket.policy <= MAX_POLICY:
             raise ValueError(f"policy {bucket.policy!r} is not one of those offered, {policies}")
-    array = bytearray(last + 1)
-    for num_tokens in range(1, last + 1):
-        array[num_tokens] = buckets[bucket_of(num_tokens, counts)].policy
-    return bytes(array)
+    return spread([b.policy for b in buckets], counts, last)
 
 
 def _no_constant(word: str) -> float:
