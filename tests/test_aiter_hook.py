@@ -278,6 +278,23 @@ def test_our_failure_costs_one_log_line_and_no_call(aiter, caplog):
     assert "stepping aside" in line
 
 
+def test_threads_that_fail_at_the_same_moment_share_the_line(aiter, caplog):
+    together = threading.Barrier(4)
+
+    def broken():
+        together.wait(30.0)
+        raise RuntimeError("driver says no")
+
+    hook = installed(aiter, tables={KEY: make_table({1: 2, 64: 2})}, is_capturing=broken)
+    threads = [threading.Thread(target=aiter.fused_moe, args=batch(8)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    assert hook.counts().failed == 4
+    assert caplog.text.count("stepping aside") == 1
+
+
 def test_aiters_own_exception_reaches_the_caller_after_one_call(aiter, caplog):
     calls = []
 
@@ -379,6 +396,8 @@ def test_somebody_elses_wrapper_around_us_survives_uninstall_and_reinstall(aiter
     assert (sorted_with().policy, len(calls), hook.counts().total) == (0, 2, 1)
 
     hook.install(aiter)
+    if wrap is wrap_openly:  # our layer can be seen below theirs, and is woken up
+        assert aiter.moe_sorting is theirs
     aiter.fused_moe(*batch(8))
     assert (sorted_with().policy, len(calls), hook.counts().total) == (2, 3, 2)
 

@@ -3,6 +3,7 @@ SGLang. tests/contract/ has the real ones."""
 
 import importlib
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -273,6 +274,24 @@ def test_a_bad_value_is_logged_and_raised_where_vllm_reads_it(package, monkeypat
     with pytest.raises(ValueError, match="auto, or an integer"):
         getattr(envs, NAME)
     assert not hasattr(load_aiter().moe_sorting, "__wrapped__")
+
+
+@pytest.mark.parametrize("is_first_process", [True, False])
+def test_without_aiter_vllm_reads_the_word_and_one_process_says_so(
+    package, monkeypatch, caplog, is_first_process
+):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(ROOT)])
+    parent = None if is_first_process else "vLLM's front end"
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: parent)
+    package(VLLM)
+    monkeypatch.setenv(NAME, "auto")
+    vllm.register()
+    assert getattr(importlib.import_module("vllm.envs"), NAME) == 0
+    kernels = importlib.import_module("vllm.kernels")
+    assert not hasattr(kernels.kernel_warmup, "__wrapped__")
+    assert process.current() is None
+    said = "the dispatch policy has no effect here: AITER is not installed"
+    assert (said in caplog.text) is is_first_process
 
 
 @pytest.mark.parametrize("worker_imported_first", [True, False])

@@ -203,6 +203,7 @@ def test_a_rank_where_we_broke_down_still_comes_and_is_not_waited_for(
     good, bad = Rank(tmp_path / "a", 1), Rank(tmp_path / "b", 2)
     breaks(bad, monkeypatch)
     made = together(good, bad)
+    assert bad.measured == []
     assert good.applied() == bad.applied() == {}
     assert "rank 1 could not calibrate it" in made[0].problems[0]
     assert good.files() == bad.files() == []
