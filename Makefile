@@ -41,7 +41,9 @@ format: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/adaptive-moe bench decision --out calibration/results/decision.json
 	$(BIN)/adaptive-moe bench lookup --out calibration/results/lookup.json
-	$(BIN)/adaptive-moe bench regret --kernel cpu --model $(MODEL) --out calibration/results/regret_cpu.json
+	$(BIN)/adaptive-moe bench regret --kernel cpu --model $(MODEL) --per-octave 6 --oracle-passes 2 \
+		--out calibration/results/regret_cpu.json
+	$(BIN)/adaptive-moe bench hook --out calibration/results/hook.json
 
 # The same on a GPU (recorded on an NVIDIA H200), with the python that has torch and triton there.
 GPU_PYTHON ?= python3

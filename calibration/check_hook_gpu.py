@@ -109,6 +109,7 @@ def main() -> int:
         check_refusal(aiter, hook, checks)
     result = {
         **stamp(torch.device("cuda", torch.cuda.current_device())),
+        "command": "python calibration/check_hook_gpu.py",
         "capture_sizes": len(CAPTURE_SIZES),
         "max_tokens": MAX_TOKENS,
         "decided": headline(table),
@@ -312,7 +313,8 @@ def check_refusal(aiter, hook: AiterHook, checks: Checks) -> None:
 def hook_cost() -> dict[str, object]:
     parser = argparse.ArgumentParser()
     bench_hook.add_options(parser)
-    return bench_hook.run(parser.parse_args([]))
+    cost = bench_hook.run(parser.parse_args([]))
+    return {name: value for name, value in cost.items() if name not in stamp()}
 
 
 if __name__ == "__main__":
