@@ -127,6 +127,8 @@ def run_tests(engine: str, python: Path) -> bool:
     environ = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
     environ["CONTRACT_VERSION"] = version
+    # The engines' modules were installed uncompiled: once is enough for a dozen processes.
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [str(python), "-m", "pytest", "-p", "no:cacheprovider"]
     command += ["--durations=5", "--disable-warnings"]  # the engines' own
     test = HERE / f"test_{name}.py"
