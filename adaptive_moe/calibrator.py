@@ -221,6 +221,7 @@ class _Run:
     ) -> list[Samples]:
         """Those samples of one bucket, brought to `rounds` rounds as far as the deadline allows."""
         found = []
+        logger.debug("%s at %d tokens, %s calls", self.shape.describe(), num_tokens, mode.value)
         for fraction, so_far in zip(fills(self.shape), samples, strict=True):
             train = [self._inputs(i, num_tokens, fraction) for i in range(mode.train_length)]
             candidates = measure(

@@ -156,6 +156,7 @@ def first_look(
     """The candidates, with those HOPELESS that are, and the fastest look in us."""
     table = {candidate.policy: candidate for candidate in candidates}
     looks = {policy: _sample(table, samplers, policy) for policy in samplers}
+    logger.debug("first look us: %s", looks)
     seen = {policy: time for policy, time in looks.items() if time is not None}
     for policy, time in seen.items():
         best = min(seen, key=lambda p: seen[p])

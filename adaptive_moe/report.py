@@ -15,12 +15,14 @@ def summary(table: PolicyTable) -> str:
     return f"graph: {graph} | eager: {_applied(table.eager)}{_kept(table.evidence.eager)}"
 
 
-def headline(table: PolicyTable) -> str:
-    """One line: what was calibrated, on what, how long it took and what was decided."""
+def headline(table: PolicyTable, *, measured_now: bool = True) -> str:
+    """One line: what was calibrated, on what, what was decided, and how long that took or when it
+    was."""
     found = table.evidence
+    when = f"{found.seconds:.2f} s" if measured_now else f"as measured {found.created}"
     return (
         f"{found.shape.describe()} on {found.kernel} ({found.environment.device}): "
-        f"{summary(table)}; gain over policy 0 {_gain_span(found)}; {found.seconds:.2f} s"
+        f"{summary(table)}; gain over policy 0 {_gain_span(found)}; {when}"
     )
 
 

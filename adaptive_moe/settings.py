@@ -35,7 +35,6 @@ class LogDetail(enum.Enum):
 
     SUMMARY = "summary"  # one line a shape
     TABLE = "table"  # and the bucket table
-    SAMPLES = "samples"  # and, at DEBUG, every sample
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ VARIABLES = (
     Variable(
         "ADAPTIVE_MOE_LOG_DETAIL",
         "table",
-        "summary, table or samples",
+        "summary or table",
         "how much of a calibration is logged",
     ),
     Variable(

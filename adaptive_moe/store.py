@@ -42,11 +42,13 @@ TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".adaptive-moe-", ".tmp"
 @dataclass(frozen=True)
 class Store:
     """The folder of one warm-up. usable: False where it cannot be trusted; every load is then a
-    miss and nothing is written, which was said once when it was opened."""
+    miss and nothing is written, which was said once when it was opened. quiet: what went well is
+    said at DEBUG, for all ranks but the one that speaks."""
 
     folder: Path
     usable: bool = True
     recalibrate: bool = False
+    quiet: bool = False
 
     def load(self, key: Key) -> PolicyTable | None:
         """The table for exactly this key, or None (a miss), with a line in the log."""
@@ -54,7 +56,7 @@ class Store:
         if not self.usable:
             return None
         if self.recalibrate:
-            logger.info("%s is not read: ADAPTIVE_MOE_RECALIBRATE asks to measure again", path)
+            self._say("%s is not read: ADAPTIVE_MOE_RECALIBRATE asks to measure again", path)
             return None
         try:
             stored = read_file(path)
@@ -69,7 +71,7 @@ class Store:
             logger.warning("%s is not used, measuring again: it is for another %s", path, fields)
             return None
         found = stored.table.evidence
-        logger.info(
+        self._say(
             "%s: table from %s, measured %s on %s (%s, torch %s)",
             *(found.shape.describe(), path, found.created),
             *(found.environment.device, found.environment.runtime or "CPU"),
@@ -85,7 +87,7 @@ class Store:
             path, stored = self.folder / key.file_name(), Stored(key.request, table)
             if stored.key != key:
                 fields = ", ".join(differences(stored.key, key))
-                logger.info("%s is not written: the ranks' table has another %s", path, fields)
+                self._say("%s is not written: the ranks' table has another %s", path, fields)
                 continue
             try:
                 write_file(path, stored)
@@ -98,6 +100,9 @@ class Store:
                 break
             kept += 1
         return kept
+
+    def _say(self, text: str, *values: object) -> None:
+        logger.log(logging.DEBUG if self.quiet else logging.INFO, text, *values)
 
 
 def cache_folder(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:

@@ -63,6 +63,12 @@ def test_the_headline_names_shape_kernel_device_gain_and_time():
     assert "\n" not in line
 
 
+def test_the_headline_of_a_stored_table_says_when_it_was_measured_not_how_long_that_took():
+    line = headline(TABLE, measured_now=False)
+    assert line.endswith(f"; as measured {TABLE.evidence.created}")
+    assert "1.23 s" not in line
+
+
 def test_the_headline_says_where_nothing_was_gained():
     assert "gain over policy 0 none" in headline(table_of((8, ALL_TIED)))
 

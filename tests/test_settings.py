@@ -66,7 +66,7 @@ def test_both_names_in_conflict_are_told_apart():
         ("ADAPTIVE_MOE_MARGIN", "0.5", "margin", 0.5),
         ("ADAPTIVE_MOE_BUCKETS", "1, 8,64", "buckets", (1, 8, 64)),
         ("ADAPTIVE_MOE_CACHE_DIR", "somewhere", "cache_dir", "somewhere"),
-        ("ADAPTIVE_MOE_LOG_DETAIL", "Samples", "log_detail", LogDetail.SAMPLES),
+        ("ADAPTIVE_MOE_LOG_DETAIL", "Summary", "log_detail", LogDetail.SUMMARY),
         ("ADAPTIVE_MOE_REPORT", "report.json", "report", "report.json"),
         ("ADAPTIVE_MOE_RECALIBRATE", "1", "recalibrate", True),
         ("ADAPTIVE_MOE_RECALIBRATE", "off", "recalibrate", False),

@@ -142,6 +142,15 @@ def test_a_second_start_launches_no_kernel_and_says_where_it_is_from(tmp_path, o
         assert word in lines[0]
 
 
+@pytest.mark.parametrize(("quiet", "level"), [(False, logging.INFO), (True, logging.DEBUG)])
+def test_of_many_ranks_one_says_what_was_found(store, table, quiet, level, caplog):
+    store.publish({key_of(table): table})
+    with caplog.at_level(logging.DEBUG, "adaptive_moe"):
+        replace(store, quiet=quiet).load(key_of(table))
+    (said,) = [r.levelno for r in caplog.records if "table from" in r.message]
+    assert said == level
+
+
 def test_recalibrate_measures_again_and_keeps_the_new_table(tmp_path, table):
     key, newer = key_of(table), made_up_table(2, **SMALL)
     asked = Settings(cache_dir=str(tmp_path), recalibrate=True)

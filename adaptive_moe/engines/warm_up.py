@@ -1,7 +1,7 @@
 """Warm-up: a table for every shape seen at the seam so far, the same on all ranks. Never while
 serving.
 
-    targets    which tables are wanted: shapes seen, and those AITER will ask for at other counts
+    targets    which tables are wanted (targets.py)
     _alone     this rank's tables, stored by an earlier start or measured now, and what failed
     _agree     one exchange with the other ranks, which this rank comes to whatever became of it
     then       what was agreed is set, all tables at once, and stored where it is news
@@ -10,26 +10,21 @@ A dummy batch's own ids are never sorted here: they route every token to the sam
 """
 
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaptive_moe import report, store
 from adaptive_moe.agreement import Agreement, Channel, agree
 from adaptive_moe.engines.aiter_hook import AiterHook, Key, SeenCall
 from adaptive_moe.engines.seam import Layer
-from adaptive_moe.kernels.aiter import SortRequest, live_kernel, request_at
+from adaptive_moe.engines.targets import Target, plan_for, shape_of, targets
+from adaptive_moe.kernels.aiter import live_kernel
 from adaptive_moe.policy_table import PolicyTable
 from adaptive_moe.settings import LogDetail, Mode, Settings
 from adaptive_moe.shape import SortingShape
-
-if TYPE_CHECKING:
-    import torch
-
-    from adaptive_moe.calibrator import Plan
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -37,22 +32,6 @@ logger = logging.getLogger("adaptive_moe")
 Measure = Callable[..., PolicyTable]
 # How the other ranks are reached; None is for a rank that is alone.
 Connect = Callable[[], Channel | None]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One table to make: for calls with this key, from a kernel called the same way.
-
-    first: token counts to measure first, empty for the default grid. Where AITER uses this
-    block_size for some counts only, the others need no measuring.
-    """
-
-    key: Key
-    max_tokens: int
-    capture_sizes: tuple[int, ...]
-    first: tuple[int, ...]
-    device: "torch.device"
-    expert_mask: "torch.Tensor | None"
 
 
 @dataclass(frozen=True)
@@ -73,6 +52,10 @@ class _Own:
     place: store.Key
     was_stored: bool
 
+    def is_news(self, agreed: PolicyTable) -> bool:
+        """Is what the ranks run something else than what is stored here?"""
+        return not (self.was_stored and self.table == agreed)
+
 
 @dataclass
 class _Alone:
@@ -87,9 +70,9 @@ class _Alone:
     failed: dict[SortingShape, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def fail(self, call: "Target | SeenCall", why: str) -> None:
+    def fail(self, call: Target | SeenCall, why: str) -> None:
         try:
-            self.failed[_shape(call)] = why
+            self.failed[shape_of(call)] = why
         except ValueError as error:  # no shape we know; then no other rank has a table for it
             logger.debug("%s has no name among ranks: %s", call.key.describe(), error)
 
@@ -126,14 +109,10 @@ def warm_up(
         }
         hook.set_tables(tables)
         hook.warmed_up = True
-        _report(hook, list(tables.values()))
+        news = [key for key, table in tables.items() if alone.own[key].is_news(table)]
+        _report(hook, tables, news)
         if alone.kept is not None:
-            news = {
-                alone.own[key].place: table
-                for key, table in tables.items()
-                if not (alone.own[key].was_stored and alone.own[key].table == table)
-            }
-            alone.kept.publish(news)
+            alone.kept.publish({alone.own[key].place: tables[key] for key in news})
     return WarmUp(tables, (*alone.problems, *agreed.problems), time.monotonic() - begun)
 
 
@@ -157,7 +136,9 @@ def _alone(
             if layer is None or refused:
                 found.fail(target, refused)
                 continue
-            found.kept = found.kept or store.open_store(hook.settings)
+            found.kept = found.kept or replace(
+                store.open_store(hook.settings), quiet=not is_rank_zero()
+            )
             try:
                 found.own[target.key] = _table_for(
                     target, layer, hook.settings, found.kept, measure
@@ -189,7 +170,7 @@ def _table_for(
 ) -> _Own:
     """The table of one target: stored by an earlier start, or measured on the live kernel."""
     kernel = live_kernel(layer.module, layer.seam, target.device, target.key.accumulate)
-    shape, plan = _shape(target), _plan(target, settings)
+    shape, plan = shape_of(target), plan_for(target, settings)
     place = store.key_for(kernel, shape, plan)
     table = kept.load(place)
     if table is not None:
@@ -208,119 +189,6 @@ def _agree(alone: _Alone, connect: Connect | None) -> Agreement:
         logger.warning("%s", problem)
         return Agreement({}, (problem,))
     return agree(tables, alone.failed, channel)
-
-
-def targets(
-    hook: AiterHook, layer: Layer | None, max_tokens: int, capture_sizes: Sequence[int]
-) -> list[Target]:
-    """The tables wanted, one a key: for what was seen, and what AITER asks at other counts."""
-    wanted: dict[Key, Target] = {}
-    for seen in list(hook.seen.values()):
-        largest = max(max_tokens, seen.num_tokens)
-        captured = _captured_rows(seen, max_tokens, capture_sizes)
-        by_key = _keys_by_count(layer, seen, largest, captured)
-        for key, counts in by_key.items():
-            known = wanted.get(key)
-            # Two layers can share a key; the first one seen with the largest batch speaks for both.
-            if key in hook.tables or (known is not None and known.max_tokens >= max(counts)):
-                continue
-            wanted[key] = Target(
-                key,
-                max_tokens=max(counts),
-                capture_sizes=tuple(sorted(counts & set(captured))),
-                first=tuple(sorted(counts)) if len(by_key) > 1 else (),
-                device=seen.device,
-                expert_mask=seen.expert_mask,
-            )
-    return list(wanted.values())
-
-
-def _captured_rows(
-    seen: SeenCall, max_tokens: int, capture_sizes: Sequence[int]
-) -> tuple[int, ...]:
-    """The row counts of captured calls of this layer.
-
-    Where data-parallel ranks pool their tokens, the sort gets a multiple of what each rank batches;
-    the largest batch shows which. Padded layers are captured at their full capacity, too.
-    """
-    pooled = seen.num_tokens // max_tokens if seen.num_tokens % max_tokens == 0 else 1
-    rows = {size * pooled for size in capture_sizes}
-    if rows and seen.key.has_num_local_tokens:
-        rows.add(seen.num_tokens)
-    return tuple(sorted(rows))
-
-
-def _keys_by_count(
-    layer: Layer | None,
-    seen: SeenCall,
-    largest: int,
-    captured: Sequence[int],
-) -> dict[Key, set[int]]:
-    """Each key this layer will come with, and token counts that bring it.
-
-    AITER picks block_size (and whether the sort zeroes moe_buf) by token count, and a first forward
-    shows one of them. It is asked for the others by the function that it asks itself, in the words
-    it used. Where that cannot be done, only what was seen is known: a count with another block_size
-    runs AITER's own policy.
-    """
-    counts = {1 << k for k in range(largest.bit_length())} | {largest, *captured}
-    try:
-        found = dict(_ask(layer, seen, counts | {seen.num_tokens}))
-    except Exception as error:
-        logger.debug("AITER's block sizes at other token counts are not known: %r", error)
-        found = {}
-    here = found.get(seen.num_tokens)
-    if here is None or _key(seen, here) != seen.key:
-        return {seen.key: counts}
-    keys: dict[Key, set[int]] = {}
-    for count in counts:
-        if found[count].sorts:
-            keys.setdefault(_key(seen, found[count]), set()).add(count)
-    return keys
-
-
-def _ask(
-    layer: Layer | None, seen: SeenCall, counts: set[int]
-) -> Iterator[tuple[int, SortRequest]]:
-    if layer is None or layer.chooser is None or seen.config is None:
-        return
-    # With online tuning on, asking about a new count would start AITER's own tuner, for minutes.
-    if os.environ.get("AITER_ONLINE_TUNE", "0") == "1":
-        return
-    for count in sorted(counts):
-        yield count, request_at(layer.module, layer.chooser, seen.config, count)
-
-
-def _key(seen: SeenCall, request: SortRequest) -> Key:
-    accumulate = request.accumulate or seen.key.has_expert_mask
-    return seen.key._replace(block_size=request.block_size, accumulate=accumulate)
-
-
-def _shape(call: Target | SeenCall) -> SortingShape:
-    key, mask = call.key, call.expert_mask
-    return SortingShape(
-        num_experts=int(key.num_experts),
-        topk=int(key.topk),
-        model_dim=int(key.model_dim),
-        dtype=str(key.dtype).removeprefix("torch."),
-        block_size=int(key.block_size),
-        local_experts=None if mask is None else int((mask != 0).sum()),
-        num_local_tokens=key.has_num_local_tokens,
-        accumulate=key.accumulate,
-    )
-
-
-def _plan(target: Target, settings: Settings) -> "Plan":
-    from adaptive_moe.calibrator import Plan
-    from adaptive_moe.decision import Rule
-
-    return Plan(
-        max_tokens=target.max_tokens,
-        capture_sizes=target.capture_sizes,
-        first=settings.buckets or target.first,
-        budget_s=settings.budget_s,
-        rule=Rule(margin=settings.margin),
-    )
 
 
 def _calibrate(*args: Any, **kwargs: Any) -> PolicyTable:
@@ -342,12 +210,12 @@ def is_rank_zero() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def _report(hook: AiterHook, tables: Sequence[PolicyTable]) -> None:
+def _report(hook: AiterHook, tables: Mapping[Key, PolicyTable], news: Sequence[Key]) -> None:
     if not tables or not is_rank_zero():
         return
     settings = hook.settings
-    for table in tables:
-        logger.info("%s", report.headline(table))
+    for key, table in tables.items():
+        logger.info("%s", report.headline(table, measured_now=key in news))
         if settings.log_detail is not LogDetail.SUMMARY:
             logger.info("%s", "\n".join(report.bucket_table(table)))
     if settings.report:
