@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adaptive_moe.kernels import SortKernel
 
 # Raise when the same samples would be taken, judged or interpolated differently than before.
-DECISION_VERSION = 1
+DECISION_VERSION = 2
 
 
 @dataclass(frozen=True)
