@@ -51,15 +51,22 @@ def explore(
     """
     found = {n: measure(n, SKETCH_ROUNDS) for n in first_buckets(domain, wanted)}
     asked = dict.fromkeys(found, SKETCH_ROUNDS)
-    while has_time():
-        steps = [*gaps(found, domain, rule), *doubts(found, asked, rule)]
-        worth = [step for step in steps if step.saves > WORTH_MEASURING * rule.margin]
-        if not worth:
-            break
-        step = max(worth, key=lambda s: (s.saves / s.more, s.num_tokens))
+    while has_time() and (step := next_step(found, asked, domain, rule)) is not None:
         asked[step.num_tokens] = step.rounds
         found[step.num_tokens] = measure(step.num_tokens, step.rounds)
     return found
+
+
+def next_step(
+    found: Mapping[int, Bucket], asked: Mapping[int, int], domain: Sequence[int], rule: Rule
+) -> Step | None:
+    """The step that may save most for each round it takes, or None where none is worth taking.
+
+    asked: the rounds that each bucket was asked for so far.
+    """
+    steps = [*gaps(found, domain, rule), *doubts(found, asked, rule)]
+    worth = [step for step in steps if step.saves > WORTH_MEASURING * rule.margin]
+    return max(worth, key=lambda step: (step.saves / step.more, step.num_tokens), default=None)
 
 
 def gaps(found: Mapping[int, Bucket], domain: Sequence[int], rule: Rule) -> Iterator[Step]:

@@ -676,6 +676,11 @@ def test_debug_shows_every_round_of_samples(aiter, caplog):
     shown = [r for r in caplog.records if "samples us" in r.message]
     assert len(shown) == rounds > 0
     assert {r.levelno for r in shown} == {logging.DEBUG}
+    # Each bucket's lines come after one that names it, and begin with its first look.
+    lines = [r.message for r in caplog.records]
+    looks = [i for i, line in enumerate(lines) if line.startswith("first look us")]
+    assert len(looks) == len(table.evidence.eager)
+    assert all(lines[i - 1].endswith("tokens, eager calls") for i in looks)
 
 
 @pytest.mark.parametrize(("detail", "lines"), [(LogDetail.SUMMARY, 1), (LogDetail.TABLE, 2)])
@@ -814,7 +819,7 @@ def test_counters_lose_no_call_under_threads(aiter, switch_often):
 # Stored tables
 
 
-def test_a_second_start_takes_its_tables_from_the_store_and_measures_only_when_asked():
+def test_a_second_start_takes_its_tables_from_the_store_and_measures_only_when_asked(caplog):
     def never(*args, **kwargs):
         raise RuntimeError("measured again")
 
@@ -825,8 +830,13 @@ def test_a_second_start_takes_its_tables_from_the_store_and_measures_only_when_a
         aiter.fused_moe(*batch(64))
         return warm_up(hook, 64, measure=measure)
 
+    caplog.set_level(logging.INFO, "adaptive_moe")
     first, second = start(None), start(never)
     assert second.problems == ()
+    measured, stored = [r.message for r in caplog.records if "gain over policy 0" in r.message]
+    created = next(iter(first.tables.values())).evidence.created
+    assert measured.endswith(" s")
+    assert stored.endswith(f"as measured {created}")
     assert second.tables == first.tables != {}
     (problem,) = start(never, recalibrate=True).problems
     assert "measured again" in problem

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from adaptive_moe.buckets import bucket_of
 from adaptive_moe.decision import Candidate, PolicyResult, Rule, Standing, Verdict, decide
-from adaptive_moe.explore import SKETCH_ROUNDS, doubts, explore, gap_cost, gaps, promised
+from adaptive_moe.explore import SKETCH_ROUNDS, doubts, explore, gap_cost, gaps, next_step, promised
 from adaptive_moe.policy_table import Bucket, Fill
 
 RULE = Rule()
@@ -267,6 +267,16 @@ def test_a_doubt_is_asked_for_twice_the_rounds_and_worth_the_counts_it_serves() 
     assert (eight.num_tokens, eight.rounds, eight.more) == (8, 80, 40)
     # It serves 1 to 4, or 5 to 8.
     assert four.saves / eight.saves == pytest.approx(math.log(5) / math.log(9 / 5))
+
+
+def test_of_two_doubts_alike_the_one_that_takes_fewer_rounds_comes_first() -> None:
+    found = {n: unsure(n, 0.10, 0.25) for n in (1, 8, 64)}
+    few, many = {1: 200, 8: 10, 64: 40}, {1: 200, 8: 160, 64: 40}
+    by_few, by_many = (next_step(found, asked, (1, 8, 64), RULE) for asked in (few, many))
+    assert by_few is not None
+    assert by_many is not None
+    # 64 serves more counts, and so would save more; but not four times as much.
+    assert (by_few.num_tokens, by_many.num_tokens) == (8, 64)
 
 
 def test_time_goes_to_a_clear_gap_before_a_doubt_that_promises_little() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from adaptive_moe.decision import Candidate, Rule, Standing, combine, decide
 from adaptive_moe.environment import Environment
+from adaptive_moe.plain import from_plain
 from adaptive_moe.policy_table import (
     SCHEMA,
     Bucket,
@@ -347,3 +348,28 @@ def test_dropping_a_field_or_adding_one_anywhere_is_refused() -> None:
         inside[place[-1]], inside["more"] = dropped, 1
         with pytest.raises(ValueError, match="missing or unknown"):
             PolicyTable.from_json(json.dumps(plain))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (int, 1 << 54),
+        (int, -(1 << 54)),
+        (int, 1.0),
+        (int, True),
+        (float, 1e300),
+        (float, float("nan")),
+        (float, "1.0"),
+        (float, True),
+        (bool, 1),
+        (str, "x" * 5000),
+        (str, None),
+        (tuple[int, ...], [0] * 5000),
+        (tuple[int, ...], (1,)),
+    ],
+)
+def test_a_value_out_of_its_types_bounds_is_refused_with_its_place(
+    kind: Any, value: object
+) -> None:
+    with pytest.raises(ValueError, match=r"^here"):
+        from_plain(kind, value, "here")
