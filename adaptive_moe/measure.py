@@ -100,13 +100,16 @@ def measure(
     """
     found = list(candidates)
     if found and not found[0].round_us:
-        samplers = _prepare(kernel, train, clock, found, call_us=math.inf)
+        everybody = [candidate.policy for candidate in found if candidate.out is None]
+        samplers = _prepare(kernel, train, clock, found, everybody, call_us=math.inf)
         found, call_us = first_look(found, samplers)
     else:
         call_us = min((min(c.round_us) for c in found if c.round_us), default=0.0)
-    if sum(candidate.out is None for candidate in found) < 2:
+    # Who is settled already takes no part, and is not captured into a graph for it.
+    live = _live({candidate.policy: candidate for candidate in found}, rule)
+    if len(live) < 2:
         return found
-    return race(found, _prepare(kernel, train, clock, found, call_us), rule, rounds, spent)
+    return race(found, _prepare(kernel, train, clock, found, live, call_us), rule, rounds, spent)
 
 
 def _prepare(
@@ -114,12 +117,13 @@ def _prepare(
     train: Sequence[SortingInputs],
     clock: Clock,
     candidates: list[Candidate],
+    live: Sequence[int],
     call_us: float,
 ) -> dict[int, Sampler]:
-    """A sampler for each candidate that is in; one that cannot be prepared is out, in place."""
+    """A sampler for each live policy; one that cannot be prepared is out, in place."""
     samplers: dict[int, Sampler] = {}
     for place, candidate in enumerate(candidates):
-        if candidate.out is not None:
+        if candidate.policy not in live:
             continue
         calls = [partial(kernel.moe_sorting, *i.arguments(candidate.policy)) for i in train]
         try:

@@ -342,13 +342,26 @@ def test_what_is_hopeless_is_only_prepared_for_a_look_and_the_rest_for_calls_tha
     clock = CountingClock({0: 10.0, 1: 80.0, 2: 8.0})
     fresh = [Candidate(p) for p in (0, 1, 2)]
     sort = kernel(lambda *a: ())  # type: ignore[arg-type, return-value]
-    found = measure(sort, [inputs()], clock, fresh, RULE, 5, lambda: False)
+    found = measure(sort, [inputs()], clock, fresh, RULE, 2, lambda: False)
     look = [(policy, math.inf) for policy in (0, 1, 2)]
     assert clock.prepared == [*look, (0, 8.0), (2, 8.0)]
     assert found[1].out is Standing.HOPELESS
     # More rounds later: what is known by then is not looked at again.
-    measure(sort, [inputs()], clock, found, RULE, 9, lambda: False)
+    measure(sort, [inputs()], clock, found, RULE, 3, lambda: False)
     assert clock.prepared == [*look, *[(0, 8.0), (2, 8.0)] * 2]
+
+
+def test_a_policy_that_is_settled_is_not_prepared_for_more_rounds() -> None:
+    clock = CountingClock({0: 10.0, 1: 9.0, 2: 10.0})
+    settled, open_still = (9.0, 9.1, 8.9, 9.0) * 4, (14.0, 7.0) * 8
+    before = [Candidate(0, (10.0,) * 16), Candidate(1, open_still), Candidate(2, (12.0,) * 16)]
+    assert decide(before, RULE).results[2].standing is Standing.SLOWER
+    sort = kernel(lambda *a: ())  # type: ignore[arg-type, return-value]
+    measure(sort, [inputs()], clock, before, RULE, 17, lambda: False)
+    assert [policy for policy, _ in clock.prepared] == [0, 1]
+    done = [Candidate(0, (10.0,) * 16), Candidate(1, settled), Candidate(2, (12.0,) * 16)]
+    measure(sort, [inputs()], clock, done, RULE, 17, lambda: False)
+    assert len(clock.prepared) == 2
 
 
 def test_right_policies_are_not_excluded() -> None:

@@ -16,7 +16,7 @@ from adaptive_moe.engines.on_import import when_imported
 from adaptive_moe.engines.warm_up import WarmUp
 from adaptive_moe.engines.warm_up import warm_up as warm_up_hook
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
-from adaptive_moe.settings import Mode, Settings, read_settings
+from adaptive_moe.settings import Mode, Settings, SettingsError, read_settings
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -98,6 +98,16 @@ def _install(module: ModuleType) -> None:
     with _lock:
         if _wanted and _hook is not None:
             _hook.install(module)
+
+
+def asked_for() -> Settings | None:
+    """What the environment asks a plugin for; None for nothing, and for nonsense, which is said."""
+    try:
+        settings = read_settings(os.environ)
+    except SettingsError as error:
+        logger.error("%s", error)
+        return None
+    return None if settings.mode is Mode.OFF else settings
 
 
 def _settings_or_auto() -> Settings:

@@ -49,14 +49,10 @@ def register() -> None:
 def _register() -> None:
     from adaptive_moe.engines import process
     from adaptive_moe.engines.on_import import when_imported
-    from adaptive_moe.settings import Mode, SettingsError, read_settings
+    from adaptive_moe.settings import Mode
 
-    try:
-        settings = read_settings(os.environ)
-    except SettingsError as error:
-        logger.error("%s", error)
-        return
-    if settings.mode is Mode.OFF:
+    settings = process.asked_for()
+    if settings is None:
         return
     chosen = os.environ.get(SGLANG_VARIABLE)
     if chosen:

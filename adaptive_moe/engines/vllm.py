@@ -57,16 +57,12 @@ def _register() -> None:
     from adaptive_moe.engines import process
     from adaptive_moe.engines.on_import import when_imported
     from adaptive_moe.kernels.aiter import find_aiter
-    from adaptive_moe.settings import Mode, SettingsError, read_settings
+    from adaptive_moe.settings import Mode
 
     _log_as_vllm()
     _teach_envs()
-    try:
-        settings = read_settings(os.environ)
-    except SettingsError as error:
-        logger.error("%s", error)
-        return
-    if settings.mode is Mode.OFF:
+    settings = process.asked_for()
+    if settings is None:
         return
     found = find_aiter()
     if found.problem is not None:
