@@ -52,10 +52,10 @@ RESULTS := calibration/results
 
 bench-gpu: export PYTHONPATH := .
 bench-gpu:
-	$(GPU_PYTHON) -m adaptive_moe.cli bench regret --kernel triton --models $(GPU_MODELS) \
+	$(GPU_PYTHON) -m adaptive_moe bench regret --kernel triton --models $(GPU_MODELS) \
 		--out $(RESULTS)/regret_triton.json --plot $(RESULTS)/regret_triton.png
-	$(GPU_PYTHON) -m adaptive_moe.cli bench startup --out $(RESULTS)/startup_triton.json
-	$(GPU_PYTHON) -m adaptive_moe.cli bench noise --kernel triton --out $(RESULTS)/noise_triton.json
+	$(GPU_PYTHON) -m adaptive_moe bench startup --out $(RESULTS)/startup_triton.json
+	$(GPU_PYTHON) -m adaptive_moe bench noise --kernel triton --out $(RESULTS)/noise_triton.json
 
 $(VENV)/run.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

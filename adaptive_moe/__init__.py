@@ -8,23 +8,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptive_moe.calibrator import calibrate as calibrate
     from adaptive_moe.engines.process import counts as counts
     from adaptive_moe.engines.process import install as install
     from adaptive_moe.engines.process import uninstall as uninstall
     from adaptive_moe.engines.process import warm_up as warm_up
-    from adaptive_moe.policy_table import PolicyTable as PolicyTable
+    from adaptive_moe.policy.table import PolicyTable as PolicyTable
     from adaptive_moe.settings import Settings as Settings
     from adaptive_moe.settings import read_settings as read_settings
     from adaptive_moe.shape import SortingShape as SortingShape
+    from adaptive_moe.tuning.calibrator import calibrate as calibrate
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "PolicyTable": "adaptive_moe.policy_table",
+    "PolicyTable": "adaptive_moe.policy.table",
     "Settings": "adaptive_moe.settings",
     "SortingShape": "adaptive_moe.shape",
-    "calibrate": "adaptive_moe.calibrator",
+    "calibrate": "adaptive_moe.tuning.calibrator",
     "counts": "adaptive_moe.engines.process",
     "install": "adaptive_moe.engines.process",
     "read_settings": "adaptive_moe.settings",

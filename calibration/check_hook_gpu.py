@@ -25,12 +25,12 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 
 from aiter_standin.load import load_aiter  # noqa: E402
 
-from adaptive_moe.bench import hook as bench_hook  # noqa: E402
-from adaptive_moe.bench import stamp  # noqa: E402
-from adaptive_moe.engines.aiter_hook import AiterHook  # noqa: E402
+from adaptive_moe.cli.bench import hook as bench_hook  # noqa: E402
+from adaptive_moe.cli.bench import stamp  # noqa: E402
+from adaptive_moe.engines.hook import AiterHook  # noqa: E402
 from adaptive_moe.engines.warm_up import warm_up  # noqa: E402
 from adaptive_moe.kernels.contract import SortingInputs, check_contract  # noqa: E402
-from adaptive_moe.report import headline  # noqa: E402
+from adaptive_moe.report.text import headline  # noqa: E402
 from adaptive_moe.settings import Mode, Settings  # noqa: E402
 
 # DeepSeek-V3's sort; vLLM's usual capture sizes and largest batch.

@@ -2,9 +2,9 @@
 
 from types import SimpleNamespace
 
-from adaptive_moe.decision import Rule, Verdict
-from adaptive_moe.environment import Environment
-from adaptive_moe.policy_table import SCHEMA, Bucket, Calibration, Fill, PolicyTable
+from adaptive_moe.policy.decision import Rule, Verdict
+from adaptive_moe.policy.environment import Environment
+from adaptive_moe.policy.table import SCHEMA, Bucket, Calibration, Fill, PolicyTable
 from adaptive_moe.shape import SortingShape
 
 ENVIRONMENT = Environment("test device", "none", 1, "", "0", "0")

@@ -22,9 +22,10 @@ def modules_after(statement: str) -> set[str]:
     [
         "import adaptive_moe",
         "from adaptive_moe import read_settings; read_settings({})",
-        "import adaptive_moe.decision, adaptive_moe.buckets, adaptive_moe.explore",
+        "import adaptive_moe.policy.decision, adaptive_moe.policy.buckets",
+        "import adaptive_moe.tuning.explore",
         "from adaptive_moe import PolicyTable, SortingShape",
-        "import adaptive_moe.store",
+        "import adaptive_moe.disk.folder",
     ],
 )
 def test_nothing_heavy_is_imported_by(statement):

@@ -9,13 +9,13 @@ from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from adaptive_moe.agreement import open_channel
-from adaptive_moe.engines.aiter_hook import AiterHook
 from adaptive_moe.engines.counters import Counters, Counts
+from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.engines.on_import import when_imported
 from adaptive_moe.engines.warm_up import WarmUp
 from adaptive_moe.engines.warm_up import warm_up as warm_up_hook
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
+from adaptive_moe.ranks.agreement import open_channel
 from adaptive_moe.settings import Mode, Settings, SettingsError, read_settings
 
 if TYPE_CHECKING:

@@ -16,19 +16,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adaptive_moe import report, store
-from adaptive_moe.agreement import Agreement, Channel, agree
-from adaptive_moe.engines.aiter_hook import AiterHook, Key, SeenCall
+from adaptive_moe.disk import folder as store
+from adaptive_moe.engines.coverage import Target, plan_for, shape_of, targets
+from adaptive_moe.engines.hook import AiterHook, Key, SeenCall
 from adaptive_moe.engines.seam import Layer
-from adaptive_moe.engines.targets import Target, plan_for, shape_of, targets
 from adaptive_moe.kernels.aiter import live_kernel
-from adaptive_moe.policy_table import PolicyTable
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.ranks.agreement import Agreement, Channel, agree
+from adaptive_moe.report import text as report
 from adaptive_moe.settings import LogDetail, Mode, Settings
 from adaptive_moe.shape import SortingShape
 
 logger = logging.getLogger("adaptive_moe")
 
-# `adaptive_moe.calibrator.calibrate`, or a stand-in for it.
+# `adaptive_moe.tuning.calibrator.calibrate`, or a stand-in for it.
 Measure = Callable[..., PolicyTable]
 # How the other ranks are reached; None is for a rank that is alone.
 Connect = Callable[[], Channel | None]
@@ -192,7 +193,7 @@ def _agree(alone: _Alone, connect: Connect | None) -> Agreement:
 
 
 def _calibrate(*args: Any, **kwargs: Any) -> PolicyTable:
-    from adaptive_moe.calibrator import calibrate  # imports torch
+    from adaptive_moe.tuning.calibrator import calibrate  # imports torch
 
     return calibrate(*args, **kwargs)
 

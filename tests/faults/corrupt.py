@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaptive_moe import stored as stored_module
-from adaptive_moe.store import MAX_FILE_BYTES, Store
-from adaptive_moe.stored import Stored
+from adaptive_moe.disk import file as stored_module
+from adaptive_moe.disk.file import Stored
+from adaptive_moe.disk.folder import MAX_FILE_BYTES, Store
 
 from .made_up import EAGER, HERE, key_of, made_up_table, stored_of
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from adaptive_moe.calibrator import Plan, calibrate
-from adaptive_moe.decision import Rule
+from adaptive_moe.disk.folder import Store, key_for, read_file, stored_files, temporary_files
 from adaptive_moe.kernels import SortKernel, load_kernel
-from adaptive_moe.policy_table import PolicyTable
+from adaptive_moe.policy.decision import Rule
+from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
-from adaptive_moe.store import Store, key_for, read_file, stored_files, temporary_files
+from adaptive_moe.tuning.calibrator import Plan, calibrate
 
 from .corrupt import listening
 from .processes import finish_all, start

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adaptive_moe.disk.folder import open_store, stored_files, temporary_files
 from adaptive_moe.settings import Settings
-from adaptive_moe.store import open_store, stored_files, temporary_files
 
 from .corrupt import listening
 from .made_up import EAGER, key_of, made_up_table

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from adaptive_moe import store as store_module
+from adaptive_moe.disk import folder as store_module
+from adaptive_moe.disk.folder import STALE_AFTER_S, Store, key_for, temporary_files
 from adaptive_moe.kernels import load_kernel
-from adaptive_moe.store import STALE_AFTER_S, Store, key_for, temporary_files
 
 from .corrupt import listening
 from .crowd import PLAN, SHAPES, measure

@@ -4,12 +4,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from adaptive_moe.decision import Candidate, Rule, Standing, combine, decide
-from adaptive_moe.environment import Environment
-from adaptive_moe.policy_table import SCHEMA, Bucket, Calibration, Fill, PolicyTable
-from adaptive_moe.routing import fills
+from adaptive_moe.disk.file import DECISION_VERSION, Key, Request, Stored
+from adaptive_moe.policy.decision import Candidate, Rule, Standing, combine, decide
+from adaptive_moe.policy.environment import Environment
+from adaptive_moe.policy.table import SCHEMA, Bucket, Calibration, Fill, PolicyTable
 from adaptive_moe.shape import SortingShape
-from adaptive_moe.stored import DECISION_VERSION, Key, Request, Stored
+from adaptive_moe.tuning.routing import fills
 
 SHAPE = SortingShape(256, 8, 7168)
 RULE = Rule()

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from adaptive_moe.agreement import agree, open_channel
-from adaptive_moe.decision import Standing
-from adaptive_moe.policy_table import PolicyTable
+from adaptive_moe.disk.folder import Store
+from adaptive_moe.policy.decision import Standing
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.ranks.agreement import agree, open_channel
 from adaptive_moe.shape import SortingShape
-from adaptive_moe.store import Store
 
 from .corrupt import listening
 from .made_up import EAGER, GRAPH, SHAPE, key_of, made_up_table
@@ -242,7 +242,7 @@ def store_stops_answering(limit_s: float) -> dict[str, Any]:
 
 def rank_sends_garbage(limit_s: float) -> dict[str, Any]:
     """As a rank that runs another version would: what it sends is nothing we know."""
-    from adaptive_moe import agreement
+    from adaptive_moe.ranks import agreement
 
     def work(rank: int) -> Any:
         if rank == 1:

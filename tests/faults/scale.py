@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_moe.messages import decide, encode_decision, encode_message
+from adaptive_moe.ranks.messages import decide, encode_decision, encode_message
+from adaptive_moe.ranks.summary import MAX_BYTES, canonical, encode, summarize
 from adaptive_moe.shape import SortingShape
-from adaptive_moe.summary import MAX_BYTES, canonical, encode, summarize
 
 from .made_up import EAGER, GRAPH, SHAPE, made_up_table
 

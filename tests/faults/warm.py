@@ -8,15 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from adaptive_moe.store import Store
+from adaptive_moe.disk.folder import Store
 
 from .made_up import key_of, made_up_table
 
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from adaptive_moe.plain import from_plain
-from adaptive_moe.store import Key, Store
+from adaptive_moe.policy.plain import from_plain
+from adaptive_moe.disk.folder import Key, Store
 key = from_plain(Key, json.loads(sys.argv[2]), "key")
 begun = time.perf_counter()
 table = Store(Path(sys.argv[1])).load(key)
@@ -31,7 +31,7 @@ print(json.dumps({"hit": table is not None, "first_ms": 1e3 * seconds,
 
 def run(starts: int) -> dict[str, Any]:
     """Without torch in the process, no kernel can have been launched."""
-    from adaptive_moe.plain import to_plain
+    from adaptive_moe.policy.plain import to_plain
 
     table = made_up_table(7)
     key = json.dumps(to_plain(key_of(table)))

@@ -1,0 +1,136 @@
+"""Which token count to measure next, and how long: sketch a grid, refine gaps, settle doubts. Pure.
+
+Winners change at one or two token counts, so a few buckets and some bisection find what a dense
+grid would. Each bucket is first sketched in a few rounds, enough for every clear case. After that
+the next step is always the one that may save most for the rounds it takes: a new bucket between two
+neighbours that differ, or more rounds for one that is unsettled.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from adaptive_moe.policy.buckets import between, first_buckets
+from adaptive_moe.policy.decision import TIE_MARGINS, Rule, Standing, Verdict, needs_refining
+from adaptive_moe.policy.table import Bucket
+
+# Rounds of a sketch.
+SKETCH_ROUNDS = 10
+# What a step must save, in margins, to be taken.
+WORTH_MEASURING = 0.1
+# Standard errors in half a gain's interval, about: it holds at 99% however often one looks.
+ERRORS = 4.5
+# What settling a doubt is worth beside a gap that may lose as much: it decides the counts that the
+# bucket serves, and whether there is anything in the gaps on its two sides.
+DOUBT_WEIGHT = 3.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A bucket to measure next: up to `rounds` rounds, `more` of them new. saves: the time ratio
+    that this may win, times the width in e-folds of tokens over which it does."""
+
+    num_tokens: int
+    rounds: int
+    more: int
+    saves: float
+
+
+def explore(
+    domain: Sequence[int],
+    wanted: Sequence[int],
+    rule: Rule,
+    measure: Callable[[int, int], Bucket],
+    has_time: Callable[[], bool],
+) -> dict[int, Bucket]:
+    """Measure the first buckets, small to large, then whatever may still save most for its time.
+
+    domain and wanted are as in buckets.first_buckets. measure(num_tokens, rounds) brings a bucket
+    to that many rounds, fewer where it settles or time runs out, and goes on where it was before.
+    """
+    found = {n: measure(n, SKETCH_ROUNDS) for n in first_buckets(domain, wanted)}
+    asked = dict.fromkeys(found, SKETCH_ROUNDS)
+    while has_time() and (step := next_step(found, asked, domain, rule)) is not None:
+        asked[step.num_tokens] = step.rounds
+        found[step.num_tokens] = measure(step.num_tokens, step.rounds)
+    return found
+
+
+def next_step(
+    found: Mapping[int, Bucket], asked: Mapping[int, int], domain: Sequence[int], rule: Rule
+) -> Step | None:
+    """The step that may save most for each round it takes, or None where none is worth taking.
+
+    asked: the rounds that each bucket was asked for so far.
+    """
+    steps = [*gaps(found, domain, rule), *doubts(found, asked, rule)]
+    worth = [step for step in steps if step.saves > WORTH_MEASURING * rule.margin]
+    return max(worth, key=lambda step: (step.saves / step.more, step.num_tokens), default=None)
+
+
+def gaps(found: Mapping[int, Bucket], domain: Sequence[int], rule: Rule) -> Iterator[Step]:
+    """A new bucket inside each pair of neighbours that has room for one."""
+    for low, high in pairwise(sorted(found)):
+        middle = between(domain, low, high)
+        if middle is not None:
+            saves = gap_cost(found[low], found[high], rule)
+            yield Step(middle, SKETCH_ROUNDS, SKETCH_ROUNDS, saves)
+
+
+def doubts(found: Mapping[int, Bucket], asked: Mapping[int, int], rule: Rule) -> Iterator[Step]:
+    """More rounds for each unsettled bucket that promises something."""
+    for below, num_tokens in pairwise([0, *sorted(found)]):
+        rounds = more_rounds(asked[num_tokens], rule)
+        promise = max(promised(fill.verdict, rule) for fill in found[num_tokens].fills)
+        if promise > 0.0 and rounds > asked[num_tokens]:
+            # It serves the counts above the bucket below; with one added, the first has a width.
+            width = math.log((num_tokens + 1) / (below + 1))
+            saves = DOUBT_WEIGHT * promise * width
+            yield Step(num_tokens, rounds, rounds - asked[num_tokens], saves)
+
+
+def more_rounds(rounds: int, rule: Rule) -> int:
+    """To how many a doubt is brought: twice as many, then it is weighed against the others anew."""
+    return min(2 * rounds, rule.max_rounds)
+
+
+def gap_cost(low: Bucket, high: Bucket, rule: Rule) -> float:
+    """What counts between two neighbours may lose, times the gap's width in e-folds of tokens.
+
+    The width matters because losing 5% at three token counts is not worth a bucket, while half a
+    jump of 300% is; the loss is needs_refining's, over the fills the worst.
+    """
+    lost = max(
+        needs_refining(a.verdict, b.verdict, rule)
+        for a, b in zip(low.fills, high.fills, strict=True)
+    )
+    return lost * math.log(high.num_tokens / low.num_tokens)
+
+
+def promised(verdict: Verdict, rule: Rule) -> float:
+    """What settling this verdict is expected to win: the time ratio less 1 that an unsettled policy
+    has over the one chosen, where it has any; 0.0 where none may well gain enough to matter.
+    """
+    if verdict.settled:
+        return 0.0
+    gains = {r.policy: r.gain for r in verdict.results if r.gain is not None}
+    chosen = gains.get(verdict.policy, 0.0)
+    most = 0.0
+    for result in verdict.results:
+        if result.gain is None or result.standing is not Standing.UNSETTLED:
+            continue
+        gain = result.gain - chosen
+        error = 0.0 if result.gain_high is None else (result.gain_high - result.gain) / ERRORS
+        if gain + 2.0 * error > TIE_MARGINS * rule.margin:
+            most = max(most, _expected_gain(gain, error) / (1.0 - result.gain))
+    return most
+
+
+def _expected_gain(gain: float, error: float) -> float:
+    """The mean of what is above 0 of a normal variable."""
+    if error <= 0.0:
+        return max(gain, 0.0)
+    z = gain / error
+    density = math.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
+    return gain * 0.5 * math.erfc(-z / math.sqrt(2.0)) + error * density

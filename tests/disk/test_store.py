@@ -1,0 +1,376 @@
+"""The store: what is believed, what is a miss; crowds, kills and failing disks."""
+
+import json
+import logging
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptive_moe.disk.file import Stored, differences
+from adaptive_moe.disk.folder import (
+    Store,
+    cache_folder,
+    key_for,
+    open_store,
+    read_file,
+    stored_files,
+)
+from adaptive_moe.kernels import load_kernel
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.settings import Settings, SettingsError, read_settings
+from tests.faults.corrupt import listening
+from tests.faults.crowd import PLAN, SHAPES, measure
+from tests.faults.made_up import HERE, SHAPE, key_of, made_up_table, stored_of
+
+SMALL = {"eager": (1, 2, 8), "graph": (1, 2, 4), "max_tokens": 8}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def table():
+    return made_up_table(1, **SMALL)
+
+
+@pytest.fixture
+def one_thread():
+    """Threads of a busy machine wait for each other far longer than a tiny sort takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def path_of(store, table):
+    return store.folder / key_of(table).file_name()
+
+
+def test_what_is_published_is_loaded_whole(store, table):
+    assert store.publish({key_of(table): table}) == 1
+    assert store.load(key_of(table)) == table
+
+
+def test_the_file_is_private_and_readable_json(store, table):
+    store.publish({key_of(table): table})
+    path = path_of(store, table)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert path.name.startswith("256x8-7168-bfloat16-b32-amd-instinct-mi300x-")
+    content = json.loads(path.read_text())
+    assert content["calibration"]["environment"]["device"] == HERE.device
+    assert content["request"]["capture_sizes"] == [1, 2, 4]
+
+
+def variants(value):
+    """The dataclass with one field changed, for every field at any depth."""
+    for field in fields(value):
+        old = getattr(value, field.name)
+        if is_dataclass(old):
+            for new in variants(old):
+                yield replace(value, **{field.name: new})
+        else:
+            yield replace(value, **{field.name: changed(old)})
+
+
+def changed(old):
+    if isinstance(old, bool):
+        return not old
+    if isinstance(old, tuple):
+        return (*old, 77)
+    if isinstance(old, str):
+        return {"bfloat16": "float16"}.get(old, old + "x")
+    return 1 if old is None else old * 2
+
+
+def test_every_field_of_the_key_matters(store, table):
+    key = key_of(table)
+    store.publish({key: table})
+    names = {key.file_name()}
+    count = 0
+    with listening() as lines:
+        for other in variants(key):
+            assert store.load(other) is None, other
+            # Also where the other key's file holds this table, by accident or by hand.
+            (store.folder / other.file_name()).write_bytes(path_of(store, table).read_bytes())
+            (store.folder / other.file_name()).chmod(0o600)
+            assert store.load(other) is None, other
+            names.add(other.file_name())
+            count += 1
+    assert count >= 25
+    assert len(names) == count + 1
+    assert len(lines) == count
+    assert all("it is for another" in line for line in lines)
+    assert store.load(key) == table
+
+
+def test_differences_name_the_field_and_both_values(table):
+    there = replace(key_of(table), environment=replace(HERE, torch="2.10.0"))
+    assert differences(there, key_of(table)) == ["environment.torch ('2.10.0', here '2.9.0')"]
+
+
+def test_a_second_start_launches_no_kernel_and_says_where_it_is_from(tmp_path, one_thread):
+    calls = []
+    kernel = load_kernel("cpu")
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return kernel.moe_sorting(*args, **kwargs)
+
+    counting = replace(kernel, moe_sorting=counted)
+
+    def start():
+        store = open_store(Settings(cache_dir=str(tmp_path / "cache")))
+        key = key_for(counting, SHAPES[0], PLAN)
+        found = store.load(key) or measure(counting, SHAPES[0])
+        store.publish({key: found})
+        return found
+
+    first = start()
+    assert calls
+    calls.clear()
+    with listening(logging.INFO) as lines:
+        second = start()
+    assert calls == []
+    assert second.to_json() == first.to_json()
+    assert len(lines) == 1
+    for word in (str(tmp_path), first.evidence.created, first.evidence.environment.device):
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(("quiet", "level"), [(False, logging.INFO), (True, logging.DEBUG)])
+def test_of_many_ranks_one_says_what_was_found(store, table, quiet, level, caplog):
+    store.publish({key_of(table): table})
+    with caplog.at_level(logging.DEBUG, "adaptive_moe"):
+        replace(store, quiet=quiet).load(key_of(table))
+    (said,) = [r.levelno for r in caplog.records if "table from" in r.message]
+    assert said == level
+
+
+def test_recalibrate_measures_again_and_keeps_the_new_table(tmp_path, table):
+    key, newer = key_of(table), made_up_table(2, **SMALL)
+    asked = Settings(cache_dir=str(tmp_path), recalibrate=True)
+    open_store(asked).publish({key: table})
+    assert open_store(asked).load(key) is None
+    open_store(asked).publish({key: newer})
+    assert open_store(Settings(cache_dir=str(tmp_path))).load(key) == newer
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1", True), ("Yes", True), ("on", True), ("false", False), ("", False)]
+)
+def test_recalibrate_variable(text, value):
+    assert read_settings({"ADAPTIVE_MOE_RECALIBRATE": text}).recalibrate is value
+
+
+def test_recalibrate_variable_refuses_other_words():
+    with pytest.raises(
+        SettingsError, match=r"ADAPTIVE_MOE_RECALIBRATE='maybe'.*1, true, yes or on"
+    ):
+        read_settings({"ADAPTIVE_MOE_RECALIBRATE": "maybe"})
+
+
+def test_the_folder_in_order_of_precedence():
+    root = {"VLLM_CACHE_ROOT": "/vllm", "XDG_CACHE_HOME": "/xdg", "HOME": "/home/someone"}
+    assert cache_folder(Settings(cache_dir="/mine"), root) == Path("/mine")
+    assert cache_folder(Settings(), root) == Path("/vllm/adaptive_moe")
+    del root["VLLM_CACHE_ROOT"]
+    assert cache_folder(Settings(), root) == Path("/xdg/adaptive_moe")
+    assert cache_folder(Settings(), {}) == Path.home() / ".cache/adaptive_moe"
+
+
+def test_a_write_is_flushed_before_and_after_it_takes_its_place(store, table, monkeypatch):
+    steps = []
+    flush, rename = os.fsync, os.replace
+
+    def fsync(descriptor):
+        facts = os.fstat(descriptor)
+        steps.append("folder" if stat.S_ISDIR(facts.st_mode) else f"file {facts.st_size > 0}")
+        flush(descriptor)
+
+    def replaced(source, target):
+        assert Path(source).parent == Path(target).parent
+        steps.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replaced)
+    store.publish({key_of(table): table})
+    assert steps == ["file True", "rename", "folder"]
+
+
+def test_a_failing_rename_leaves_the_last_good_table(store, table, monkeypatch):
+    key = key_of(table)
+    store.publish({key: table})
+
+    def fail(source, target):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with listening() as lines:
+        assert store.publish({key: made_up_table(2, **SMALL)}) == 0
+    assert len(lines) == 1
+    assert store.load(key) == table
+    assert list(store.folder.iterdir()) == [path_of(store, table)]
+
+
+def test_the_same_table_is_not_written_again(store, table):
+    key = key_of(table)
+    store.publish({key: table})
+    before = path_of(store, table).stat().st_ino
+    assert store.publish({key: table}) == 1
+    assert path_of(store, table).stat().st_ino == before
+    store.publish({key: made_up_table(2, **SMALL)})
+    assert path_of(store, table).stat().st_ino != before
+
+
+def test_a_table_of_mixed_machines_is_not_stored_as_this_ones(store, table):
+    mixed = made_up_table(1, **SMALL, environment=replace(HERE, device="A + B"))
+    with listening(logging.INFO) as lines:
+        assert store.publish({key_of(table): mixed}) == 0
+    assert "A + B" in lines[0]
+    assert stored_files(store.folder) == []
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_changed_byte_goes_unnoticed(data):
+    good = stored_of(made_up_table(1, eager=(1,), graph=(), max_tokens=1)).to_text()
+    place = data.draw(st.integers(0, len(good) - 1))
+    length = data.draw(st.integers(0, 3))
+    text = good[:place] + data.draw(st.text(max_size=3)) + good[place + length :]
+    if text == good:
+        assert Stored.from_text(text).to_text() == good
+    else:
+        with pytest.raises(ValueError, match=r"."):
+            Stored.from_text(text)
+
+
+def test_impossible_measurements_are_refused():
+    """A gain of all the time there is; with several fills, losses are divided by what remains."""
+    padded = replace(SHAPE, local_experts=32, num_local_tokens=True)
+    table = made_up_table(1, shape=padded, eager=(1,), graph=(), max_tokens=1)
+    (bucket,) = table.evidence.eager
+    fills = tuple(
+        replace(fill, verdict=replace(fill.verdict, results=with_gain(fill.verdict.results, 1.0)))
+        for fill in bucket.fills
+    )
+    evidence = replace(table.evidence, eager=(replace(bucket, fills=fills),))
+    text = stored_of(PolicyTable(evidence)).to_text()
+    with pytest.raises(ValueError, match="impossible"):
+        Stored.from_text(text)
+
+
+def test_every_policy_needs_a_result_in_every_fill():
+    padded = replace(SHAPE, local_experts=32, num_local_tokens=True)
+    table = made_up_table(1, shape=padded, eager=(1,), graph=(), max_tokens=1)
+    (bucket,) = table.evidence.eager
+    last = replace(bucket.fills[2].verdict, results=bucket.fills[2].verdict.results[:2])
+    fills = (*bucket.fills[:2], replace(bucket.fills[2], verdict=last))
+    evidence = replace(table.evidence, eager=(replace(bucket, fills=fills),))
+    with pytest.raises(ValueError, match="measurements"):
+        Stored.from_text(stored_of(PolicyTable(evidence)).to_text())
+
+
+def test_captured_calls_are_not_served_from_a_table_that_never_measured_any():
+    table = made_up_table(1, eager=(1,), graph=(), max_tokens=1)
+    captured = replace(stored_of(table).request, capture_sizes=(1, 2))
+    with pytest.raises(ValueError, match="capture sizes"):
+        Stored.from_text(Stored(captured, table).to_text())
+
+
+@pytest.mark.parametrize("plant", [os.mkfifo, os.mkdir])
+def test_only_regular_files_are_read(tmp_path, plant):
+    plant(tmp_path / "file")
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_file(tmp_path / "file")
+
+
+def with_gain(results, gain):
+    return tuple(replace(result, gain=gain) if result.policy else result for result in results)
+
+
+def test_the_largest_file_is_refused_before_it_is_parsed(store, table, monkeypatch):
+    store.publish({key_of(table): table})
+    path = path_of(store, table)
+    monkeypatch.setattr("adaptive_moe.disk.folder.MAX_FILE_BYTES", path.stat().st_size)
+    assert read_file(path).table == table
+    monkeypatch.setattr("adaptive_moe.disk.folder.MAX_FILE_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(Stored, "from_text", lambda text: pytest.fail("parsed"))
+    with pytest.raises(ValueError, match="more than"):
+        read_file(path)
+
+
+def test_a_file_of_another_user_is_not_believed(store, table, monkeypatch):
+    store.publish({key_of(table): table})
+    owner = path_of(store, table).stat().st_uid
+    if owner == 0:
+        os.chown(path_of(store, table), 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with listening() as lines:
+        assert store.load(key_of(table)) is None
+    assert "belongs to user" in lines[0]
+
+
+# The same faults as `make faults`, fewer of them, in a process that forks undisturbed.
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    out = tmp_path_factory.mktemp("faults") / "faults.json"
+    names = ["warm", "crowd", "kills", "corrupt", "disk"]
+    command = [sys.executable, "-m", "tests.faults", *names, "--short", "--out", str(out)]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, env=environ, check=False, capture_output=True, timeout=300)
+    return json.loads(out.read_text())["runs"]
+
+
+def test_a_warm_start_does_not_even_import_torch(faults):
+    assert faults["warm"]["failures"] == {}
+    assert faults["warm"]["kernel_launches"] == 0
+
+
+def test_processes_that_publish_at_once(faults):
+    found = faults["crowd"]
+    assert found["failures"] == {}
+    assert found["published"] > found["files"] == found["later_readers"] == found["hits"] == 4
+
+
+def test_kills_at_random_moments(faults):
+    found = faults["kills"]
+    assert found["failures"] == {}
+    assert found["kills"] == sum(found["killed_while"].values()) == 12
+    assert found["of_these_left_by_a_later_write"] == 0
+
+
+def test_damaged_files_are_misses(faults):
+    found = faults["corrupt"]
+    assert found["failures"] == {}
+    assert found["files"] == sum(found["kinds"].values()) == 180
+    assert len(found["kinds"]) == 18
+    assert found["undamaged_file_loads"]
+
+
+def test_failing_disks_cost_one_warning(faults):
+    found = faults["disk"]
+    assert found["failures"] == {}
+    assert sum("skipped" not in one for one in found["faults"].values()) >= 7
+
+
+def test_shapes_have_files_of_their_own(store, table):
+    other = made_up_table(1, **SMALL, shape=replace(SHAPE, topk=4))
+    assert store.publish({key_of(table): table, key_of(other): other}) == 2
+    assert len(stored_files(store.folder)) == 2
+    assert store.load(key_of(other)) == other

@@ -1,0 +1,114 @@
+"""Calibrating on a real GPU: skipped where torch sees none (CI), run on one before release."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU that torch can see", allow_module_level=True)
+
+from adaptive_moe.kernels import SortKernel, load_kernel  # noqa: E402
+from adaptive_moe.policy.decision import Standing  # noqa: E402
+from adaptive_moe.policy.table import Bucket  # noqa: E402
+from adaptive_moe.shape import SortingShape  # noqa: E402
+from adaptive_moe.tuning.calibrator import CalibrationRefusedError, Plan, calibrate  # noqa: E402
+from adaptive_moe.tuning.clocks import CallMode, clock_for  # noqa: E402
+
+SHAPE = SortingShape(128, 4, 2880)
+PLAN = Plan(max_tokens=512, capture_sizes=(1, 8, 64, 256), budget_s=0.5)
+
+
+@pytest.fixture(scope="module")
+def kernel() -> SortKernel:
+    found = load_kernel("triton")
+    calibrate(found, SHAPE, PLAN)  # compiles
+    return found
+
+
+def standings(buckets: tuple[Bucket, ...], policy: int) -> set[Standing]:
+    return {
+        result.standing
+        for bucket in buckets
+        for fill in bucket.fills
+        for result in fill.verdict.results
+        if result.policy == policy
+    }
+
+
+def replaced(kernel: SortKernel, policy: int, action) -> SortKernel:
+    """The kernel, with `action(arguments)` in place of one policy."""
+
+    def moe_sorting(*args):
+        return action(args) if args[8] == policy else kernel.moe_sorting(*args)
+
+    return replace(kernel, moe_sorting=moe_sorting)
+
+
+def test_both_arrays_are_measured_and_memory_is_given_back(kernel):
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    table = calibrate(kernel, SHAPE, PLAN)
+    assert [b.num_tokens for b in table.evidence.graph][:: len(table.evidence.graph) - 1] == [
+        1,
+        256,
+    ]
+    assert table.evidence.eager[-1].num_tokens == 512
+    assert all(f.verdict.rounds for b in table.evidence.graph for f in b.fills)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before[0]
+    assert torch.cuda.memory_reserved() <= before[1]
+
+
+def test_while_capturing_it_refuses_and_the_capture_survives(kernel, caplog):
+    ones = torch.zeros(4, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with (
+        caplog.at_level(logging.WARNING, "adaptive_moe"),
+        torch.cuda.graph(graph),
+    ):
+        ones += 1
+        with pytest.raises(CalibrationRefusedError, match="captured"):
+            calibrate(kernel, SHAPE, PLAN)
+        ones += 1
+    graph.replay()
+    torch.cuda.synchronize()
+    assert ones.tolist() == [2.0] * 4
+    assert "captured" in caplog.text
+
+
+def test_a_policy_out_of_memory_is_dropped_and_the_rest_goes_on(kernel):
+    before = torch.cuda.memory_allocated()
+    greedy = replaced(kernel, 2, lambda args: torch.empty(1 << 45, device="cuda"))
+    table = calibrate(greedy, SHAPE, PLAN)
+    assert standings(table.evidence.eager + table.evidence.graph, 2) == {Standing.FAILED}
+    assert standings(table.evidence.graph, 1) - {Standing.FAILED, Standing.WRONG}
+    assert set(table.eager[1:]) | set(table.graph[1:]) <= {0, 1}
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_policy_that_leaves_its_buffer_unwritten_is_wrong(kernel):
+    def unzeroed(args):
+        *sorted_outputs, moe_buf = kernel.moe_sorting(*args)
+        return (*sorted_outputs, torch.empty_like(moe_buf))
+
+    table = calibrate(replaced(kernel, 1, unzeroed), SHAPE, PLAN)
+    assert standings(table.evidence.eager, 1) == {Standing.WRONG}
+    assert 1 not in table.eager[1:] + table.graph[1:]
+
+
+def test_one_policy_under_three_names_stays_zero(kernel):
+    same = replace(kernel, moe_sorting=lambda *args: kernel.moe_sorting(*args[:8], 2))
+    table = calibrate(same, SHAPE, PLAN)
+    assert set(table.eager[1:]) | set(table.graph[1:]) == {0}
+
+
+def test_graph_clocks_survive_graphs_that_came_and_went():
+    clock = clock_for(CallMode.GRAPH, torch.device("cuda"))
+    value = torch.zeros(1024, device="cuda")
+    for _ in range(3):
+        sample = clock.prepare([lambda: value.add_(torch.ones_like(value))])
+        assert sample() > 0.0
+        del sample
+    assert value[0].item() > 0

@@ -1,0 +1,111 @@
+"""Token counts to measure, and the one mapper from a count to its bucket."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptive_moe.policy.buckets import between, bucket_of, check_domain, first_buckets
+from adaptive_moe.policy.decision import Rule
+from adaptive_moe.policy.environment import Environment
+from adaptive_moe.policy.table import SCHEMA, Bucket, Calibration, PolicyTable
+from adaptive_moe.shape import SortingShape
+
+quick = settings(max_examples=100, deadline=None)
+counts = st.sets(st.integers(1, 300), min_size=1, max_size=12).map(sorted)
+
+
+@quick
+@given(counts, st.integers(1, 1000))
+def test_every_count_maps_to_the_smallest_bucket_not_below_it_or_the_last(
+    buckets: list[int], num_tokens: int
+) -> None:
+    served_by = buckets[bucket_of(num_tokens, buckets)]
+    not_below = [b for b in buckets if b >= num_tokens]
+    assert served_by == min(not_below, default=buckets[-1])
+
+
+@quick
+@given(counts, st.data())
+def test_lookup_reads_the_policy_of_the_bucket_that_tuning_mapped_to(
+    buckets: list[int], data: st.DataObject
+) -> None:
+    policies = data.draw(st.lists(st.integers(0, 2), min_size=len(buckets), max_size=len(buckets)))
+    table = PolicyTable(
+        Calibration(
+            schema=SCHEMA,
+            shape=SortingShape(8, 2, 64),
+            kernel="made up",
+            policies=(0, 1, 2),
+            environment=Environment("", "", 1, "", "", ""),
+            rule=Rule(),
+            max_tokens=300,
+            created="",
+            seconds=0.0,
+            eager=tuple(Bucket(n, p, "", ()) for n, p in zip(buckets, policies, strict=True)),
+        )
+    )
+    for num_tokens in range(1, 301):
+        assert table.eager[num_tokens] == policies[bucket_of(num_tokens, buckets)]
+        assert table.bucket(num_tokens).num_tokens == buckets[bucket_of(num_tokens, buckets)]
+
+
+@pytest.mark.parametrize(("num_tokens", "buckets"), [(0, [1]), (-1, [1, 2]), (1, [])])
+def test_what_has_no_bucket_is_an_error(num_tokens: int, buckets: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"num_tokens={num_tokens}"):
+        bucket_of(num_tokens, buckets)
+
+
+def test_the_first_buckets_are_powers_of_two_and_the_ends() -> None:
+    assert first_buckets(range(1, 101)) == (1, 2, 4, 8, 16, 32, 64, 100)
+    assert first_buckets(range(1, 65)) == (1, 2, 4, 8, 16, 32, 64)
+    assert first_buckets((24, 48, 96)) == (24, 48, 96)
+
+
+def test_wanted_buckets_move_up_to_counts_that_can_occur() -> None:
+    sizes = (1, 2, 4, 8, 24, 40)
+    assert first_buckets(sizes, (3, 9, 25, 400)) == (1, 4, 24, 40)
+    assert first_buckets(range(1, 101), (10,)) == (1, 10, 100)
+
+
+@quick
+@given(counts, counts)
+def test_first_buckets_rise_lie_in_the_domain_and_hold_its_ends(
+    domain: list[int], wanted: list[int]
+) -> None:
+    for found in (first_buckets(domain), first_buckets(domain, wanted)):
+        assert list(found) == sorted(set(found))
+        assert set(found) <= set(domain)
+        assert {domain[0], domain[-1]} <= set(found)
+
+
+def test_an_empty_domain_is_an_error() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        first_buckets(())
+
+
+@quick
+@given(counts, st.data())
+def test_between_is_strictly_inside_and_none_only_for_neighbours(
+    domain: list[int], data: st.DataObject
+) -> None:
+    low = data.draw(st.sampled_from(domain))
+    high = data.draw(st.sampled_from([n for n in domain if n >= low]))
+    inside = [n for n in domain if low < n < high]
+    middle = between(domain, low, high)
+    assert (middle in inside) if inside else (middle is None)
+
+
+def test_between_halves_the_ratio() -> None:
+    assert between(range(1, 10_000), 16, 4096) == 256
+    assert between((1, 16, 200, 300, 4096), 16, 4096) == 300
+
+
+def test_a_domain_is_sorted_and_unique_whatever_order_it_came_in() -> None:
+    assert check_domain("capture_sizes", [8, 1, 8, 2]) == (1, 2, 8)
+    assert check_domain("capture_sizes", []) == ()
+
+
+@pytest.mark.parametrize("odd", [0, -4, True, 1.0, "8", None])
+def test_a_count_that_is_none_is_refused_under_its_list_s_name(odd: object) -> None:
+    with pytest.raises(ValueError, match=f"capture_sizes: {odd!r} is not a token count"):
+        check_domain("capture_sizes", [1, odd])  # type: ignore[list-item]

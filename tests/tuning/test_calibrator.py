@@ -1,0 +1,395 @@
+"""calibrate() with a kernel that sorts for real, on a clock that the kernel itself moves."""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from adaptive_moe.kernels import SortKernel, cpu_sort
+from adaptive_moe.policy.decision import Standing
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.shape import SortingShape
+from adaptive_moe.tuning.calibrator import BudgetError, Plan, calibrate
+from adaptive_moe.tuning.clocks import CallMode, Clock, WallClock
+
+SHAPE = SortingShape(8, 2, 4, block_size=4)
+CPU = torch.device("cpu")
+Outputs = tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Fake:
+    """A kernel and its clock: each call takes what `us` says and returns what cpu_sort does.
+
+    us(policy, rows, real rows) is in microseconds; `spoil` may change the outputs, `fail` raise.
+    Nobody looks at the outputs of a timed call, so that one (memory is not poisoned then) sorts
+    nothing.
+    """
+
+    us: Callable[[int, int, int], float]
+    spoil: Callable[[int, int, Outputs], Outputs] = lambda policy, rows, outputs: outputs
+    fail: Callable[[int, int], bool] = lambda policy, rows: False
+    policies: tuple[int, ...] = (0, 1, 2)
+    seconds: float = 0.0
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    timed_from: float = math.nan
+    timed_calls: int = 0
+
+    def sort(self, *arguments: Any) -> Outputs:
+        self.calls.append(arguments)
+        rows, policy, local = len(arguments[0]), arguments[8], arguments[7]
+        self.seconds += 1e-6 * self.us(policy, rows, rows if local is None else int(local))
+        if self.fail(policy, rows):
+            raise RuntimeError("no kernel for this size")
+        if not torch.are_deterministic_algorithms_enabled():
+            return ()
+        return self.spoil(policy, rows, cpu_sort.moe_sorting(*arguments))
+
+    def clock(self, mode: CallMode, device: torch.device) -> Clock:
+        assert (mode, device) == (CallMode.EAGER, CPU)
+        self.timed_from, self.timed_calls = self.seconds, len(self.calls)
+        return WallClock(lambda: self.seconds)
+
+    def calibrate(self, shape: SortingShape = SHAPE, **options: Any) -> PolicyTable:
+        """options: of Plan, and of calibrate()."""
+        more = {k: options.pop(k) for k in ("expert_mask", "progress") if k in options}
+        return calibrate(
+            SortKernel("made up", self.sort, CPU, self.policies),
+            shape,
+            Plan(**{"max_tokens": 64, "budget_s": 60.0, **options}),
+            clock_factory=self.clock,
+            now=lambda: self.seconds,
+            **more,
+        )
+
+
+def crossing(at: float, policy: int, rows: int) -> float:
+    """1 is best up to `at` rows and 2 beyond; policy 0 is a fifth slower than the better one."""
+    one, two = 50.0 + 50.0 * rows / at, 100.0
+    return {0: 1.25 * min(one, two), 1: one, 2: two}[policy]
+
+
+@pytest.mark.parametrize("at", [3, 11, 40])
+def test_a_planted_crossover_is_found_to_within_a_few_margins(at: int) -> None:
+    table = Fake(lambda policy, rows, real: crossing(at, policy, rows)).calibrate()
+    assert table.graph is table.eager
+    for rows in range(1, 65):
+        best = min(crossing(at, policy, rows) for policy in (1, 2))
+        assert crossing(at, table.eager[rows], rows) <= 1.031 * best
+
+
+def test_a_policy_0_that_switches_at_the_wrong_count_is_replaced_just_where_it_is_wrong() -> None:
+    """Policy 0 runs what 1 runs up to 20 rows, but 1 stays the better choice up to 45."""
+
+    def us(policy: int, rows: int, real: int) -> float:
+        one, two = (60.0, 90.0) if rows <= 45 else (90.0, 60.0)
+        return {0: one if rows <= 20 else two, 1: one, 2: two}[policy]
+
+    table = Fake(us).calibrate()
+    assert list(table.eager[1:]) == [0] * 20 + [1] * 25 + [0] * 19
+
+
+def test_identical_policies_give_policy_0_everywhere_in_few_calls() -> None:
+    fake = Fake(lambda policy, rows, real: 50.0)
+    table = fake.calibrate()
+    assert set(table.eager) == {0}
+    assert {b.num_tokens for b in table.evidence.eager} == {1, 2, 4, 8, 16, 32, 64}
+    standings = [r.standing for b in table.evidence.eager for r in b.fills[0].verdict.results[1:]]
+    assert set(standings) == {Standing.TIED}
+
+
+def test_on_the_cpu_capture_sizes_give_no_array_of_their_own() -> None:
+    table = Fake(lambda policy, rows, real: 50.0).calibrate(capture_sizes=(1, 2, 4))
+    assert table.graph is table.eager
+    assert table.evidence.graph == ()
+
+
+def test_the_first_buckets_are_those_asked_for() -> None:
+    table = Fake(lambda policy, rows, real: 50.0).calibrate(first=(5, 20))
+    assert [b.num_tokens for b in table.evidence.eager] == [1, 5, 20, 64]
+
+
+def test_the_table_keeps_what_it_was_measured_for_and_reads_back_equal() -> None:
+    fake = Fake(lambda policy, rows, real: crossing(11, policy, rows))
+    table = fake.calibrate(budget_s=2e-3)
+    found = table.evidence
+    assert (found.shape, found.kernel, found.policies) == (SHAPE, "made up", (0, 1, 2))
+    assert (found.max_tokens, found.seconds) == (64, pytest.approx(fake.seconds, abs=1e-3))
+    assert found.environment.torch == torch.__version__
+    assert PolicyTable.from_json(table.to_json()) == table
+
+
+# What is wrong or raises
+
+
+def spoiled(outputs: Outputs) -> Outputs:
+    outputs[0][0] += 1
+    return outputs
+
+
+def test_a_wrong_policy_is_out_however_fast_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fake = Fake(
+        lambda policy, rows, real: {0: 50.0, 1: 1.0, 2: 40.0}[policy],
+        lambda policy, rows, outputs: spoiled(outputs) if policy == 1 else outputs,
+    )
+    with caplog.at_level(logging.WARNING, "adaptive_moe"):
+        table = fake.calibrate()
+    assert set(table.eager[1:]) == {2}
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "policy 1 is out for 8 experts" in message
+    assert "sorted_ids" in message
+    for bucket in table.evidence.eager:
+        result = bucket.fills[0].verdict.results[1]
+        assert result.standing is Standing.WRONG
+        assert "sorted_ids" in result.reason
+
+
+def test_a_policy_wrong_only_at_the_largest_count_is_out_for_every_count() -> None:
+    fake = Fake(
+        lambda policy, rows, real: {0: 50.0, 1: 20.0, 2: 50.0}[policy],
+        lambda policy, rows, outputs: spoiled(outputs) if policy == 1 and rows > 60 else outputs,
+    )
+    table = fake.calibrate()
+    assert set(table.eager) == {0}
+    assert all(
+        b.fills[0].verdict.results[1].standing is Standing.WRONG for b in table.evidence.eager
+    )
+    # Found before any clock ran, so no time went into it.
+    assert 1 not in {arguments[8] for arguments in fake.calls[fake.timed_calls :]}
+
+
+def test_a_policy_found_wrong_while_refining_is_out_for_every_count() -> None:
+    def us(policy: int, rows: int, real: int) -> float:
+        return {0: 50.0, 1: 20.0 if rows < 30 else 60.0, 2: 60.0}[policy]
+
+    fake = Fake(
+        us,
+        lambda policy, rows, outputs: (
+            spoiled(outputs) if policy == 1 and rows in range(3, 64) else outputs
+        ),
+    )
+    table = fake.calibrate(first=(2, 64), max_tokens=64)
+    assert len(table.evidence.eager) > 3
+    assert set(table.eager) == {0}
+    assert table.evidence.eager[0].fills[0].verdict.results[1].standing is Standing.WRONG
+
+
+def test_a_raising_policy_is_out_with_its_reason_and_the_others_are_measured() -> None:
+    fake = Fake(
+        lambda policy, rows, real: {0: 50.0, 1: 1.0, 2: 40.0}[policy],
+        fail=lambda policy, rows: policy == 1 and rows == 16,
+    )
+    table = fake.calibrate()
+    assert set(table.eager[1:]) == {2}
+    result = table.evidence.eager[0].fills[0].verdict.results[1]
+    assert result.standing is Standing.FAILED
+    assert result.reason == "raised RuntimeError: no kernel for this size"
+
+
+def test_a_policy_that_raises_only_while_it_is_timed_is_out_for_every_count(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls = 0
+
+    def fail(policy: int, rows: int) -> bool:
+        nonlocal calls
+        calls += (policy, rows) == (1, 16)
+        return (policy, rows) == (1, 16) and calls > 5
+
+    fake = Fake(lambda policy, rows, real: {0: 50.0, 1: 20.0, 2: 50.0}[policy], fail=fail)
+    with caplog.at_level(logging.WARNING, "adaptive_moe"):
+        table = fake.calibrate()
+    assert set(table.eager) == {0}
+    assert "policy 1 is out" in caplog.text
+    assert "no kernel for this size" in caplog.text
+
+
+@pytest.mark.parametrize("at", [1, 16, 64])
+def test_where_policy_0_raises_nothing_replaces_it_and_the_reason_is_kept(at: int) -> None:
+    fake = Fake(
+        lambda policy, rows, real: {0: 50.0, 1: 20.0, 2: 30.0}[policy],
+        fail=lambda policy, rows: policy == 0 and rows == at,
+    )
+    table = fake.calibrate()
+    assert set(table.eager) == {0}
+    assert "no kernel for this size" in table.evidence.eager[0].reason
+
+
+def test_policies_that_are_all_hopeless_or_out_keep_policy_0_without_an_error() -> None:
+    fake = Fake(
+        lambda policy, rows, real: {0: 1.0, 1: 50.0, 2: 70.0}[policy],
+        fail=lambda policy, rows: policy == 2,
+    )
+    table = fake.calibrate()
+    assert set(table.eager) == {0}
+    standings = {r.standing for r in table.evidence.eager[0].fills[0].verdict.results[1:]}
+    assert standings == {Standing.HOPELESS, Standing.FAILED}
+
+
+def test_a_kernel_of_policy_0_alone_has_a_table_of_zeros() -> None:
+    assert set(Fake(lambda *_: 9.0, policies=(0,)).calibrate().eager) == {0}
+
+
+# Time
+
+
+def test_first_calls_that_compile_are_neither_timed_nor_on_the_budget() -> None:
+    seen: set[tuple[int, int]] = set()
+
+    def us(policy: int, rows: int, real: int) -> float:
+        compiles = (policy, rows) not in seen
+        seen.add((policy, rows))
+        return 1e9 if compiles else {0: 50.0, 1: 40.0, 2: 50.0}[policy]
+
+    table = Fake(us).calibrate(budget_s=0.5)
+    assert set(table.eager[1:]) == {1}
+    assert table.evidence.seconds > 1e4
+    for bucket in table.evidence.eager:
+        medians = [result.median_us for result in bucket.fills[0].verdict.results]
+        assert medians == pytest.approx([50.0, 40.0, 50.0], rel=1e-3)
+
+
+def jumpy() -> Callable[[int, int, int], float]:
+    """Policies 1 and 2 seem to gain a little, but jump up and down from round to round."""
+    calls: Counter[tuple[int, int]] = Counter()
+
+    def us(policy: int, rows: int, real: int) -> float:
+        calls[policy, rows] += 1
+        # One call is the check and two are the first look; a round has eight.
+        rounds = (calls[policy, rows] - 4) // 8
+        return 50.0 if policy == 0 or rounds < 0 else 75.0 if (rounds + policy) % 2 else 30.0
+
+    return us
+
+
+@pytest.mark.parametrize("budget_s", [0.04, 0.1, 0.3])
+def test_where_nothing_settles_the_budget_is_used_kept_and_shared_by_all_buckets(
+    budget_s: float,
+) -> None:
+    fake = Fake(jumpy())
+    table = fake.calibrate(budget_s=budget_s)
+    slowest_round = 12 * 2 * 75e-6
+    spent = fake.seconds - fake.timed_from
+    assert 0.9 * budget_s <= spent <= budget_s + slowest_round
+    assert set(table.eager) == {0}
+    for bucket in table.evidence.eager:
+        assert bucket.fills[0].verdict.rounds > 0
+        assert not bucket.fills[0].verdict.settled
+
+
+def test_what_is_settled_leaves_its_time_to_others() -> None:
+    fake = Fake(lambda policy, rows, real: {0: 50.0, 1: 40.0, 2: 50.0}[policy])
+    fake.calibrate(budget_s=60.0)
+    assert fake.seconds - fake.timed_from < 0.1
+
+
+def test_a_budget_too_small_for_one_round_is_an_error_that_says_so() -> None:
+    fake = Fake(lambda policy, rows, real: 50.0)
+    with pytest.raises(BudgetError, match=r"budget 1e-05 s is too small.*give a larger budget"):
+        fake.calibrate(budget_s=1e-5)
+
+
+@pytest.mark.parametrize(("first", "at_first"), [((), 7), ((5, 20), 4)])
+def test_progress_rises_to_its_total_and_names_the_token_count(
+    first: tuple[int, ...], at_first: int
+) -> None:
+    told: list[tuple[int, int, str]] = []
+    table = Fake(lambda policy, rows, real: crossing(11, policy, rows)).calibrate(
+        first=first, progress=lambda *step: told.append(step)
+    )
+    counts = [b.num_tokens for b in table.evidence.eager]
+    assert len(counts) > at_first
+    assert sorted({what for _, _, what in told}) == sorted(f"{n} tokens" for n in counts)
+    assert all(a[0] <= b[0] <= b[1] for a, b in pairwise(told))
+    assert told[0] == (1, at_first, "1 tokens")
+    assert told[-1][:2] == (len(counts), len(counts))
+
+
+# What reaches the kernel
+
+
+def test_every_sample_mixes_different_routings() -> None:
+    fake = Fake(lambda policy, rows, real: 50.0)
+    fake.calibrate(max_tokens=16, first=(16,))
+    timed = [a[0] for a in fake.calls[fake.timed_calls :] if a[8] == 0 and len(a[0]) == 16]
+    assert not torch.equal(timed[0], timed[1])
+    for ids in timed[:2]:
+        assert all(len(set(row)) == SHAPE.topk for row in ids.tolist())
+
+
+def test_the_caller_s_expert_mask_reaches_every_call() -> None:
+    mask = torch.tensor([0, 1, 1, 0, 1, 0, 1, 0], dtype=torch.int32)
+    fake = Fake(lambda policy, rows, real: 50.0)
+    fake.calibrate(SortingShape(8, 2, 4, local_experts=4), expert_mask=mask, max_tokens=8)
+    assert fake.calls
+    assert all(arguments[6] is mask for arguments in fake.calls)
+
+
+def test_without_one_a_rank_keeps_its_first_experts() -> None:
+    fake = Fake(lambda policy, rows, real: 50.0)
+    fake.calibrate(SortingShape(8, 2, 4, local_experts=3), max_tokens=8)
+    assert all(a[6].tolist() == [1, 1, 1, 0, 0, 0, 0, 0] for a in fake.calls)
+    plain = Fake(lambda policy, rows, real: 50.0)
+    plain.calibrate(max_tokens=8)
+    assert all(a[6] is None and a[7] is None for a in plain.calls)
+
+
+PADDED = SortingShape(8, 2, 4, block_size=4, num_local_tokens=True)
+
+
+def test_padded_rows_are_measured_at_several_fills() -> None:
+    fake = Fake(lambda policy, rows, real: 50.0)
+    table = fake.calibrate(PADDED)
+    assert {int(a[7]) for a in fake.calls if len(a[0]) == 64} == {64, 8, 1}
+    assert [f.fraction for f in table.evidence.eager[-1].fills] == [1.0, 1 / 8, 1 / 64]
+
+
+def test_padded_rows_get_the_policy_that_loses_least_in_its_worst_fill() -> None:
+    def us(policy: int, rows: int, real: int) -> float:
+        # Policy 1 is best where all rows are real, but much the worst where few are.
+        full = {0: 60.0, 1: 50.0, 2: 53.0}
+        sparse = {0: 60.0, 1: 90.0, 2: 45.0}
+        return full[policy] if real == rows else sparse[policy]
+
+    table = Fake(us).calibrate(PADDED, first=(32, 64), max_tokens=64)
+    assert table.policy(64) == 2
+    assert [f.verdict.policy for f in table.evidence.eager[-1].fills] == [1, 2, 2]
+
+
+def test_a_policy_wrong_at_one_fill_only_is_out() -> None:
+    def spoil(policy: int, rows: int, outputs: Outputs) -> Outputs:
+        sparse = int(outputs[3][1]) < rows
+        return spoiled(outputs) if policy == 2 and sparse else outputs
+
+    table = Fake(lambda policy, rows, real: {0: 50.0, 1: 50.0, 2: 20.0}[policy], spoil).calibrate(
+        PADDED
+    )
+    assert set(table.eager) == {0}
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_tokens": -4}, "max_tokens=-4"),
+        ({"max_tokens": 1 << 40}, "max_tokens="),
+        ({"max_tokens": 4, "budget_s": 0.0}, "budget_s=0.0"),
+        ({"max_tokens": 4, "budget_s": -1.0}, "budget_s=-1.0"),
+        ({"max_tokens": 4, "budget_s": float("nan")}, "budget_s=nan"),
+        ({"max_tokens": 4, "capture_sizes": (4, 0)}, "capture_sizes: 0"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_by_name(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Plan(**options)

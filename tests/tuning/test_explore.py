@@ -1,0 +1,298 @@
+"""explore() on made-up times: which counts it measures, how long, and what it closes in on."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptive_moe.policy.buckets import bucket_of
+from adaptive_moe.policy.decision import Candidate, PolicyResult, Rule, Standing, Verdict, decide
+from adaptive_moe.policy.table import Bucket, Fill
+from adaptive_moe.tuning.explore import (
+    SKETCH_ROUNDS,
+    doubts,
+    explore,
+    gap_cost,
+    gaps,
+    next_step,
+    promised,
+)
+
+RULE = Rule()
+quick = settings(max_examples=100, deadline=None)
+Times = dict[int, float]
+DOMAIN = range(1, 2049)
+POWERS = [1 << k for k in range(12)]
+
+
+class Measured:
+    """Buckets from exact times, or noisy ones where `noise` says so; and what was asked for."""
+
+    def __init__(
+        self, us: Callable[[int], Times], noise: Callable[[int], float] = lambda n: 1.0
+    ) -> None:
+        self.us, self.noise = us, noise
+        self.asked: list[int] = []
+        self.rounds: list[int] = []
+
+    def rounds_of(self, num_tokens: int) -> list[int]:
+        asked = zip(self.asked, self.rounds, strict=True)
+        return [rounds for n, rounds in asked if n == num_tokens]
+
+    def __call__(self, num_tokens: int, rounds: int) -> Bucket:
+        self.asked.append(num_tokens)
+        self.rounds.append(rounds)
+        times, noise = self.us(num_tokens), self.noise(num_tokens)
+        best = min(times.values())
+
+        def samples(policy: int) -> tuple[float, ...]:
+            us = times[policy]
+            if policy == 0:
+                return (us,) * rounds
+            return ((us * noise, us / noise) * rounds)[:rounds]
+
+        candidates = [
+            Candidate(p, samples(p))
+            if p == 0 or times[p] < 3 * best
+            else Candidate(p, out=Standing.HOPELESS)
+            for p in sorted(times)
+        ]
+        verdict = decide(candidates, RULE)
+        return Bucket(num_tokens, verdict.policy, verdict.reason, (Fill(1.0, verdict),))
+
+
+def explored(
+    us: Callable[[int], Times], domain: Sequence[int] = DOMAIN, wanted: Sequence[int] = ()
+) -> tuple[dict[int, Bucket], list[int]]:
+    measured = Measured(us)
+    return explore(domain, wanted, RULE, measured, lambda: True), measured.asked
+
+
+def around(found: dict[int, Bucket], threshold: int) -> tuple[int, int]:
+    """The measured neighbours that have the threshold between them."""
+    return max(n for n in found if n <= threshold), min(n for n in found if n > threshold)
+
+
+def closed_in(found: dict[int, Bucket], threshold: int, lost: float) -> bool:
+    """Whether what the gap may still lose is under a tenth of a margin, averaged over an e-fold."""
+    low, high = around(found, threshold)
+    return high - low == 1 or lost * math.log(high / low) <= RULE.margin / 10
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 2000))
+def test_no_count_loses_more_than_three_margins_around_a_crossover(at: int) -> None:
+    def us(num_tokens: int) -> Times:
+        one, two = 5.0 + 5.0 * num_tokens / at, 10.0
+        return {0: 1.5 * min(one, two), 1: one, 2: two}
+
+    found, asked = explored(us)
+    counts = sorted(found)
+    for num_tokens in DOMAIN:
+        times = us(num_tokens)
+        applied = found[counts[bucket_of(num_tokens, counts)]].policy
+        lost = times[applied] / min(times.values()) - 1
+        assert lost <= 3.01 * RULE.margin or lost / num_tokens <= RULE.margin / 10
+    assert len(asked) <= 12 + 12
+
+
+def step(threshold: int, below: Times, above: Times) -> Callable[[int], Times]:
+    return lambda num_tokens: below if num_tokens <= threshold else above
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2047))
+def test_a_sudden_change_of_winner_is_closed_in_on(threshold: int) -> None:
+    found, asked = explored(step(threshold, {0: 10, 1: 7, 2: 10}, {0: 10, 1: 10, 2: 7}))
+    low, high = around(found, threshold)
+    assert (found[low].policy, found[high].policy) == (1, 2)
+    assert closed_in(found, threshold, 10 / 7 - 1)
+    assert threshold > 400 or (low, high) == (threshold, threshold + 1)
+    assert len(asked) <= 12 + 12
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2047))
+def test_a_jump_of_policy_0_between_two_buckets_that_keep_it_is_closed_in_on(
+    threshold: int,
+) -> None:
+    """Policy 0 runs what 1 runs up to the threshold and what 2 runs beyond it. It is tied at both
+    ends of the gap, so only its twins betray the jump."""
+    found, asked = explored(step(threshold, {0: 8, 1: 8, 2: 12}, {0: 8, 1: 12, 2: 8}))
+    assert closed_in(found, threshold, 0.5)
+    assert threshold > 400 or around(found, threshold) == (threshold, threshold + 1)
+    assert all(bucket.policy == 0 for bucket in found.values())
+    assert len(asked) <= 12 + 12
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 2047))
+def test_the_count_at_which_a_winner_becomes_hopeless_is_found_exactly(threshold: int) -> None:
+    found, _ = explored(step(threshold, {0: 10, 1: 7, 2: 9}, {0: 10, 1: 99, 2: 9}))
+    assert (found[threshold].policy, found[threshold + 1].policy) == (1, 2)
+
+
+def test_where_nothing_differs_only_the_first_buckets_are_measured_small_to_large() -> None:
+    found, asked = explored(lambda num_tokens: {0: 10, 1: 8, 2: 11})
+    assert asked == POWERS
+    assert {b.policy for b in found.values()} == {1}
+    _, asked = explored(lambda num_tokens: {0: 10, 1: 10, 2: 12}, wanted=(5, 50))
+    assert asked == [1, 5, 50, 2048]
+
+
+times = st.fixed_dictionaries({p: st.sampled_from((5.0, 9.0, 10.0, 10.1, 40.0)) for p in (0, 1, 2)})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sets(st.integers(1, 400), min_size=1, max_size=40).map(sorted),
+    st.lists(times, min_size=1, max_size=6),
+    st.sampled_from((1.0, 1.02, 1.5)),
+)
+def test_it_ends_and_only_ever_measures_counts_of_the_domain(
+    domain: list[int], wild: list[Times], noise: float
+) -> None:
+    measured = Measured(lambda n: wild[n % len(wild)], lambda n: noise if n % 2 else 1.0)
+    found = explore(domain, (), RULE, measured, lambda: True)
+    assert set(found) == set(measured.asked) <= set(domain)
+    # A count is sketched once, and each time it is gone on with it gets twice the rounds.
+    for count in found:
+        rounds = measured.rounds_of(count)
+        assert rounds[0] == SKETCH_ROUNDS
+        assert rounds[1:] == [min(2 * r, RULE.max_rounds) for r in rounds[:-1]]
+        assert len(rounds) == len(set(rounds))
+    # It ended because nothing that matters is left to refine, not because it gave up.
+    for low, high in pairwise(sorted(found)):
+        if gap_cost(found[low], found[high], RULE) > RULE.margin / 10:
+            assert not [n for n in domain if low < n < high]
+
+
+def test_without_time_only_the_first_buckets_are_measured() -> None:
+    measured = Measured(step(100, {0: 10, 1: 7}, {0: 10, 1: 14}))
+    explore(DOMAIN, (), RULE, measured, lambda: False)
+    assert measured.asked == POWERS
+
+
+def test_refinement_stops_when_time_is_up() -> None:
+    measured = Measured(step(100, {0: 10, 1: 7}, {0: 10, 1: 14}))
+    explore(DOMAIN, (), RULE, measured, lambda: len(measured.asked) < 14)
+    assert len(measured.asked) == 14
+    assert max(measured.rounds) < RULE.max_rounds
+
+
+def test_the_costliest_gap_is_refined_first() -> None:
+    def us(num_tokens: int) -> Times:
+        if num_tokens <= 10:
+            return {0: 10, 1: 9}  # little is lost around 10 ...
+        return {0: 10, 1: 12} if num_tokens <= 500 else {0: 10, 1: 4}  # ... and much around 500
+
+    measured = Measured(us)
+    wanted = (1, 8, 16, 256, 1024)
+    explore(range(1, 1025), wanted, RULE, measured, lambda: len(measured.asked) < 6)
+    assert 256 < measured.asked[5] < 1024
+    found = {n: measured(n, 12) for n in wanted}
+    costs = {step.num_tokens: step.saves for step in gaps(found, DOMAIN, RULE)}
+    assert sorted(costs) == [3, 11, 64, 512]
+    assert costs[512] > costs[11] > 0
+    assert costs[3] == costs[64] == 0
+
+
+def test_the_wider_of_two_gaps_that_lose_alike_costs_more() -> None:
+    measured = Measured(lambda n: {0: 10, 1: 8} if n in (4, 64) else {0: 10, 1: 12})
+    four, eight, sixty_four, thousand = (measured(n, 12) for n in (4, 8, 64, 1024))
+    assert gap_cost(sixty_four, thousand, RULE) > gap_cost(four, eight, RULE) > 0
+
+
+def test_the_worst_of_several_fills_decides_what_a_gap_costs() -> None:
+    measured = Measured(lambda n: {0: 10, 1: 8} if n == 4 else {0: 10, 1: 12})
+    same, differs = measured(4, 12).fills[0], measured(8, 12).fills[0]
+    low = Bucket(4, 1, "", (same, same))
+    assert gap_cost(low, Bucket(8, 1, "", (same, same)), RULE) == 0
+    cost = gap_cost(low, Bucket(8, 1, "", (same, differs)), RULE)
+    assert cost == pytest.approx(0.25 * math.log(2))
+
+
+def test_doubts_are_settled_the_most_promising_first_until_they_are_or_promise_too_little() -> None:
+    gains = {4: 0.03, 16: 0.10, 64: 0.06}
+    measured = Measured(
+        lambda n: {0: 10.0, 1: 10.0 * (1 - gains.get(n, 0.0))},
+        noise=lambda n: 1.1 if n in gains else 1.0,
+    )
+    found = explore((1, 4, 16, 64, 256), (1, 4, 16, 64, 256), RULE, measured, lambda: True)
+    assert sorted(set(measured.asked[5:]), key=measured.asked[5:].index) == [16, 64, 4]
+    assert measured.rounds_of(1) == measured.rounds_of(256) == [SKETCH_ROUNDS]
+    assert [found[n].policy for n in (16, 64)] == [1, 1]
+    assert max(measured.rounds_of(16)) < max(measured.rounds_of(64))
+
+
+def test_a_doubt_without_promise_is_not_worth_more_rounds() -> None:
+    measured = Measured(lambda n: {0: 10.0, 1: 9.99}, noise=lambda n: 1.05 if n in (4, 16) else 1.0)
+    found = explore((1, 4, 16), (1, 4, 16), RULE, measured, lambda: True)
+    assert measured.rounds_of(1) == [SKETCH_ROUNDS]
+    assert max(measured.rounds) <= 2 * SKETCH_ROUNDS
+    assert not found[4].fills[0].verdict.settled
+
+
+def test_a_rival_that_cannot_gain_over_the_chosen_policy_is_no_doubt() -> None:
+    chosen = PolicyResult(1, Standing.FASTER, 8.0, 0.20, 0.15, 0.25)
+    base = PolicyResult(0, Standing.REFERENCE, 10.0, 0.0)
+
+    def verdict(high: float) -> Verdict:
+        rival = PolicyResult(2, Standing.UNSETTLED, 8.1, 0.19, 0.10, high)
+        return Verdict(1, False, SKETCH_ROUNDS, "", (base, chosen, rival))
+
+    assert promised(verdict(0.24), RULE) == 0.0
+    assert 0.0 < promised(verdict(0.35), RULE) < 0.05
+
+
+def unsure(num_tokens: int, gain: float, high: float) -> Bucket:
+    base = PolicyResult(0, Standing.REFERENCE, 10.0, 0.0)
+    rival = PolicyResult(1, Standing.UNSETTLED, 9.0, gain, 2 * gain - high, high)
+    verdict = Verdict(0, False, SKETCH_ROUNDS, "", (base, rival))
+    return Bucket(num_tokens, 0, "", (Fill(1.0, verdict),))
+
+
+@quick
+@given(st.floats(-0.2, 0.5), st.floats(0.001, 0.5), st.floats(0.001, 0.3))
+def test_a_doubt_promises_more_the_more_it_seems_to_gain_and_never_less_than_that(
+    gain: float, width: float, more: float
+) -> None:
+    def promise(gain: float) -> float:
+        return promised(unsure(8, gain, gain + width).fills[0].verdict, RULE)
+
+    assert promise(gain) <= promise(min(gain + more, 0.8))
+    assert promise(gain) == 0.0 or promise(gain) >= gain
+
+
+def test_a_doubt_is_asked_for_twice_the_rounds_and_worth_the_counts_it_serves() -> None:
+    found = {n: unsure(n, 0.10, 0.25) for n in (4, 8, 64)}
+    asked = {4: 10, 8: 40, 64: RULE.max_rounds}
+    four, eight = doubts(found, asked, RULE)
+    assert (four.num_tokens, four.rounds, four.more) == (4, 20, 10)
+    assert (eight.num_tokens, eight.rounds, eight.more) == (8, 80, 40)
+    # It serves 1 to 4, or 5 to 8.
+    assert four.saves / eight.saves == pytest.approx(math.log(5) / math.log(9 / 5))
+
+
+def test_of_two_doubts_alike_the_one_that_takes_fewer_rounds_comes_first() -> None:
+    found = {n: unsure(n, 0.10, 0.25) for n in (1, 8, 64)}
+    few, many = {1: 200, 8: 10, 64: 40}, {1: 200, 8: 160, 64: 40}
+    by_few, by_many = (next_step(found, asked, (1, 8, 64), RULE) for asked in (few, many))
+    assert by_few is not None
+    assert by_many is not None
+    # 64 serves more counts, and so would save more; but not four times as much.
+    assert (by_few.num_tokens, by_many.num_tokens) == (8, 64)
+
+
+def test_time_goes_to_a_clear_gap_before_a_doubt_that_promises_little() -> None:
+    """A crossover with 20% at stake, and everywhere else a policy that may be 1% faster."""
+
+    def us(num_tokens: int) -> Times:
+        return {0: 10, 1: 8, 2: 9.9} if num_tokens <= 700 else {0: 10, 1: 12, 2: 9.9}
+
+    measured = Measured(us, noise=lambda n: 1.05)
+    explore(DOMAIN, (), RULE, measured, lambda: len(measured.asked) < 12 + 2)
+    assert all(512 < n < 1024 for n in measured.asked[12:])
