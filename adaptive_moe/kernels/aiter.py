@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from adaptive_moe.kernels import POLICIES, SortKernel
+from adaptive_moe.kernels import SortKernel, policy_candidates
 
 if TYPE_CHECKING:
     import torch
@@ -125,13 +125,15 @@ def live_kernel(
     seam: Callable[..., Any],
     device: "torch.device",
     accumulate: bool,
+    baseline: object = 0,
 ) -> SortKernel:
     """AITER's own sort, to be measured. `seam` is the unwrapped function: measuring it must neither
     be counted nor steered. `accumulate` is what the caller passes, where this AITER knows it."""
     moe_sorting = seam
     if not accumulate:
         moe_sorting = functools.partial(seam, accumulate=False)
-    return SortKernel(f"aiter {_version()} {backend(module)}", moe_sorting, device, POLICIES)
+    name = f"aiter {_version()} {backend(module)}"
+    return SortKernel(name, device, policy_candidates(moe_sorting, baseline))
 
 
 @dataclass(frozen=True)

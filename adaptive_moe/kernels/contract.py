@@ -44,7 +44,7 @@ class SortingInputs:
     expert_mask: Tensor | None = None
     num_local_tokens: Tensor | None = None
 
-    def arguments(self, dispatch_policy: int) -> tuple[object, ...]:
+    def arguments(self, dispatch_policy: object) -> tuple[object, ...]:
         """Positional arguments up to and including dispatch_policy, the ninth."""
         return (
             self.topk_ids,
@@ -62,17 +62,100 @@ class SortingInputs:
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Within it torch.empty returns NaN or the largest integer, so that a kernel that leaves an
-    output unwritten is seen. Restores torch's own settings after."""
+    output unwritten is seen. Every flag of torch is after it what it was before.
+
+    Not by torch.use_deterministic_algorithms: that imports torch's compiler, which takes seconds,
+    and sets a flag of it that it never sets back.
+    """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    fill = torch._C._get_deterministic_fill_uninitialized_memory()
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_fill_uninitialized_memory(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch._C._set_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch._C._set_deterministic_fill_uninitialized_memory(fill)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the baseline returned for some inputs, as far as a consumer reads it.
+
+    The first four outputs, and of moe_buf and whatever follows it only what can be compared without
+    keeping it: moe_buf is as large as the batch's activations.
+    """
+
+    sorted_ids: Tensor
+    sorted_weights: Tensor
+    sorted_expert_ids: Tensor
+    num_valid_ids: Tensor
+    moe_buf: tuple[torch.dtype, tuple[int, ...], bool]
+    outputs: int
+
+
+def expected(outputs: Sequence[Tensor]) -> Expected:
+    """The baseline's outputs, to compare others with; ValueError where they are not a sort's."""
+    if len(outputs) < 5:
+        raise ValueError(f"the baseline returned {len(outputs)} outputs, not five or more")
+    ids, weights, experts, valid, moe_buf = outputs[:5]
+    return Expected(ids, weights, experts, valid, _buffer_facts(moe_buf), len(outputs))
+
+
+def differences_from(
+    right: Expected, outputs: Sequence[Tensor], inputs: SortingInputs
+) -> list[str]:
+    """In what the outputs differ from the baseline's, one sentence each; empty where a consumer
+    reads the same.
+
+    Compared are both counts of num_valid_ids, the entries before the first of them, their weights
+    and their blocks' experts, and moe_buf. Padding entries only have to be padding, and buffers
+    only long enough. Synchronises with the device.
+    """
+    if not isinstance(outputs, tuple | list) or len(outputs) != right.outputs:
+        return [f"returned {_kind(outputs)}, where the baseline returns {right.outputs} outputs"]
+    ids, weights, experts, valid = outputs[:4]
+    problems = [
+        f"{name} is {ours.dtype} {list(ours.shape)}, the baseline's {theirs.dtype} "
+        f"{list(theirs.shape)}"
+        for name, ours, theirs in (
+            ("sorted_ids", ids, right.sorted_ids),
+            ("sorted_weights", weights, right.sorted_weights),
+            ("sorted_expert_ids", experts, right.sorted_expert_ids),
+            ("num_valid_ids", valid, right.num_valid_ids),
+        )
+        if ours.dtype != theirs.dtype or ours.dim() != 1 or len(ours) < len(theirs)
+    ]
+    if _buffer_facts(outputs[4]) != right.moe_buf:
+        problems.append("moe_buf has another dtype, shape or content")
+    if problems:
+        return problems
+    if not torch.equal(valid[:2], right.num_valid_ids[:2]):
+        return [f"num_valid_ids is {valid.tolist()}, the baseline's {right.num_valid_ids.tolist()}"]
+    total, blocks = int(valid[0]), -(-int(valid[0]) // inputs.block_size)
+    topk = inputs.topk_ids.shape[1]
+    padding = right.sorted_ids[:total] >> TOKEN_BITS == topk
+    ours_padding = ids[:total] >> TOKEN_BITS == topk
+    if not torch.equal(ids[:total][~padding], right.sorted_ids[:total][~padding]) or bool(
+        (padding != ours_padding).any()
+    ):
+        problems.append("sorted_ids has other entries")
+    if not torch.equal(weights[:total][~padding], right.sorted_weights[:total][~padding]):
+        problems.append("sorted_weights has other entries")
+    if not torch.equal(experts[:blocks], right.sorted_expert_ids[:blocks]):
+        problems.append("sorted_expert_ids has other experts")
+    return problems
+
+
+def _buffer_facts(moe_buf: Tensor) -> tuple[torch.dtype, tuple[int, ...], bool]:
+    # NaN is true as a bool, so poison that was left shows here as well.
+    return moe_buf.dtype, tuple(moe_buf.shape), not bool(moe_buf.any())
+
+
+def _kind(outputs: object) -> str:
+    count = f" of {len(outputs)}" if isinstance(outputs, tuple | list) else ""
+    return f"{type(outputs).__name__}{count}"
 
 
 def check_contract(

@@ -23,14 +23,14 @@ def bucket_of(num_tokens: int, buckets: Sequence[int]) -> int:
     return min(bisect_left(buckets, num_tokens), len(buckets) - 1)
 
 
-def spread(policies: Sequence[int], buckets: Sequence[int], last: int) -> bytes:
-    """One byte a token count, `policies[bucket_of(n, buckets)]` at n, up to last >= buckets[-1].
+def spread(indices: Sequence[int], buckets: Sequence[int], last: int) -> bytes:
+    """One byte a token count, `indices[bucket_of(n, buckets)]` at n, up to last >= buckets[-1].
 
     Index 0 holds 0. Built run by run, because a warm start waits for it.
     """
     runs, begun = [bytes(1)], 1
-    for policy, end in zip(policies, (*buckets[:-1], last), strict=True):
-        runs.append(bytes((policy,)) * (end + 1 - begun))
+    for index, end in zip(indices, (*buckets[:-1], last), strict=True):
+        runs.append(bytes((index,)) * (end + 1 - begun))
         begun = end + 1
     return b"".join(runs)
 

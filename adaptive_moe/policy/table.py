@@ -1,15 +1,9 @@
 """PolicyTable: one byte a token count, for graph-captured and for eager calls, and the evidence.
 
-The hot path holds one of the two arrays and indexes it: `table.eager[num_tokens]`. Arrays are plain
-`bytes`, so that is the whole cost. Index 0 is never used (an empty batch is not sorted); a count
-past the end takes the last byte, which the caller reads when the index raises IndexError:
-
-    try:
-        policy = eager[num_tokens]
-    except IndexError:
-        policy = eager[-1]
-
-`PolicyTable.policy` is the same with its argument checked, for everybody who is not a hot path.
+The hot path holds one of the two arrays and indexes it: `table.eager[num_tokens]`. A byte is an
+index into the evidence's candidates, so that 0 is the baseline: the call stays as it came. Arrays
+are plain `bytes`, so that is the whole cost. Index 0 is never used (an empty batch is not sorted);
+a count past the end takes the last byte, which the caller reads when the index raises IndexError.
 
 The arrays are always derived from the evidence, also on load: a table cannot contradict its own
 measurements.
@@ -22,52 +16,15 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from adaptive_moe.policy.buckets import bucket_of, spread
-from adaptive_moe.policy.decision import Rule, Verdict
-from adaptive_moe.policy.environment import Environment
+from adaptive_moe.policy.coverage import MAX_TOKENS
+from adaptive_moe.policy.decision import Standing
+from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration
+from adaptive_moe.policy.losses import in_both
 from adaptive_moe.policy.plain import from_plain, to_plain
-from adaptive_moe.settings import MAX_POLICY, MAX_TOKENS
-from adaptive_moe.shape import SortingShape
+from adaptive_moe.policy.situation import Situation
 
-SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Fill:
-    """The verdict with `fraction` of the rows real (1.0 but for padded expert-parallel shapes)."""
-
-    fraction: float
-    verdict: Verdict
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """What was measured and decided at one token count."""
-
-    num_tokens: int
-    policy: int
-    reason: str
-    fills: tuple[Fill, ...]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Everything one calibration measured; JSON-able and enough to explain any decision later.
-
-    graph is empty where calls are never captured: the eager buckets then serve both arrays.
-    created is UTC in ISO 8601; seconds is wall-clock time.
-    """
-
-    schema: int
-    shape: SortingShape
-    kernel: str
-    policies: tuple[int, ...]
-    environment: Environment
-    rule: Rule
-    max_tokens: int
-    created: str
-    seconds: float
-    eager: tuple[Bucket, ...]
-    graph: tuple[Bucket, ...] = ()
+MAX_CANDIDATES = 256
+Run = tuple[int, int, str]
 
 
 @dataclass(frozen=True)
@@ -75,7 +32,7 @@ class PolicyTable:
     """Dense arrays over num_tokens, from a calibration.
 
     Raises ValueError where the evidence is not whole: no bucket, counts that do not rise or are out
-    of bounds, or a policy that was not among those offered.
+    of bounds, or a candidate that was not among those offered.
     """
 
     evidence: Calibration
@@ -86,30 +43,72 @@ class PolicyTable:
         found = self.evidence
         if found.schema != SCHEMA:
             raise ValueError(f"schema {found.schema!r} is not {SCHEMA}: calibrate again")
-        eager = _expand(found.eager, found.policies, found.max_tokens)
+        if found.candidates[:1] != (found.coverage.baseline,):
+            raise ValueError(
+                f"the first of {found.candidates} is not the baseline, {found.coverage.baseline}"
+            )
+        different = len(set(found.candidates))
+        if not different == len(found.candidates) <= MAX_CANDIDATES:
+            raise ValueError(f"{found.candidates} are not at most {MAX_CANDIDATES} different names")
+        for situation in Situation:
+            _check(found.section(situation), found.candidates)
+        eager = _eager(found)
         graph = eager
         if found.graph:
-            graph = _expand(found.graph, found.policies, found.graph[-1].num_tokens)
+            graph = _spread(found, [(b.num_tokens, b.candidate) for b in found.graph])
         # The dataclass is frozen; these two are derived, once.
         object.__setattr__(self, "eager", eager)
         object.__setattr__(self, "graph", graph)
 
-    def policy(self, num_tokens: int, *, captured: bool = False) -> int:
-        """The policy for a batch; ValueError for anything but an integer of 1 or more."""
+    def __repr__(self) -> str:
+        return f"PolicyTable({self.evidence.coverage.describe()}, {self.evidence.kernel})"
+
+    @property
+    def sound(self) -> bool:
+        """Did every candidate run and return what the baseline returns, wherever it was tried?
+
+        What did not may be a failure of the moment: such a table may serve, and is not kept.
+        """
+        return not any(
+            result.standing in (Standing.FAILED, Standing.WRONG)
+            for bucket in self.evidence.buckets
+            for fill in bucket.fills
+            for result in fill.verdict.results
+        )
+
+    @property
+    def settled(self) -> bool:
+        """Would more rounds change nothing?"""
+        return all(f.verdict.settled for b in self.evidence.buckets for f in b.fills)
+
+    def candidate(self, num_tokens: int, *, captured: bool = False) -> str:
+        """Who sorts such a batch; ValueError for anything but an integer of 1 or more."""
         if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 1:
             raise ValueError(f"num_tokens={num_tokens!r} is not accepted: give an integer >= 1")
         array = self.graph if captured else self.eager
-        return array[min(num_tokens, len(array) - 1)]
+        return self.evidence.candidates[array[min(num_tokens, len(array) - 1)]]
 
-    def bucket(self, num_tokens: int, *, captured: bool = False) -> Bucket:
-        """The measured bucket behind `policy(num_tokens)`."""
-        buckets = self.evidence.graph if captured and self.evidence.graph else self.evidence.eager
+    def bucket(self, num_tokens: int, situation: Situation) -> Bucket | None:
+        """The measured bucket that speaks for that count in that situation, if one does."""
+        buckets = self.evidence.section(situation)
+        if not buckets:
+            return None
         return buckets[bucket_of(num_tokens, [b.num_tokens for b in buckets])]
+
+    def runs(self, *, captured: bool = False) -> list[Run]:
+        """(first, last, candidate) for each run of equal candidates over num_tokens >= 1."""
+        found: list[Run] = []
+        first = 1
+        for index, group in groupby((self.graph if captured else self.eager)[1:]):
+            length = sum(1 for _ in group)
+            found.append((first, first + length - 1, self.evidence.candidates[index]))
+            first += length
+        return found
 
     def to_json(self) -> str:
         """The evidence as JSON, with the arrays run-length encoded beside it for readers."""
         plain = to_plain(self.evidence)
-        plain["applied"] = {"eager": runs(self.eager), "graph": runs(self.graph)}
+        plain["applied"] = {"eager": self.runs(), "graph": self.runs(captured=True)}
         return json.dumps(plain, indent=1)
 
     @classmethod
@@ -124,29 +123,43 @@ class PolicyTable:
         return cls(from_plain(Calibration, plain))
 
 
-def runs(array: bytes) -> list[tuple[int, int, int]]:
-    """(first, last, policy) for each run of equal policies over num_tokens >= 1."""
-    found: list[tuple[int, int, int]] = []
-    first = 1
-    for policy, group in groupby(array[1:]):
-        length = sum(1 for _ in group)
-        found.append((first, first + length - 1, policy))
-        first += length
-    return found
+def _eager(found: Calibration) -> bytes:
+    """By the busy verdicts from busy_from on; below, by what loses in neither situation."""
+    counts = [b.num_tokens for b in found.busy]
+    idle_counts = [b.num_tokens for b in found.idle]
+    edges = sorted({*counts, *idle_counts})
+    chosen = []
+    for count in edges:
+        busy = found.busy[bucket_of(count, counts)] if counts else None
+        idle = found.idle[bucket_of(count, idle_counts)] if idle_counts else None
+        if count >= found.coverage.busy_from:
+            name = busy.candidate if busy else found.coverage.baseline
+        elif busy and idle:
+            name = in_both(busy.verdicts, idle.verdicts, found.rule.margin)
+        else:
+            name = found.coverage.baseline
+        chosen.append((count, name))
+    return _spread(found, chosen, last=found.coverage.max_tokens)
 
 
-def _expand(buckets: Sequence[Bucket], policies: Sequence[int], last: int) -> bytes:
-    counts = [b.num_tokens for b in buckets]
-    if not counts:
-        raise ValueError("a calibration without buckets has no table: calibrate again")
-    if counts[0] < 1 or any(low >= high for low, high in pairwise(counts)):
-        raise ValueError(f"bucket token counts must rise from 1: {counts[:8]}")
+def _spread(found: Calibration, chosen: Sequence[tuple[int, str]], last: int = 0) -> bytes:
+    if not chosen:
+        raise ValueError("a calibration without eager buckets has no table: calibrate again")
+    counts = [count for count, _ in chosen]
+    last = last or counts[-1]
     if not counts[-1] <= last <= MAX_TOKENS:
         raise ValueError(f"max_tokens={last} is not from {counts[-1]} to {MAX_TOKENS}")
+    index = {name: i for i, name in enumerate(found.candidates)}
+    return spread([index[name] for _, name in chosen], counts, last)
+
+
+def _check(buckets: Sequence[Bucket], candidates: Sequence[str]) -> None:
+    counts = [b.num_tokens for b in buckets]
+    if counts and (counts[0] < 1 or any(low >= high for low, high in pairwise(counts))):
+        raise ValueError(f"bucket token counts must rise from 1: {counts[:8]}")
     for bucket in buckets:
-        if bucket.policy not in policies or not 0 <= bucket.policy <= MAX_POLICY:
-            raise ValueError(f"policy {bucket.policy!r} is not one of those offered, {policies}")
-    return spread([b.policy for b in buckets], counts, last)
+        if bucket.candidate not in candidates:
+            raise ValueError(f"{bucket.candidate!r} is not one of those offered, {candidates}")
 
 
 def _no_constant(word: str) -> float:

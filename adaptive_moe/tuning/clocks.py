@@ -12,13 +12,14 @@ call.
                 own captured graph
 """
 
-import enum
 import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+
+from adaptive_moe.policy.situation import Situation
 
 Train = Sequence[Callable[[], object]]
 Sampler = Callable[[], float]
@@ -30,17 +31,9 @@ REPLAY_US = 80.0
 MAX_PASSES = 8
 
 
-class CallMode(enum.Enum):
-    """How a call reaches the device; each has its own array in the PolicyTable."""
-
-    GRAPH = "graph"
-    EAGER = "eager"
-
-    @property
-    def train_length(self) -> int:
-        """Calls in a train. Two eager ones, a routing each, give as sure a verdict as four or
-        eight for the time they take (measured on an H200); in a graph more inputs cost little."""
-        return 4 if self is CallMode.GRAPH else 2
+# Calls in a train. Two eager ones, a routing each, give as sure a verdict as four or eight for the
+# time they take (measured on an H200); in a graph more inputs cost little.
+TRAIN_LENGTH = {Situation.GRAPH: 4, Situation.BUSY: 2, Situation.IDLE: 2}
 
 
 class Clock(Protocol):
@@ -136,11 +129,11 @@ def passes_over(calls: int, call_us: float) -> int:
     return max(1, math.ceil(REPLAY_US / (call_us * calls)))
 
 
-def clock_for(mode: CallMode, device: torch.device) -> Clock:
-    """The clock that times a call the way `mode` runs it on `device`."""
+def clock_for(situation: Situation, device: torch.device) -> Clock:
+    """The clock that times a call the way it runs in that situation on `device`."""
     if device.type == "cpu":
         return WallClock()
-    return GraphClock() if mode is CallMode.GRAPH else EagerClock()
+    return GraphClock() if situation is Situation.GRAPH else EagerClock()
 
 
 def _events() -> tuple[Any, Any]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from adaptive_moe.policy.buckets import between, first_buckets
-from adaptive_moe.policy.decision import TIE_MARGINS, Rule, Standing, Verdict, needs_refining
-from adaptive_moe.policy.table import Bucket
+from adaptive_moe.policy.decision import TIE_MARGINS, Rule, Standing, Verdict
+from adaptive_moe.policy.evidence import Bucket
+from adaptive_moe.policy.losses import needs_refining
 
 # Rounds of a sketch.
 SKETCH_ROUNDS = 10
@@ -109,13 +110,14 @@ def gap_cost(low: Bucket, high: Bucket, rule: Rule) -> float:
 
 
 def promised(verdict: Verdict, rule: Rule) -> float:
-    """What settling this verdict is expected to win: the time ratio less 1 that an unsettled policy
-    has over the one chosen, where it has any; 0.0 where none may well gain enough to matter.
+    """What settling this verdict is expected to win: the time ratio less 1 that an unsettled
+    candidate has over the one chosen, where it has any; 0.0 where none may well gain enough to
+    matter.
     """
     if verdict.settled:
         return 0.0
-    gains = {r.policy: r.gain for r in verdict.results if r.gain is not None}
-    chosen = gains.get(verdict.policy, 0.0)
+    chosen_result = verdict.result(verdict.candidate)
+    chosen = (chosen_result.gain if chosen_result else None) or 0.0
     most = 0.0
     for result in verdict.results:
         if result.gain is None or result.standing is not Standing.UNSETTLED:
