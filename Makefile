@@ -39,8 +39,8 @@ format: $(VENV)/dev.stamp
 
 # Figures that need no GPU; their JSON is committed. docs/benchmarks.md has the GPU ones.
 bench: $(VENV)/dev.stamp
-	$(BIN)/adaptive-moe bench decision --out calibration/results/decision.json
-	$(BIN)/adaptive-moe bench lookup --out calibration/results/lookup.json
+	$(BIN)/python calibration/bench_decision.py --out calibration/results/decision.json
+	$(BIN)/python calibration/bench_lookup.py --out calibration/results/lookup.json
 	$(BIN)/adaptive-moe bench regret --kernel cpu --model $(MODEL) --per-octave 6 --oracle-passes 2 \
 		--out calibration/results/regret_cpu.json
 	$(BIN)/adaptive-moe bench hook --out calibration/results/hook.json
@@ -54,8 +54,8 @@ bench-gpu: export PYTHONPATH := .
 bench-gpu:
 	$(GPU_PYTHON) -m adaptive_moe bench regret --kernel triton --models $(GPU_MODELS) \
 		--out $(RESULTS)/regret_triton.json --plot $(RESULTS)/regret_triton.png
-	$(GPU_PYTHON) -m adaptive_moe bench startup --out $(RESULTS)/startup_triton.json
-	$(GPU_PYTHON) -m adaptive_moe bench noise --kernel triton --out $(RESULTS)/noise_triton.json
+	$(GPU_PYTHON) calibration/bench_startup.py --out $(RESULTS)/startup_triton.json
+	$(GPU_PYTHON) calibration/bench_noise.py --kernel triton --out $(RESULTS)/noise_triton.json
 
 $(VENV)/run.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

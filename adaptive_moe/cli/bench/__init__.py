@@ -16,12 +16,8 @@ FLAT_LIST = re.compile(r"\[[^\[\]{}]*\]")
 
 # name -> what it measures; each is a module here with `add_options(parser)` and `run(args)`.
 BENCHES = {
-    "decision": "quality of the decision, on simulated clocks",
-    "lookup": "cost of the hot path's array index",
     "regret": "time lost against an exhaustive oracle, on a real kernel",
-    "noise": "A/A calibrations and repeatability, on a real kernel",
     "hook": "what the hook adds to a call of AITER's seam",
-    "startup": "cost of a calibration against an exhaustive sweep, on a GPU",
 }
 
 

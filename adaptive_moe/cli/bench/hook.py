@@ -17,10 +17,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from adaptive_moe.cli.bench.lookup import table_of
 from adaptive_moe.engines.hook import AiterHook, Key
 from adaptive_moe.kernels.aiter import SEAM
 from adaptive_moe.settings import Mode, Settings
+from calibration.bench_lookup import table_of
 
 # DeepSeek-V3's sort for a small decode batch, where a call is shortest.
 TOKENS, EXPERTS, TOPK, MODEL_DIM, BLOCK_SIZE = 8, 256, 8, 7168, 32
