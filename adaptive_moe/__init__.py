@@ -47,7 +47,9 @@ __all__ = [
 
 
 if sys.version_info < (3, 10):
-    raise ImportError("adaptive_moe needs Python 3.10 or newer, this is %d.%d" % sys.version_info[:2])
+    raise ImportError(
+        "adaptive_moe needs Python 3.10 or newer, this is %d.%d" % sys.version_info[:2]
+    )
 
 
 def __getattr__(name: str) -> object:

@@ -247,7 +247,9 @@ def _facts() -> dict[str, dict[str, Any]]:
     """models.toml: beside this module where installed, in calibration/ of a source tree."""
     installed = Path(__file__).with_name("models.toml")
     in_tree = Path(__file__).parents[1] / "calibration/models.toml"
-    return tomllib.loads((installed if installed.exists() else in_tree).read_text(encoding="utf-8"))
+    path = installed if installed.exists() else in_tree
+    facts: dict[str, dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))
+    return facts
 
 
 def _model(name: str, facts: Mapping[str, Any]) -> Model:
