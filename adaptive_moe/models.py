@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,12 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """One public model's sort; `source` is where its numbers were read, dtype that of moe_buf."""
+    """One public model's sort; `source` is where its numbers were read, dtype that of moe_buf.
+
+    For a model-like step (`bench step`), and 0 or empty where that is not known:
+    moe_intermediate_size  columns of one expert's hidden activations
+    attention  width of the query, key and value projections together, and of what is projected back
+    """
 
     name: str
     num_experts: int
@@ -58,6 +63,8 @@ class Model:
     source: str
     dtype: str = "bfloat16"
     shared_experts: int = 0
+    moe_intermediate_size: int = 0
+    attention: tuple[int, ...] = ()
 
     def shape(self, block_size: int = 32, dtype: str | None = None) -> SortingShape:
         return SortingShape(
@@ -72,14 +79,12 @@ class Model:
                 f"{self.name} ({self.source}) names no shared experts, so there is nothing to "
                 "fuse: leave --fuse-shared out"
             )
-        shared = self.shared_experts
-        return Model(
-            self.name + FUSED,
-            self.num_experts + shared,
-            self.topk + shared,
-            self.model_dim,
-            self.source,
-            self.dtype,
+        return replace(
+            self,
+            name=self.name + FUSED,
+            num_experts=self.num_experts + self.shared_experts,
+            topk=self.topk + self.shared_experts,
+            shared_experts=0,
         )
 
 
@@ -260,6 +265,8 @@ def _model(name: str, facts: Mapping[str, Any]) -> Model:
         facts["hidden_size"],
         facts["source"],
         shared_experts=facts.get("fused_shared_experts", 0),
+        moe_intermediate_size=facts.get("moe_intermediate_size", 0),
+        attention=tuple(facts.get("attention", ())),
     )
 
 

@@ -53,6 +53,17 @@ def test_every_known_model_has_a_source_and_a_valid_shape():
         assert isinstance(model.shape(), SortingShape)
 
 
+def test_known_models_have_what_a_step_needs():
+    for name, model in known_models().items():
+        assert model.moe_intermediate_size > 0, name
+        before, after = model.attention
+        assert before >= after > 0, name
+    # Mixtral: 32 heads and twice 8 key and value heads of 128; an expert of 14,336.
+    mixtral = find_model("mixtral-8x7b")
+    assert (mixtral.moe_intermediate_size, mixtral.attention) == (14336, (48 * 128, 32 * 128))
+    assert find_model("deepseek-v3-fused").attention == find_model("deepseek-v3").attention
+
+
 def test_an_unknown_model_lists_what_would_work():
     with pytest.raises(ModelError) as refused:
         find_model("gpt-9")
