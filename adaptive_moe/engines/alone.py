@@ -100,9 +100,7 @@ def _table_for(
 ) -> Own:
     """Measured as the seen call was made: in its context, on its device and stream."""
     settings, mask = hook.settings, one.seen.expert_mask
-    kernel = hook.kernel(
-        one.seen, one.key, expert_mask=mask, padding_rows=one.coverage.padding_rows
-    )
+    kernel = hook.kernel(one.seen, one.key, one.coverage)
     plan = plan_for(settings)
     place = store.key_for(kernel, one.coverage, plan, engine)
     stored = kept.load(place)

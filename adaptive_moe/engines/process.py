@@ -5,7 +5,8 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ _lock = threading.RLock()
 _hook: AiterHook | None = None
 _engine = PLAIN
 _wanted = False
+_starting = False
 _said: set[str] = set()
 
 
@@ -132,15 +134,24 @@ def warm_up(
         connect=connect,
     )
     if hook is current():
-        telling.after_warm_up(hook, _engine, made)
+        telling.after_warm_up(hook, _engine, made, captures_next=_starting)
     return made
 
 
-def after_capture() -> None:
-    """Graphs are captured: say which candidates the captured calls took."""
-    hook = current()
-    if hook is not None:
-        telling.after_capture(hook)
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around the part of an engine's start that warms up and then captures: after it, it is said
+    which candidates the captured calls took."""
+    global _starting  # noqa: PLW0603
+    _starting = True
+    try:
+        yield
+    finally:
+        _starting = False
+        try:
+            telling.after_capture()
+        except Exception:
+            logger.exception("what was captured could not be told")
 
 
 def counts() -> Counts:

@@ -165,7 +165,10 @@ def _wrap_model_runner(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def init_cuda_graphs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
+        from adaptive_moe.engines import process
+
+        with process.starting():
+            result = original(self, *args, **kwargs)
         try:
             _after_graphs(self)
         except Exception:
@@ -177,13 +180,10 @@ def _wrap_model_runner(module: ModuleType) -> None:
 
 
 def _after_graphs(model_runner: Any) -> None:
-    from adaptive_moe.engines import process
-
+    """Where nothing was captured, nothing has run so far."""
     graphs = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner")
-    if any(getattr(model_runner, name, None) is not None for name in graphs):
-        process.after_capture()
-        return
-    if getattr(model_runner, "is_draft_worker", False):
+    captured = any(getattr(model_runner, name, None) is not None for name in graphs)
+    if captured or getattr(model_runner, "is_draft_worker", False):
         return
     try:
         _show_shapes(model_runner.eager_runner)

@@ -115,7 +115,7 @@ def read_all(folder: Path) -> list[ProcessStatus]:
                 path.unlink(missing_ok=True)
             else:
                 found.append(status)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             logger.debug("%s is not read: %s", path, error)
     return sorted(found, key=lambda s: (s.engine, s.host, s.rank, s.pid))
 

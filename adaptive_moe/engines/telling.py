@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from adaptive_moe.disk.folder import cache_folder
 from adaptive_moe.engines import status
+from adaptive_moe.engines.captured import Captured
 from adaptive_moe.engines.hook import AiterHook, Key
 from adaptive_moe.engines.warm_up import WarmUp, is_rank_zero
 from adaptive_moe.policy.table import PolicyTable
@@ -20,6 +21,7 @@ class _Told:
 
     hook: AiterHook
     engine: str
+    captured: Captured = field(default_factory=Captured)
     origins: dict[Key, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
@@ -27,8 +29,9 @@ class _Told:
 _told: _Told | None = None
 
 
-def after_warm_up(hook: AiterHook, engine: str, made: WarmUp) -> None:
-    """Write the status file, now and once more at exit."""
+def after_warm_up(hook: AiterHook, engine: str, made: WarmUp, *, captures_next: bool) -> None:
+    """Write the status file, now and once more at exit. captures_next: count captured calls from
+    here to after_capture()."""
     global _told  # noqa: PLW0603
     if _told is None:
         atexit.register(_write, "exit")
@@ -37,16 +40,20 @@ def after_warm_up(hook: AiterHook, engine: str, made: WarmUp) -> None:
         _told = _Told(hook, engine)
     _told.origins.update(made.origins)
     _told.problems = made.problems
+    if captures_next:
+        hook.observe(_told.captured.watched)
     _write("warm-up")
 
 
-def after_capture(hook: AiterHook) -> None:
-    """One line on rank 0: how many captured calls took which candidate. Replays never come by, so
-    this is what the graphs hold."""
-    found = hook.captured()
+def after_capture() -> None:
+    """One line on rank 0: how many captured calls took which candidate."""
+    if _told is None:
+        return
+    _told.hook.observe(None)
+    found = _told.captured.read()
     if found and is_rank_zero():
-        words = ", ".join(f"{count} of {name}" for name, count in found.items())
-        logger.info("captured into graphs: %s", words)
+        words = ", ".join(f"{count} calls of {name}" for name, count in found.items())
+        logger.info("the graphs hold %s", words)
     _write("capture")
 
 
@@ -67,7 +74,7 @@ def _status(told: _Told) -> status.ProcessStatus:
         tables=tuple(_table(t, told.origins.get(key, "")) for key, t in hook.tables.items()),
         problems=told.problems,
         calls=tuple(asdict(hook.counts()).items()),
-        captured=tuple(hook.captured().items()),
+        captured=tuple(told.captured.read().items()),
     )
 
 

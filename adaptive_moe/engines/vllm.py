@@ -151,7 +151,7 @@ def _wrap_kernel_warmup(module: ModuleType) -> None:
 
 
 def _wrap_worker(module: ModuleType) -> None:
-    """After the worker's warm-up, which ends with capture, say what was captured."""
+    """Around what calls kernel_warmup, and then captures."""
     worker = getattr(module, "Worker", None)
     original = getattr(worker, "compile_or_warm_up_model", None)
     if original is None or hasattr(original, "tells_of_adaptive_moe"):
@@ -159,14 +159,10 @@ def _wrap_worker(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        try:
-            from adaptive_moe.engines import process
+        from adaptive_moe.engines import process
 
-            process.after_capture()
-        except Exception:
-            logger.exception("adaptive_moe could not say what was captured")
-        return result
+        with process.starting():
+            return original(self, *args, **kwargs)
 
     compile_or_warm_up_model.tells_of_adaptive_moe = True  # type: ignore[attr-defined]
     worker.compile_or_warm_up_model = compile_or_warm_up_model  # type: ignore[union-attr]
