@@ -44,7 +44,7 @@ SHAPES = {  # experts, topk, width of moe_buf
 TOKENS = [
     1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384
 ]  # fmt: skip
-ROUTINGS = ("alternating", "uniform", "skewed")
+ROUTINGS = ("alternating",)
 BLOCK_SIZE = 32
 CALLS = 16  # calls in one graph or one eager train
 ROUNDS = 15
@@ -233,7 +233,7 @@ def main() -> None:
             "multi_phase": sort_call(2, shape),
             "zero": zero_call(model_dim),
         }
-        if kind == "uniform":
+        if kind == "alternating":
             calls["one_shot_no_buf"] = sort_call(1, shape, accumulate=False)
             calls["multi_phase_no_buf"] = sort_call(2, shape, accumulate=False)
             if others["vllm"] == "loaded":

@@ -36,7 +36,7 @@ PADS = 32  # programs that write padding
 SCAN_TILE = 4096  # counts read at once
 FILL_TILE = 2048  # elements of the output buffer zeroed at once
 # Up to MANY_TILES of them are left to FEW_FILLS programs: more would crowd those that place.
-FEW_FILLS, MANY_TILES, MAX_FILLS = 64, 2048, 8192
+FEW_FILLS, MANY_TILES, MAX_FILLS = 64, 2048, 65536
 NUM_WARPS = 4
 
 _BUFFER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
