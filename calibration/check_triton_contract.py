@@ -187,17 +187,19 @@ def pad_rows(ids: torch.Tensor, which: str) -> torch.Tensor:
     return torch.where(padded[which], -1, ids)
 
 
-def check(job: tuple[int, int, int, float]) -> dict[str, Any]:
-    """All combinations with so many experts and slots, until `deadline`. `first_length` says
-    whether the first one gets the rounded buffers. Flags stay on the device until the end."""
-    first_length, experts, topk, deadline = job
+def check(job: tuple[int, int, int, int, float]) -> dict[str, Any]:
+    """All combinations with so many experts, slots and tokens, unless `deadline` has passed.
+
+    first_length: whether the first of them gets the rounded buffers. Flags stay on the device
+    until the end.
+    """
+    first_length, experts, topk, tokens, deadline = job
+    if time.time() > deadline:
+        skipped = len(ROUTINGS) * len(BLOCKS) * len(OPTIONS)
+        return {"combinations": 0, "skipped": skipped, "failures": []}
     cases: list[tuple[object, ...]] = []
     flags: list[torch.Tensor] = []
-    skipped = 0
-    for tokens, (kind, padded) in itertools.product(TOKENS, ROUTINGS):
-        if time.time() > deadline:
-            skipped += len(BLOCKS) * len(OPTIONS)
-            continue
+    for kind, padded in ROUTINGS:
         ids, weights = route(kind, tokens, experts, topk, seed=len(cases))
         ids = pad_rows(ids, padded)
         generator = torch.Generator("cuda").manual_seed(len(cases))
@@ -206,7 +208,7 @@ def check(job: tuple[int, int, int, float]) -> dict[str, Any]:
             mask = half if masked else None
             rows = None
             if local:
-                some = (0, 1, tokens // 2, tokens)[len(cases) // 4 % 4]
+                some = (0, 1, tokens // 2, tokens)[(len(cases) // 4 + len(cases) // 16) % 4]
                 rows = torch.tensor([some], dtype=torch.int32, device="cuda")
             wanted = reference(ids, weights, experts, block, mask, rows)
             wide = len(cases) % 17 == 0 and tokens <= 1024
@@ -216,21 +218,8 @@ def check(job: tuple[int, int, int, float]) -> dict[str, Any]:
             length = len(wanted.ids)
             if rounded:
                 length = math.ceil(length / block) * block
-            cases.append(
-                (
-                    experts,
-                    topk,
-                    tokens,
-                    kind,
-                    padded,
-                    block,
-                    masked,
-                    local,
-                    rounded,
-                    dim,
-                    str(dtype),
-                )
-            )
+            options = (block, masked, local, rounded, dim, str(dtype))
+            cases.append((experts, topk, tokens, kind, padded, *options))
             for policy in POLICIES:
                 with guarded_memory() as guards:
                     outputs = moe_sorting(
@@ -238,13 +227,12 @@ def check(job: tuple[int, int, int, float]) -> dict[str, Any]:
                         rounded=rounded,
                     )  # fmt: skip
                 flags.append(differs(wanted, outputs, guards, length))
+    bad = torch.stack(flags).view(len(cases), len(POLICIES), len(FLAGS)).cpu()
     failures = []
-    if cases:
-        bad = torch.stack(flags).view(len(cases), len(POLICIES), len(FLAGS)).cpu()
-        for i, p in bad.any(2).nonzero().tolist():
-            names = [name for name, flag in zip(FLAGS, bad[i, p], strict=True) if flag]
-            failures.append([*cases[i], POLICIES[p], names])
-    return {"combinations": len(cases), "skipped": skipped, "failures": failures}
+    for i, p in bad.any(2).nonzero().tolist():
+        names = [name for name, flag in zip(FLAGS, bad[i, p], strict=True) if flag]
+        failures.append([*cases[i], POLICIES[p], names])
+    return {"combinations": len(cases), "skipped": 0, "failures": failures}
 
 
 def check_replay() -> tuple[int, list[str]]:
@@ -284,10 +272,10 @@ def main() -> int:
     arguments = parser.parse_args()
     began = time.time()
     context = multiprocessing.get_context("spawn")
-    pairs = [pair for pair in itertools.product(EXPERTS, TOPK) if pair[1] <= pair[0]]
-    random.Random(0).shuffle(pairs)  # so that what time leaves out is none of the lists' ends
+    sizes = [size for size in itertools.product(EXPERTS, TOPK, TOKENS) if size[1] <= size[0]]
+    random.Random(0).shuffle(sizes)  # so that what time leaves out is no end of a list
     deadline = began + arguments.seconds
-    jobs = [(first_length, *pair, deadline) for first_length in (0, 1) for pair in pairs]
+    jobs = [(first_length, *size, deadline) for first_length in (0, 1) for size in sizes]
     with context.Pool(arguments.processes) as pool:
         results = pool.map(check, jobs, chunksize=1)
     replays, replay_failures = check_replay()

@@ -216,6 +216,32 @@ def guarded_memory() -> Iterator[list[torch.Tensor]]:
         torch.empty = real
 
 
+def route(
+    tokens: int,
+    experts: int,
+    topk: int,
+    routing: object,
+    padded: object,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """topk_ids, with -1 in no row, in every third and the last quarter, or in all."""
+    popularity = torch.zeros(experts)
+    if routing == "skewed":
+        popularity = -1.5 * torch.arange(1, experts + 1).log()
+    noise = torch.rand(tokens, experts, generator=generator).clamp(1e-6, 1 - 1e-6)
+    ids = (popularity - (-noise.log()).log()).topk(topk, 1).indices.int()
+    if routing == "one expert":
+        ids = torch.full_like(ids, experts // 2)
+    if routing == "invalid":
+        ids[::3, 0], ids[1::5, 1], ids[2::7, 2] = -1, experts, 1 << 30
+    row = torch.arange(tokens)
+    is_padding = {
+        "none": row < 0, "some": (row % 3 == 1) | (row >= tokens - tokens // 4), "all": row >= 0
+    }  # fmt: skip
+    ids[is_padding[str(padded)]] = -1
+    return ids.contiguous()
+
+
 def run_case(
     case: dict[str, object], policy: int, moe_sorting: Callable[..., tuple[torch.Tensor, ...]]
 ) -> list[str]:
@@ -225,19 +251,7 @@ def run_case(
     full: dict[str, object] = {**plain, "routing": "uniform", "mask": None, "local": None, **case}
     tokens, topk, experts = (int(str(full[key])) for key in ("tokens", "topk", "experts"))
     generator = torch.Generator().manual_seed(0)
-    popularity = torch.zeros(experts)
-    if full["routing"] == "skewed":
-        popularity = -1.5 * torch.arange(1, experts + 1).log()
-    noise = torch.rand(tokens, experts, generator=generator).clamp(1e-6, 1 - 1e-6)
-    ids = (popularity - (-noise.log()).log()).topk(topk, 1).indices.int()
-    if full["routing"] == "one expert":
-        ids = torch.full_like(ids, experts // 2)
-    if full["routing"] == "invalid":
-        ids[::3, 0], ids[1::5, 1], ids[2::7, 2] = -1, experts, 1 << 30
-    if full.get("padded", "none") != "none":
-        ids[slice(None) if full["padded"] == "all" else slice(1, None, 3)] = -1
-        if tokens:
-            ids[-tokens // 4 :] = -1
+    ids = route(tokens, experts, topk, full["routing"], full.get("padded", "none"), generator)
     mask = None
     if full["mask"] is not None:
         visible = {"none": 0.0, "half": 0.5, "first": 0.0}[str(full["mask"])]
@@ -247,7 +261,7 @@ def run_case(
     if full["local"] is not None:
         local = torch.tensor([min(int(str(full["local"])), tokens)], dtype=torch.int32)
     inputs = SortingInputs(
-        ids.contiguous(), torch.rand(tokens, topk, generator=generator), experts,
+        ids, torch.rand(tokens, topk, generator=generator), experts,
         int(str(full["dim"])), getattr(torch, str(full["dtype"])), int(str(full["block"])),
         mask, local,
     )  # fmt: skip
