@@ -7,15 +7,19 @@ static read, a class attribute behind a classmethod behind a decorator that chec
 import argparse
 import functools
 import statistics
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adaptive_moe.policy.decision import Rule
 from adaptive_moe.policy.environment import Environment
 from adaptive_moe.policy.table import SCHEMA, Bucket, Calibration, PolicyTable
 from adaptive_moe.shape import SortingShape
+from calibration.record import main, stamp
 
 LAST = 16384
 
@@ -26,8 +30,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from adaptive_moe.cli.bench import stamp
-
     counts = [1 + (i * 7919) % LAST for i in range(args.lookups)]
     few, many = table_of(3), table_of(1000)
     plain = bytes(few.eager)
@@ -143,3 +145,7 @@ class _Static:
         if cls._policy is None:
             cls._policy = 0
         return cls._policy
+
+
+if __name__ == "__main__":
+    main(__doc__, add_options, run)

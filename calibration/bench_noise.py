@@ -7,10 +7,13 @@ repeatability        share of token counts, ties aside, at which every repeated 
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adaptive_moe import cli
 from adaptive_moe.cli.bench.oracle import OraclePoint, dense_counts, measure_oracle
 from adaptive_moe.cli.bench.regret import at
@@ -20,6 +23,7 @@ from adaptive_moe.policy.decision import TIE_MARGINS
 from adaptive_moe.settings import Settings
 from adaptive_moe.tuning.calibrator import Plan, calibrate
 from adaptive_moe.tuning.clocks import CallMode
+from calibration.record import main, stamp
 
 ORACLE_PASSES = 8
 
@@ -35,8 +39,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from adaptive_moe.cli.bench import stamp
-
     kernel = load_kernel(args.kernel)
     on_cpu = kernel.device.type == "cpu"
     max_tokens = args.max_tokens or (cli.CPU_MAX_TOKENS if on_cpu else cli.GPU_MAX_TOKENS)
@@ -102,3 +104,7 @@ def agreement(
         "outside_ties": round(same_outside / outside, 4),
         "counts": len(oracle),
     }
+
+
+if __name__ == "__main__":
+    main(__doc__, add_options, run)

@@ -8,12 +8,15 @@ extra_memory_ratio      peak of memory the calibration allocated, over one large
 
 import argparse
 import statistics
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adaptive_moe import cli
 from adaptive_moe.kernels import SortKernel, load_kernel
 from adaptive_moe.models import find_model
@@ -21,6 +24,7 @@ from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.calibrator import Plan, calibrate
 from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
+from calibration.record import main, stamp
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +33,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from adaptive_moe.cli.bench import stamp
-
     kernel = load_kernel("triton")
     plan = Plan(cli.GPU_MAX_TOKENS, cli.CAPTURE_SIZES)
     shapes: dict[str, dict[str, Any]] = {}
@@ -113,3 +115,7 @@ def exhaustive_seconds(kernel: SortKernel, shape: SortingShape, table: PolicyTab
                     bench(call)
     torch.cuda.synchronize()
     return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    main(__doc__, add_options, run)

@@ -8,14 +8,18 @@ import argparse
 import math
 import random
 import statistics
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adaptive_moe.policy.buckets import bucket_of
 from adaptive_moe.policy.decision import SWEEPS, Candidate, Rule, Verdict, combine, decide
 from adaptive_moe.policy.table import Bucket, Fill
 from adaptive_moe.tuning.explore import SKETCH_ROUNDS, explore, more_rounds, promised
 from adaptive_moe.tuning.race import first_look, race
+from calibration.record import main, stamp
 
 SIGMA = 0.05
 OUTLIER_RATE, OUTLIER_FACTOR = 0.01, 5.0
@@ -114,8 +118,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from adaptive_moe.cli.bench import stamp
-
     rule = Rule()
     clocks = {}
     for name, bimodal in (("unimodal", False), ("bimodal", True)):
@@ -202,3 +204,7 @@ class _Outcome:
 
     def regret(self) -> float:
         return self.true_us[self.verdict.policy] / min(self.true_us.values()) - 1.0
+
+
+if __name__ == "__main__":
+    main(__doc__, add_options, run)
