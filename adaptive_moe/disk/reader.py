@@ -4,12 +4,12 @@ A store's own loading (folder.py) is stricter: what it returns serves.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from adaptive_moe.disk.file import Stored
 from adaptive_moe.disk.folder import MAX_FILE_BYTES, stored_files
-from adaptive_moe.disk.write import replace_file
 from adaptive_moe.policy.table import PolicyTable
 
 EXPORT_FORMAT = 1
@@ -43,14 +43,15 @@ def read_any(path: Path) -> list[Stored | PolicyTable]:
     return [_read(path, n, PolicyTable.from_json, text) for n, text in enumerate(texts, start=1)]
 
 
-def write_export(path: Path, stored: list[Stored], exported: str) -> None:
-    """All of them in one file, for `read_any` elsewhere; exported: when, in ISO 8601. OSError."""
+def export_text(stored: Sequence[Stored], exported: str) -> str:
+    """All of them as the content of one file, for `read_any` elsewhere; exported: when, in ISO
+    8601."""
     bundle = {
         "adaptive_moe_export": EXPORT_FORMAT,
         "exported": exported,
         "calibrations": [one.to_text() for one in stored],
     }
-    replace_file(path, (json.dumps(bundle, indent=1) + "\n").encode("utf-8"))
+    return json.dumps(bundle, indent=1) + "\n"
 
 
 def find(folder: Path, part_of_name: str) -> list[Path]:
