@@ -24,7 +24,7 @@ more than what is looked for. The variant `table` in the sweep is the table's ow
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -79,7 +79,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from adaptive_moe.cli.bench import stamp
 
     seam = open_seam(args.kernel)
-    settings = read_settings({"ADAPTIVE_MOE_SORTS": args.sorts, "ADAPTIVE_MOE_BUDGET_S": str(args.budget)})
+    settings = read_settings(
+        {"ADAPTIVE_MOE_SORTS": args.sorts, "ADAPTIVE_MOE_BUDGET_S": str(args.budget)}
+    )
     captured = parse_buckets("--captured", args.captured) if seam.on_gpu else ()
     eager = parse_buckets("--eager", args.eager)
     judge = partial(
@@ -141,26 +143,30 @@ def judge_model(
     ) as variants:
 
         def sampler(situation: str, num_tokens: int, variant: str) -> Sample:
-            use = partial(variants.use, variant)
             once = partial(step.run, num_tokens, depth(num_tokens), experts)
+            variants.use(variant)
+            once()  # compiles
             if situation == CAPTURED:
-                use()
                 return clock.captured(once)
-            return (clock.busy if situation == BUSY else clock.as_it_comes)(use, once)
+            sample = (clock.busy if situation == BUSY else clock.as_it_comes)(once)
+
+            def switched() -> float:
+                variants.use(variant)
+                return sample()
+
+            return switched
 
         def measured(situation: str, num_tokens: int) -> Point:
-            names = variants.at(num_tokens)
+            names, layers_here = variants.at(num_tokens), depth(num_tokens)
             samplers = {v: sampler(situation, num_tokens, v) for v in names}
             host = None
             if situation == BUSY:
                 variants.use(names[0])
-                host = clock.host_us(partial(step.run, num_tokens, depth(num_tokens), experts))
-                host /= depth(num_tokens)
-            keep = (names[0], TABLE)
-            times = in_rounds(samplers, seconds, far_behind=FAR_BEHIND, keep=keep)
-            us = {v: [t / depth(num_tokens) for t in found] for v, found in times.items()}
+                host = clock.host_us(partial(step.run, num_tokens, layers_here, experts))
+            times = in_rounds(samplers, seconds, far_behind=FAR_BEHIND, keep=(names[0], TABLE))
+            us = {v: [t / layers_here for t in found] for v, found in times.items()}
             choice = variants.choice(num_tokens, captured=situation == CAPTURED)
-            return point(num_tokens, us, choice, host)
+            return point(num_tokens, us, choice, host and host / layers_here)
 
         situations = {}
         for situation, some in _plan(captured, eager, on_gpu=seam.on_gpu):
