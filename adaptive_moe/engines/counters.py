@@ -55,7 +55,8 @@ class Counts:
     @property
     def total(self) -> int:
         # A call that fell back was counted as chosen before.
-        return sum(getattr(self, f.name) for f in fields(self)) - self.fell_back
+        ways: list[int] = [getattr(self, field.name) for field in fields(self)]
+        return sum(ways) - self.fell_back
 
 
 class Counters:

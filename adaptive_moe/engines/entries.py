@@ -37,6 +37,7 @@ def entry_for(
         plain=1 + len(policies),
         stay=counters.baseline.add,
         go=counters.chosen.add,
+        grows=True,
     )
 
 
@@ -46,10 +47,10 @@ def unanswered(table: PolicyTable, sorts: Mapping[str, Callable[..., Any]]) -> l
     return [name for name in names if name not in _POLICY_OF and name not in sorts]
 
 
-def left_alone(count: Callable[[], int], num_tokens: int) -> Entry:
+def left_alone(count: Callable[[], int], num_tokens: int, *, grows: bool) -> Entry:
     """Every call up to that many tokens as it came, counted by `count`."""
     array = bytes(num_tokens + 1)
-    return Entry(array, (array, array), (None,), 1, count, count)
+    return Entry(array, (array, array), (None,), 1, count, count, grows)
 
 
 def grown(entry: Entry, num_tokens: int) -> Entry:

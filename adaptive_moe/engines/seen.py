@@ -2,7 +2,7 @@
 
 import contextvars
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -57,14 +57,6 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Buffer:
-    """In place of a tensor of the batch, which is not kept: one such as this, a row a token."""
-
-    row: tuple[int, ...]
-    dtype: "torch.dtype"
-
-
-@dataclass(frozen=True)
 class SeenCall:
     """A shape as it was seen at the seam. References only, nothing allocated.
 
@@ -96,7 +88,7 @@ class SeenCall:
     def as_called(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a function where this call ran: in a copy of its context, on its device and stream,
         in its grad and inference mode. Everything is afterwards as it was."""
-        return self.context.copy().run(self._in_place, function, *args, **kwargs)
+        return self.context.copy().run(lambda: self._in_place(function, *args, **kwargs))
 
     def _in_place(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         import torch
@@ -121,10 +113,10 @@ class SeenCall:
         return ",".join(f"{name}={values[name]}" for name in sorted(values))
 
 
-def is_rounded(outputs: Any, num_tokens: int, key: Key) -> bool | None:
-    """Is sorted_ids rounded up to whole blocks? None where this batch cannot tell, or it is no
-    sort's result that we know."""
+def is_rounded(outputs: Sequence[Any], num_tokens: int, key: Key) -> bool | None:
+    """Is sorted_ids rounded up to whole blocks? None where this batch cannot tell, or it has
+    another length."""
     exact = num_tokens * key.topk + key.num_experts * key.block_size - key.topk
     rounded = -(-exact // key.block_size) * key.block_size
-    length = outputs[0].shape[0] if isinstance(outputs, tuple | list) and outputs else None
+    length: int = outputs[0].shape[0]
     return {exact: False, rounded: True}.get(length) if exact != rounded else None

@@ -3,13 +3,13 @@
 Every argument but one goes through as it came, and binding them costs a third of what
 `*args, **kwargs` would. What happens at each call is written out here once, in one function,
 because a call of another one costs as much as the look-up: build a key, find the entry, index its
-array by the token count. Everything rarer is left to the hook's `rare`, in plain Python.
+array by the token count. Everything rarer is left to rare.py, in plain Python.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptive_moe.engines.seen import TRUE
 from adaptive_moe.kernels.aiter import BUFFERS, KNOWN, LEADING, UNSORTED
@@ -29,6 +29,7 @@ class Entry(NamedTuple):
     both     where it is ASK: the arrays of eager and of captured calls
     choices  policies, and from index `plain` on other sorts
     stay, go what to count at index 0, and at any other
+    grows    True where the last byte speaks for every count beyond
     """
 
     array: bytes
@@ -37,18 +38,16 @@ class Entry(NamedTuple):
     plain: int
     stay: Callable[[], int]
     go: Callable[[], int]
+    grows: bool
 
 
-class Steering(Protocol):
-    """What the wrapper asks of the hook; neither may raise what AITER does not."""
-
-    def rare(self, layer: "Layer", values: tuple[Any, ...], call: Any = None) -> Any:
-        """Answer a call that the wrapper does not answer by itself."""
-
-    def broke(self, sort: Any, error: Exception) -> None:
-        """Another sort raised; the baseline answers that call now."""
-
-
+# AITER's own, for a seam that does not say.
+_DEFAULTS = {
+    "block_size": 32,
+    "dispatch_policy": 0,
+    "return_local_topk_ids": False,
+    "accumulate": True,
+}
 # One sort, by whoever sorts it: the leading arguments without the policy, and accumulate.
 SORT_ARGUMENTS = (*LEADING[:-1], "accumulate")
 
@@ -60,10 +59,11 @@ def moe_sorting({heads}):
         if topk_ids.__class__ is not _Tensor or not num_tokens{unsorted}:
             sort = _rare
         else:
-            array, both, choices, plain, stay, go = _layer.entries[
+            array, both, choices, plain, stay, go, _ = _layer.entries[
                 num_experts, topk, model_dim, moebuf_dtype, block_size, expert_mask is not None,
                 num_local_tokens is not None, expert_mask is not None or {accumulate}, {local_ids},
-                {more}, {TRUE!r} if dispatch_policy is True else dispatch_policy, topk_ids.get_device()
+                {more}, {TRUE} if dispatch_policy is True else dispatch_policy,
+                topk_ids.get_device(),
             ]
             index = array[num_tokens]
             if index == {ASK}:
@@ -105,23 +105,26 @@ def moe_sorting({heads}):
 
 
 def measured(
-    layer: "Layer", hook: Steering, is_capturing: Callable[[], bool]
+    layer: "Layer",
+    rare: Callable[..., Any],
+    broke: Callable[[Any, Exception], None],
+    is_capturing: Callable[[], bool],
 ) -> Callable[..., Any]:
-    """The seam of `layer`, answered as `layer.entries` says."""
+    """The seam of `layer`, answered as `layer.entries` says.
+
+    rare(layer, values, call) answers what has no entry; broke(sort, error) hears of a sort that
+    raised, before the baseline answers. Neither raises what AITER does not.
+    """
     import torch
 
-    return _around(
-        layer,
-        _MEASURED,
-        {"ASK": ASK, "TRUE": TRUE},
-        {
-            "_layer": layer,
-            "_Tensor": torch.Tensor,
-            "_is_capturing": is_capturing,
-            "_rare": functools.partial(hook.rare, layer),
-            "_broke": hook.broke,
-        },
-    )
+    scope = {
+        "_layer": layer,
+        "_Tensor": torch.Tensor,
+        "_is_capturing": is_capturing,
+        "_rare": functools.partial(rare, layer),
+        "_broke": broke,
+    }
+    return _around(layer, _MEASURED, {"ASK": ASK, "TRUE": repr(TRUE)}, scope)
 
 
 def fixed(layer: "Layer", policy: int | None, counters: "Counters") -> Callable[..., Any]:
@@ -166,7 +169,7 @@ def _around_opaque(
     named = "dispatch_policy" in declared
     names = tuple(declared) if named else (*LEADING, *KNOWN)
     defaults = {p.name: p.default for p in declared.values() if named and p.default is not p.empty}
-    defaults = {"block_size": 32, "dispatch_policy": 0, "accumulate": True} | defaults
+    defaults = _DEFAULTS | defaults
     layer.names = names
 
     def again(call: Any, policy: Any) -> Any:
@@ -218,4 +221,3 @@ def _compile(
     exec(compile(source, f"<{__name__}>", "exec"), function)
     compiled: Callable[..., Any] = function["moe_sorting"]
     return compiled
-

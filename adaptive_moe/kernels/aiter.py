@@ -15,6 +15,8 @@ from typing import Any
 
 MODULE = "aiter.fused_moe"
 SEAM = "moe_sorting"
+# What the seam calls under Opus and CK, since v0.1.11; others have put theirs in its place.
+IMPLEMENTATION = "_moe_sorting_impl"
 LEADING = (
     "topk_ids",
     "topk_weights",

@@ -1,0 +1,340 @@
+"""What the hook at AITER's seam costs a call, and what the vLLM plugin costs when it is not asked.
+
+    python calibration/bench_hook.py [--before COMMIT] [--out FILE]
+
+The same empty seam, with the arguments that AITER's fused_moe passes, is called bare and hooked, in
+turn, which leaves the hook's own time; then a real sort. On a GPU the tensors are there, so that
+the question about stream capture is part of it where captured and eager calls differ. --before adds
+the hook of a commit of this repository, in the same rounds.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CHECKOUT))
+
+from adaptive_moe.engines.hook import AiterHook, Key  # noqa: E402
+from adaptive_moe.engines.wrapper import SORT_ARGUMENTS  # noqa: E402
+from adaptive_moe.kernels.aiter import SEAM  # noqa: E402
+from adaptive_moe.policy.coverage import Coverage  # noqa: E402
+from adaptive_moe.policy.decision import Rule, Verdict  # noqa: E402
+from adaptive_moe.policy.environment import describe_environment  # noqa: E402
+from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration, Fill  # noqa: E402
+from adaptive_moe.policy.plain import to_plain  # noqa: E402
+from adaptive_moe.policy.table import PolicyTable  # noqa: E402
+from adaptive_moe.settings import Mode, Settings  # noqa: E402
+from adaptive_moe.shape import SortingShape  # noqa: E402
+
+# DeepSeek-V3's sort for a small decode batch, where a call is shortest.
+TOKENS, EXPERTS, TOPK, MODEL_DIM, BLOCK_SIZE = 8, 256, 8, 7168, 32
+SHAPE = SortingShape(EXPERTS, TOPK, MODEL_DIM)
+BASELINE, POLICY, OTHER = "policy 0", "policy 2", "another sort"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Loop = Callable[[int], None]
+
+_REGISTRATION = """
+import json, sys, time
+from adaptive_moe.engines import vllm
+before = set(sys.modules)
+times = []
+for _ in range(101):
+    start = time.perf_counter_ns()
+    vllm.register()
+    times.append((time.perf_counter_ns() - start) / 1e3)
+heavy = sorted({"torch", "numpy", "aiter", "vllm"} & set(sys.modules))
+print(json.dumps([sorted(times)[50], max(times), sorted(set(sys.modules) - before), heavy]))
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=200, help="interleaved rounds [200]")
+    parser.add_argument("--calls", type=int, default=1000, help="calls a sample [1000]")
+    parser.add_argument("--before", help="also the hook of this commit; needs git")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args(argv)
+    text = json.dumps(run(args.rounds, args.calls, args.before), indent=1)
+    print(text)
+    if args.out is not None:
+        args.out.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def run(rounds: int, calls: int, before: str | None = None) -> dict[str, Any]:
+    """All figures, medians; nanoseconds a call where a name does not say otherwise."""
+    loops = {
+        "unwrapped": _loop(_nothing),
+        "stays": _loop(_hooked(_nothing, {1: BASELINE})),
+        "policy": _loop(_hooked(_nothing, {1: POLICY})),
+        "asks": _loop(_hooked(_nothing, {1: POLICY}, {1: BASELINE})),
+        "other": _loop(_hooked(_nothing, {1: OTHER})),
+        "unwrapped_other": _loop_of_leading(_nothing_else),
+    }
+    with _hook_of(before) if before else _none() as old:
+        if old is not None:
+            loops["before"] = _loop(old)
+        times = _interleaved(loops, rounds, calls)
+    real = _real_sort()
+    sort = {"unwrapped": _loop(real), "hooked": _loop(_hooked(real, {1: POLICY}))}
+    sorts = _interleaved(sort, rounds, max(1, calls // 100))
+    registered, registered_first, imported, heavy = _registration()
+
+    def more(name: str, than: str = "unwrapped") -> float:
+        pairs = zip(times[name], times[than], strict=True)
+        return round(statistics.median(a - b for a, b in pairs), 1)
+
+    return {
+        "command": " ".join(["python calibration/bench_hook.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "environment": to_plain(describe_environment(DEVICE)),
+        "processor": _processor(),
+        "device": DEVICE.type,
+        "rounds": rounds,
+        "calls_a_sample": calls,
+        "hook_ns": more("policy"),
+        "hook_stays_ns": more("stays"),
+        "hook_asks_about_capture_ns": more("asks"),
+        **({"before": before, "before_hook_ns": more("before")} if before else {}),
+        "other_sort_over_policy_ns": more("other", "policy"),
+        "other_sort_over_calling_it_ns": more("other", "unwrapped_other"),
+        "unwrapped_empty_seam_ns": round(statistics.median(times["unwrapped"]), 1),
+        "unwrapped_sort_us": round(statistics.median(sorts["unwrapped"]) / 1e3, 2),
+        "ratio_to_sort": round(
+            statistics.median(
+                h / u for h, u in zip(sorts["hooked"], sorts["unwrapped"], strict=True)
+            ),
+            4,
+        ),
+        "plugin_unset_us": round(registered, 3),
+        "plugin_unset_worst_us": round(registered_first, 3),
+        "plugin_unset_imports": imported,
+        "plugin_unset_heavy_modules": heavy,
+    }
+
+
+def _nothing(
+    topk_ids: Any,
+    topk_weights: Any,
+    num_experts: Any,
+    model_dim: Any,
+    moebuf_dtype: Any,
+    block_size: Any = 32,
+    expert_mask: Any = None,
+    num_local_tokens: Any = None,
+    dispatch_policy: Any = 0,
+    return_local_topk_ids: Any = False,
+    accumulate: Any = True,
+    flat: Any = False,
+    output_aux: Any = False,
+) -> Any:
+    """AITER's seam, as on its main branch in August 2026, around nothing."""
+
+
+def _nothing_else(*leading: Any) -> Any:
+    """Another sort, around nothing, as kernels/sorts.py makes them."""
+
+
+def _real_sort() -> Callable[..., Any]:
+    if DEVICE.type == "cpu":
+        from adaptive_moe.kernels.cpu_sort import moe_sorting
+    else:
+        from adaptive_moe.kernels.triton_sort import moe_sorting
+
+    @functools.wraps(_nothing)
+    def sort(*arguments: Any, accumulate: Any = True, **_: Any) -> Any:
+        return moe_sorting(*arguments[:9], accumulate=accumulate)
+
+    # The hook compiles its wrapper for what a function really takes.
+    source = "def moe_sorting({}): return _sort({}, accumulate=accumulate)"
+    names = _nothing.__code__.co_varnames[: _nothing.__code__.co_argcount]
+    defaults = dict(zip(names[5:], _nothing.__defaults__ or (), strict=True))
+    heads = [f"{name}=_default[{name!r}]" if name in defaults else name for name in names]
+    scope: dict[str, Any] = {"_sort": sort, "_default": defaults}
+    exec(source.format(", ".join(heads), ", ".join(names[:9])), scope)
+    made: Callable[..., Any] = scope["moe_sorting"]
+    return made
+
+
+def _hooked(
+    seam: Callable[..., Any], eager: Mapping[int, str], graph: Mapping[int, str] | None = None
+) -> Callable[..., Any]:
+    """The seam behind a hook whose table says so."""
+    module = ModuleType("aiter.fused_moe")
+    setattr(module, SEAM, seam)
+    hook = AiterHook(Settings(mode=Mode.AUTO))
+    hook.install(module)
+    device = -1 if DEVICE.type == "cpu" else torch.cuda.current_device()
+    key = Key(
+        *(EXPERTS, TOPK, MODEL_DIM, torch.bfloat16, BLOCK_SIZE),
+        *(False, False, True, False, (), 0, device),
+    )
+    hook._sorts[key] = {OTHER: _nothing_else}
+    hook.set_tables({key: _table(eager, graph or {})})
+    return getattr(module, SEAM)  # type: ignore[no-any-return]
+
+
+def _table(eager: Mapping[int, str], graph: Mapping[int, str]) -> PolicyTable:
+    return PolicyTable(
+        Calibration(
+            schema=SCHEMA,
+            coverage=Coverage(SHAPE, BASELINE, ((1, 16384),), busy_from=1),
+            kernel="none",
+            candidates=(BASELINE, POLICY, OTHER),
+            environment=describe_environment(DEVICE),
+            rule=Rule(),
+            budget_s=1.0,
+            created="",
+            seconds=0.0,
+            graph=_buckets(graph),
+            busy=_buckets(eager),
+            idle=(),
+        )
+    )
+
+
+def _buckets(chosen: Mapping[int, str]) -> tuple[Bucket, ...]:
+    return tuple(
+        Bucket(count, name, "", (Fill(1.0, Verdict(name, True, 1, "", ())),))
+        for count, name in chosen.items()
+    )
+
+
+def _arguments() -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand((TOKENS, EXPERTS), generator=generator).argsort(1)[:, :TOPK]
+    weights = torch.rand((TOKENS, TOPK), generator=generator).to(DEVICE)
+    ids = ids.int().contiguous().to(DEVICE)
+    return ids, weights, EXPERTS, MODEL_DIM, torch.bfloat16, BLOCK_SIZE, None, None
+
+
+def _loop(seam: Callable[..., Any]) -> Loop:
+    ids, weights, experts, dim, dtype, block, mask, local_tokens = _arguments()
+
+    def loop(calls: int) -> None:
+        for _ in range(calls):
+            seam(
+                ids,
+                weights,
+                experts,
+                dim,
+                dtype,
+                block,
+                mask,
+                local_tokens,
+                0,
+                return_local_topk_ids=False,
+                accumulate=True,
+                flat=False,
+            )
+
+    return loop
+
+
+def _loop_of_leading(sort: Callable[..., Any]) -> Loop:
+    """Another sort called directly, as somebody would who has no hook."""
+    ids, weights, experts, dim, dtype, block, mask, local_tokens = _arguments()
+    assert len(SORT_ARGUMENTS) == 9
+
+    def loop(calls: int) -> None:
+        for _ in range(calls):
+            sort(ids, weights, experts, dim, dtype, block, mask, local_tokens, True)
+
+    return loop
+
+
+def _interleaved(
+    loops: Mapping[str, Loop], rounds: int, calls: int
+) -> dict[str, list[float]]:
+    """Nanoseconds a call of each, one sample a round; who goes first rotates."""
+    names = list(loops)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter_ns()
+            loops[name](calls)
+            spent = (time.perf_counter_ns() - start) / calls
+            if DEVICE.type != "cpu":
+                torch.cuda.synchronize()
+            if number:  # the first round warms up
+                times[name].append(spent)
+    return times
+
+
+@contextmanager
+def _none() -> Iterator[None]:
+    yield None
+
+
+@contextmanager
+def _hook_of(commit: str) -> Iterator[Callable[..., Any]]:
+    """The hook of a commit of August to November 2026 around nothing, with a policy from its
+    table: its package under another name, from git."""
+    name = "adaptive_moe_before"
+    packed = subprocess.run(
+        ["git", "archive", commit, "adaptive_moe"], cwd=CHECKOUT, capture_output=True, check=True
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=BytesIO(packed.stdout)) as archive:
+            archive.extractall(folder, filter="data")
+        (Path(folder) / "adaptive_moe").rename(Path(folder) / name)
+        for file in Path(folder).rglob("*.py"):
+            text = file.read_text("utf-8")
+            file.write_text(re.sub(r"\badaptive_moe\b(?=[. ])", name, text), "utf-8")
+        sys.path.insert(0, folder)
+        try:
+            hooks = importlib.import_module(f"{name}.engines.aiter_hook")
+            settings = importlib.import_module(f"{name}.settings")
+            table_of = importlib.import_module(f"{name}.bench.lookup").table_of
+        finally:
+            sys.path.remove(folder)
+        module = ModuleType("aiter.fused_moe")
+        setattr(module, SEAM, _nothing)
+        hook = hooks.AiterHook(settings.Settings(mode=settings.Mode.AUTO))
+        hook.install(module)
+        key = hooks.Key(
+            EXPERTS, TOPK, MODEL_DIM, torch.bfloat16, BLOCK_SIZE, False, False, True
+        )
+        hook.set_tables({key: table_of(10)})
+        yield getattr(module, SEAM)
+
+
+def _registration() -> tuple[float, float, list[str], list[str]]:
+    """Median and worst microseconds of register() with no variable set, in a process of its own,
+    what that imported, and which heavy modules there are."""
+    environ = {k: v for k, v in os.environ.items() if "DISPATCH_POLICY" not in k}
+    environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", _REGISTRATION]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"register() failed in a fresh process:\n{done.stderr}")
+    median, worst, imported, heavy = json.loads(done.stdout)
+    return median, worst, imported, heavy
+
+
+def _processor() -> str:
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text("utf-8"))
+    return found[1] if found else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
