@@ -1,0 +1,45 @@
+"""Which candidates the calls took that were captured into graphs.
+
+Counting costs a call something, so it lasts only while an engine starts: entries of the hook are
+put behind arrays that count, and put back. Replays never come by.
+"""
+
+from collections import Counter
+from typing import Any
+
+from adaptive_moe.engines.wrapper import ASK, Entry
+from adaptive_moe.policy.table import PolicyTable
+
+
+class Captured:
+    """Counts of captured calls by candidate."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def read(self) -> dict[str, int]:
+        """By candidate, the most frequent first."""
+        return dict(self._counts.most_common())
+
+    def watched(self, entry: Entry, table: PolicyTable) -> Entry:
+        """The same entry, which asks at each call whether it is captured, and counts if so."""
+        eager, graph = entry.both
+        counting: Any = _Counting(graph, table, self._counts)
+        return entry._replace(array=bytes((ASK,)) * len(graph), both=(eager, counting))
+
+
+class _Counting:
+    """In place of the array of captured calls."""
+
+    def __init__(self, array: bytes, table: PolicyTable, counts: "Counter[str]") -> None:
+        self._array, self._table, self._counts = array, table, counts
+
+    def __getitem__(self, num_tokens: int) -> int:
+        index = self._array[num_tokens]
+        table = self._table
+        name = table.candidate(num_tokens, captured=True) if index else table.evidence.candidates[0]
+        self._counts[name] += 1
+        return index
+
+    def __len__(self) -> int:
+        return len(self._array)
