@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 MODEL ?= deepseek-v3
 ARGS ?=
 
-.PHONY: calibrate test lint contract contract-aiter faults format bench bench-gpu clean
+.PHONY: calibrate test lint contract contract-aiter faults mutants wheel format bench bench-gpu clean
 
 calibrate: $(VENV)/run.stamp
 	$(BIN)/adaptive-moe calibrate --model $(MODEL) --kernel cpu $(ARGS)
@@ -32,6 +32,17 @@ contract-aiter: $(VENV)/dev.stamp
 # Crowds, kills, corrupted files, full disks and lost ranks: minutes, with real processes.
 faults: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.faults --out calibration/results/faults.json $(ARGS)
+
+# Each small change to the package that a test should notice; hours, see CONTRIBUTING.md.
+mutants: $(VENV)/dev.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[mutants]"
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
+
+# What pip install takes elsewhere: dist/adaptive_moe-*.whl.
+wheel: $(VENV)/run.stamp
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
@@ -58,6 +69,7 @@ bench-gpu:
 	$(GPU_PYTHON) calibration/bench_noise.py --kernel triton --out $(RESULTS)/noise_triton.json
 
 $(VENV)/run.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("adaptive_moe needs Python 3.10 or newer, and $(PYTHON) is older: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
@@ -68,4 +80,4 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	touch $@
 
 clean:
-	rm -rf $(VENV) .contract
+	rm -rf $(VENV) .contract dist mutants

@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks.channel import Channel, open_channel
 from adaptive_moe.ranks.exchange import NoDecisionError, exchange, look, short
@@ -30,7 +31,6 @@ from adaptive_moe.ranks.messages import (
     read_decision,
 )
 from adaptive_moe.ranks.summary import canonical
-from adaptive_moe.shape import SortingShape as Coverage
 
 __all__ = ["LIMIT_S", "Agreement", "Channel", "agree", "limit_for", "look", "open_channel"]
 

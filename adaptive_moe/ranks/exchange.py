@@ -232,7 +232,7 @@ def _number(text: str) -> int:
 
 
 def _real(text: str) -> float:
-    """Seconds that a rank wrote, perhaps one that runs another version of this; 0.0 for nonsense."""
+    """Seconds that a rank wrote, perhaps one of another version of this; 0.0 for nonsense."""
     try:
         seconds = float(text)
     except ValueError:

@@ -37,7 +37,7 @@ def page(tables: Sequence[PolicyTable], source: str, plots: Sequence[str]) -> st
     Args:
         tables: at least one, in the order to show.
         source: where they were read, in words.
-        plots: an <svg> element a table (report/plot.py); or one text that says why there is none.
+        plots: an <svg> element a table (report/plot.py), or nothing.
     """
     title = f"{tables[0].evidence.environment.device}: MoE sorting, what was measured and decided"
     parts = [
