@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
+from aiter import ActivationType, QuantType, dtypes  # noqa: F401
 from aiter.chooser import (
     AUX_SORT_NONE,
     AUX_SORT_OPUS,  # noqa: F401

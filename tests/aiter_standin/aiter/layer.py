@@ -1,5 +1,7 @@
 """fused_moe: what all versions do around the sort, called as the module's global that it is."""
 
+import inspect
+
 import torch
 
 from aiter import ActivationType, QuantType
@@ -96,6 +98,11 @@ def make_fused_moe(module):
         )
         return result if output is None else output.copy_(result)
 
+    if not since("september"):
+        # SGLang looks whether AITER takes an output before it passes one.
+        parameters = inspect.signature(fused_moe).parameters.values()
+        known = [parameter for parameter in parameters if parameter.name != "output"]
+        fused_moe.__signature__ = inspect.Signature(known)
     return fused_moe
 
 
