@@ -50,7 +50,7 @@ def record(*, experts: int, tokens: int = 64, options: bool = False, **more: Any
     """Kernel, variant and arguments of each launch of one-shot and multi-phase."""
     launches: list[Launch] = []
     kept = triton_sort._launch
-    triton_sort._launch = lambda kernel, _, variant, args: launches.append((kernel, variant, args))
+    triton_sort._launch = lambda kernel, _, *rest: launches.append((kernel, *rest))
     try:
         for policy in (1, 2):
             triton_sort.moe_sorting(

@@ -139,7 +139,7 @@ def run_cases() -> dict[str, list[str]]:
     from adaptive_moe.kernels import triton_sort
 
     tiles = {name: getattr(triton_sort, name) for name in dir(triton_sort) if name.isupper()}
-    small = {"ONE_SHOT_CHUNK": 16, "CHUNK": 16, "COUNT_TILE": 32, "MAX_CHUNKS": 5, "SCAN_TILE": 128}
+    small = {"ONE_SHOT_CHUNK": 16, "CHUNK": 16, "COUNT_TILE": 32, "ONE_SHOT_TILE": 32, "MAX_CHUNKS": 5, "MAX_SHOT": 5, "GROUP": 2, "SCAN_TILE": 128}
     found = {}
     for name, case in cases().items():
         vars(triton_sort).update(tiles)
