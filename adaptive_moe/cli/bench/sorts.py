@@ -16,7 +16,8 @@ from typing import Any
 from adaptive_moe.cli.bench.paired import in_rounds
 from adaptive_moe.cli.bench.recorded import Recorded, read_times, times_of
 from adaptive_moe.cli.bench.seams import KERNELS, Seam, open_seam
-from adaptive_moe.cli.bench.sorts_text import draw, lines
+from adaptive_moe.cli.bench.sorts_text import draw
+from adaptive_moe.cli.bench.sorts_text import lines as lines
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.kernels import SortKernel
 from adaptive_moe.kernels.contract import SortingInputs, differences_from, expected
@@ -57,8 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.models.split(","):
         model = find_model(name)
         results[name] = sweep(seam, model, counts, args.block_size, args.seconds, recorded)
-        for situation, rows in results[name]["situations"].items():
-            print("\n".join(lines(f"{name}, {situation}", rows)), file=sys.stderr, flush=True)
+        print(f"{name}: measured", file=sys.stderr, flush=True)
     if args.plot:
         draw({name: found["situations"] for name, found in results.items()}, args.plot)
     return {

@@ -1,6 +1,6 @@
 """What a person sees of `bench sorts`: a table, and a plot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,17 @@ _MARKERS = "osD^vPX*<>"
 _DASHES = ("-", "--", ":", "-.")
 
 
-def lines(title: str, rows: Sequence[Row]) -> list[str]:
-    """Aligned: us of each sort at each count, the fastest of those that ran here marked."""
+def lines(figures: Row) -> Iterator[str]:
+    """us of each sort at each count, the fastest of those that ran here marked."""
+    for name, shape in figures["shapes"].items():
+        for situation, rows in shape["situations"].items():
+            yield f"{name}, {situation}: us a call, * the fastest here"
+            yield from _table(rows)
+        for sort, why in shape["left_out"].items():
+            yield f"{name}: {sort} is left out {why}"
+
+
+def _table(rows: Sequence[Row]) -> Iterator[str]:
     sorts = _sorts(rows)
     cells = [["tokens", *sorts]]
     for one in rows:
@@ -22,10 +31,8 @@ def lines(title: str, rows: Sequence[Row]) -> list[str]:
         )
         cells.append([str(one["num_tokens"]), *times])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return [
-        f"{title}: us a call, * the fastest here",
-        *("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells),
-    ]
+    for line in cells:
+        yield "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True))
 
 
 def draw(shapes: Mapping[str, Mapping[str, Sequence[Row]]], path: Path) -> None:

@@ -24,6 +24,7 @@ more than what is looked for. The variant `table` in the sweep is the table's ow
 import argparse
 import gc
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -39,12 +40,11 @@ from adaptive_moe.cli.bench.step_figures import (
     BUSY,
     CAPTURED,
     Point,
-    above,
     figures,
     overall,
     point,
 )
-from adaptive_moe.cli.bench.step_text import lines
+from adaptive_moe.cli.bench.step_text import lines as lines
 from adaptive_moe.cli.bench.variants import TABLE, Variants
 from adaptive_moe.models import find_model
 from adaptive_moe.settings import Settings, parse_buckets, read_settings
@@ -91,17 +91,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shapes: dict[str, Any] = {}
     for name in args.models.split(","):
         sizes = layer_sizes(find_model(name), args.tensor_parallel, args.block_size, seam.dtype)
+        begun = time.monotonic()
         try:
-            shapes[name] = judge(name, sizes)
+            shapes[name] = judge(sizes)
         except RuntimeError as error:  # out of memory, or no table: it costs this model only
             shapes[name] = {"failed": f"{type(error).__name__}: {error}"}
-            print(f"{name}: {shapes[name]['failed']}", file=sys.stderr)
+        seconds = round(time.monotonic() - begun, 1)
+        shapes[name]["seconds"] = seconds
+        print(f"{name}: judged in {seconds} s", file=sys.stderr, flush=True)
         gc.collect()
         if seam.on_gpu:
             torch.cuda.empty_cache()
     judged = [found["situations"] for found in shapes.values() if "situations" in found]
     if not judged:
-        raise RuntimeError(f"no model could be judged: {shapes}")
+        raise RuntimeError("; ".join(f"{name}: {s['failed']}" for name, s in shapes.items()))
     return {
         **stamp(seam.device),
         "kernel": seam.name,
@@ -116,7 +119,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def judge_model(
     seam: Seam,
-    name: str,
     sizes: LayerSizes,
     *,
     settings: Settings,
@@ -171,10 +173,7 @@ def judge_model(
         situations = {}
         for situation, some in _plan(captured, eager, on_gpu=seam.on_gpu):
             points = [measured(situation, n) for n in some]
-            situations[situation] = figures(points)
-            if captured and situation != CAPTURED:
-                situations[situation]["above_captured"] = above(points, max(captured))
-            print("\n".join(lines(name, situation, points)), file=sys.stderr, flush=True)
+            situations[situation] = figures(points, captured)
         return {
             "shape": sizes.shape.describe(),
             "calibration_seconds": [t.evidence.seconds for t in variants.tables.values()],

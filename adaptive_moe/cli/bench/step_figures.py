@@ -9,6 +9,10 @@ from adaptive_moe.cli.bench.paired import Difference, difference
 from adaptive_moe.cli.bench.variants import TABLE
 
 CAPTURED, BUSY, AS_IT_COMES = "captured", "busy", "as_it_comes"
+ABOVE = "above_captured"
+
+_MEANS = ("mean_loss", "mean_loss_surely", "mean_saved")
+_WORST = ("worst_loss", "worst_loss_surely", "worst_over_baseline", "most_saved")
 
 
 @dataclass(frozen=True)
@@ -64,52 +68,44 @@ def point(
     return Point(num_tokens, chosen, middle, over, loss, host_us)
 
 
-def figures(points: Sequence[Point]) -> dict[str, Any]:
-    """The losses and savings of one situation, and the sweep behind them."""
+def figures(points: Sequence[Point], captured: Sequence[int] = ()) -> dict[str, Any]:
+    """The losses and savings of one situation, and the sweep behind them. captured: counts that
+    are captured; those above the largest have figures of their own, too."""
     worst = max(points, key=lambda p: p.lost(p.chosen))
-    names = [name for name in points[0].us if name != TABLE]
+    large = [p for p in points if captured and p.num_tokens > max(captured)]
+    names = dict.fromkeys(name for p in points for name in p.us if name != TABLE)
     return {
         **_losses(points),
         "worst_at": worst.num_tokens,
-        "alone": {
-            name: {
-                "mean_loss": _rounded(statistics.fmean(p.lost(name) for p in some)),
-                "worst_loss": _rounded(max(p.lost(name) for p in some)),
-            }
-            for name in names
-            if (some := [p for p in points if name in p.us])
-        },
+        **({ABOVE: _losses(large)} if large else {}),
+        "alone": {name: _alone([p for p in points if name in p.us], name) for name in names},
         "sweep": [_row(p) for p in points],
     }
 
 
-def above(points: Sequence[Point], num_tokens: int) -> dict[str, Any]:
-    """The losses at counts above that one; empty where there is none."""
-    some = [p for p in points if p.num_tokens > num_tokens]
-    return _losses(some) if some else {}
+def _alone(points: Sequence[Point], name: str) -> dict[str, float]:
+    lost = [p.lost(name) for p in points]
+    return {"mean_loss": _rounded(statistics.fmean(lost)), "worst_loss": _rounded(max(lost))}
 
 
 def overall(shapes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Over the situations of all shapes: the mean of their means, the worst of their worst."""
     found: dict[str, Any] = {}
     for situation in (CAPTURED, BUSY, AS_IT_COMES):
-        for part in ("", "above_captured"):
-            some = [shape[situation] for shape in shapes if situation in shape]
-            if part:
-                some = [s[part] for s in some if s.get(part)]
-            if some:
-                merged = {
-                    key: _rounded(
-                        (statistics.fmean if key.startswith("mean") else max)(s[key] for s in some)
-                    )
-                    for key in _losses_keys(some[0])
-                }
-                found.setdefault(situation, {}).update({part: merged} if part else merged)
+        some = [shape[situation] for shape in shapes if situation in shape]
+        if some:
+            found[situation] = _merged(some)
+            above_captured = [s[ABOVE] for s in some if s.get(ABOVE)]
+            if above_captured:
+                found[situation][ABOVE] = _merged(above_captured)
     return found
 
 
-def _losses_keys(found: Mapping[str, Any]) -> list[str]:
-    return [key for key in found if key.startswith(("mean_", "worst_", "most_")) and key != "worst_at"]
+def _merged(some: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {
+        key: _rounded((statistics.fmean if key in _MEANS else max)([s[key] for s in some]))
+        for key in (*_MEANS, *_WORST)
+    }
 
 
 def _losses(points: Sequence[Point]) -> dict[str, float]:
@@ -135,6 +131,7 @@ def _row(p: Point) -> dict[str, Any]:
         "num_tokens": p.num_tokens,
         "chosen": p.chosen,
         "us_per_layer": {name: round(us, 3) for name, us in p.us.items()},
+        "lost": {name: _rounded(p.lost(name)) for name in p.us},
         "loss_us": spans(p.loss),
         "over_baseline_us": spans(p.over_baseline),
     }
