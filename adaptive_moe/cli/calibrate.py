@@ -89,7 +89,7 @@ def _on_kernel(args: argparse.Namespace, name: str, settings: Settings, *, quiet
     with Progress(settings.budget_s, quiet=quiet) as progress:
         table = calibrate(
             *(sorts, coverage, plan),
-            earlier=earlier and earlier.evidence,
+            earlier=earlier and earlier.table.evidence,
             progress=progress,
         )
     return Stored(key.request, table)

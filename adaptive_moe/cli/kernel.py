@@ -10,8 +10,11 @@ REHEARSAL = (
 )
 
 
-def choose(asked: str) -> tuple[str, str]:
-    """aiter, triton or cpu, and why in a sentence for whoever reads the result."""
+def choose(asked: str, *, ours_only: bool = False) -> tuple[str, str]:
+    """aiter, triton or cpu, and why in words for whoever reads the result.
+
+    ours_only: auto never means AITER, for what needs a kernel outside an engine.
+    """
     import torch
 
     from adaptive_moe.kernels.aiter import find_aiter
@@ -26,9 +29,11 @@ def choose(asked: str) -> tuple[str, str]:
             "triton",
             "on our Triton kernel, which engines use only where ADAPTIVE_MOE_SORTS says so",
         )
-    if aiter.problem is None and gpu:
+    if aiter.problem is None and gpu and not ours_only:
         return "aiter", f"on AITER {aiter.version}, which is what engines sort with"
-    why = aiter.problem or "AITER needs a GPU, and torch sees none"
+    why = (
+        "not AITER here" if ours_only else aiter.problem or "AITER needs a GPU, and torch sees none"
+    )
     if gpu and _has_triton():
         return "triton", f"on our Triton kernel: {why}"
     return "cpu", f"{REHEARSAL}; {why}"

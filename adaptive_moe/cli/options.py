@@ -45,14 +45,14 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_kernel_options(parser: argparse.ArgumentParser) -> None:
+def add_kernel_options(parser: argparse.ArgumentParser, names: tuple[str, ...] = KERNELS) -> None:
     """The options that say who sorts, and for which calls."""
     calls = parser.add_argument_group("which calls")
     calls.add_argument(
         "--kernel",
-        choices=KERNELS,
+        choices=names,
         default="auto",
-        help="who sorts [auto: AITER where it is usable, else the GPU, else the CPU]",
+        help="who sorts [auto: the first that is usable, the CPU last]",
     )
     calls.add_argument(
         "--max-tokens",

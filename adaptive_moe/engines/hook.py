@@ -22,7 +22,7 @@ from adaptive_moe.engines.entries import entry_for, unanswered
 from adaptive_moe.engines.rare import RareCalls
 from adaptive_moe.engines.seam import Layer
 from adaptive_moe.engines.seen import Key, SeenCall
-from adaptive_moe.engines.wrapper import fixed, measured
+from adaptive_moe.engines.wrapper import Entries, fixed, measured
 from adaptive_moe.kernels import POLICIES, SortKernel
 from adaptive_moe.kernels.aiter import meaning_of, seam_problem
 from adaptive_moe.kernels.live import Live, live_kernel
@@ -181,11 +181,13 @@ class AiterHook:
         """Give the layer the entries of the tables; those of other keys are made when called."""
         layer = self._layer
         if layer is not None:
-            layer.entries = {
-                key: entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
-                for key, table in self._tables.items()
-                if layer.active
-            }
+            layer.entries = Entries(
+                {
+                    key: entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
+                    for key, table in self._tables.items()
+                    if layer.active
+                }
+            )
 
     def _broke(self, sort: Any, error: Exception) -> None:
         """That sort raised while serving: it is off in this process, whatever it was to answer."""

@@ -20,7 +20,7 @@ from adaptive_moe.engines.entries import grown, left_alone
 from adaptive_moe.engines.reading import OddCallError, extras, read, seen_call
 from adaptive_moe.engines.seam import Layer
 from adaptive_moe.engines.seen import Key, SeenCall, is_rounded
-from adaptive_moe.engines.wrapper import Entry
+from adaptive_moe.engines.wrapper import Entries, Entry
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -83,7 +83,7 @@ class RareCalls:
     ) -> tuple[tuple[Key, int] | None, bool]:
         """The key and token count to look at the outputs of, if any; and whether the wrapper now
         answers the call. Raises OddCallError, and whatever failed in the wrapper."""
-        key, num_tokens, passed = read(named)
+        key, num_tokens, passed = read(named, layer.device)
         if passed:
             self._counters.passed.add()
             return None, False
@@ -145,7 +145,7 @@ class RareCalls:
             self._failures += 1
             first, last = self._failures == 1, self._failures == MAX_FAILURES
             if last:
-                layer.active, layer.entries = False, {}
+                layer.active, layer.entries = False, Entries({})
         if first or last:
             logger.warning(
                 "%s: choosing who sorts raised %s: %s",
@@ -158,4 +158,4 @@ class RareCalls:
 
 def _set(layer: Layer, key: Key, entry: Entry) -> None:
     if layer.active:
-        layer.entries = {**layer.entries, key: entry}
+        layer.entries = Entries({**layer.entries, key: entry})

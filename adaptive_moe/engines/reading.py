@@ -15,7 +15,7 @@ class OddCallError(Exception):
     """The arguments of a call are none that we can read."""
 
 
-def read(named: Mapping[str, Any]) -> tuple[Key, int, bool]:
+def read(named: Mapping[str, Any], only_device: int | None) -> tuple[Key, int, bool]:
     """The key of a call, its token count, and whether it leaves nothing to choose. `named` are all
     that the wrapper binds, in order. The same key as the wrapper's own; OddCallError."""
     import torch
@@ -38,7 +38,7 @@ def read(named: Mapping[str, Any]) -> tuple[Key, int, bool]:
             local_ids=named.get("return_local_topk_ids", False),
             more=tuple(named[n] is not None if n in BUFFERS else named[n] for n in others),
             baseline=TRUE if asked is True else asked,
-            device=ids.get_device(),
+            device=ids.get_device() if only_device is None else only_device,
         )
         hash(key)
     # Whatever these objects are, they may raise anything.

@@ -2,11 +2,11 @@
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from adaptive_moe.engines.wrapper import Entry
+from adaptive_moe.engines.wrapper import Entries
 from adaptive_moe.kernels.aiter import SEAM
 
 # AITER's function that picks block_size for a token count, called just before each sort.
@@ -17,8 +17,10 @@ class Layer:
     """One wrapper around the seam of one module, and one around its chooser, which leaves behind
     in `asked.last` how it was asked. Inactive, both only pass calls on.
 
-    entries: what becomes of calls, by key; replaced whole, never changed in place: the hot path
-    reads it without a lock. Empty while inactive. names: the parameters that the wrapper binds.
+    entries: what becomes of calls, by key; empty while inactive
+    names: the parameters that the wrapper binds
+    device: the only one that this process sees, as get_device() calls it; None where there are
+    several, and each call is asked
     """
 
     def __init__(self, module: ModuleType, asked: threading.local) -> None:
@@ -26,7 +28,8 @@ class Layer:
         self.seam: Callable[..., Any] = getattr(module, SEAM)
         self.chooser: Callable[..., Any] | None = getattr(module, CHOOSER, None)
         self.active = True
-        self.entries: Mapping[tuple[Any, ...], Entry] = {}
+        self.entries = Entries({})
+        self.device = _only_device()
         self.names: tuple[str, ...] = ()
         self.wrapper = self.seam
         self._watcher = None if self.chooser is None else _watch(self.chooser, asked)
@@ -41,7 +44,7 @@ class Layer:
         """Put back what was there; False where somebody wrapped us since, and keeps their wrapper
         and us, passive, below it."""
         self.active = False
-        self.entries = {}
+        self.entries = Entries({})
         if self._watcher is not None and getattr(self.module, CHOOSER, None) is self._watcher:
             setattr(self.module, CHOOSER, self.chooser)
         if getattr(self.module, SEAM, None) is not self.wrapper:
@@ -61,6 +64,12 @@ class Layer:
                 return module is self.module
             function = getattr(function, "__wrapped__", None)
         return False
+
+
+def _only_device() -> int | None:
+    import torch
+
+    return {0: -1, 1: 0}.get(torch.cuda.device_count())
 
 
 def _watch(chooser: Callable[..., Any], asked: threading.local) -> Callable[..., Any]:

@@ -27,7 +27,7 @@ class Key(NamedTuple):
     local_ids   return_local_topk_ids
     more        what later AITERs' arguments say: for a buffer whether it is given, else its value
     baseline    the policy the caller passes, or TRUE for a True
-    device      the GPU's index; -1 on the CPU
+    device      the GPU's index; -1 on the CPU. Where the process sees one only, that one
     """
 
     num_experts: int

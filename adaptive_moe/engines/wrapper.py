@@ -8,7 +8,7 @@ array by the token count. Everything rarer is left to rare.py, in plain Python.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptive_moe.engines.seen import TRUE
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 
 # In an entry's array: the answer differs between captured and eager calls, so ask.
 ASK = 255
+
+
+class Entries(dict[tuple[Any, ...], "Entry"]):
+    """By key; never changed, but replaced whole: the hot path reads it without a lock.
+
+    latest: the key of the latest call and its entry. Layers of one model mostly come with the same
+    key, and comparing it takes half the time of hashing it.
+    """
+
+    __slots__ = ("latest",)
+
+    def __init__(self, entries: Mapping[tuple[Any, ...], "Entry"]) -> None:
+        super().__init__(entries)
+        self.latest: tuple[Any, ...] = (None,) * len(Entry._fields)
 
 
 class Entry(NamedTuple):
@@ -59,12 +73,16 @@ def moe_sorting({heads}):
         if topk_ids.__class__ is not _Tensor or not num_tokens{unsorted}:
             sort = _rare
         else:
-            array, both, choices, plain, stay, go, _ = _layer.entries[
+            key = (
                 num_experts, topk, model_dim, moebuf_dtype, block_size, expert_mask is not None,
                 num_local_tokens is not None, expert_mask is not None or {accumulate}, {local_ids},
-                {more}, {TRUE} if dispatch_policy is True else dispatch_policy,
-                topk_ids.get_device(),
-            ]
+                {more}, {baseline}, {device},
+            )
+            entries = _layer.entries
+            known, array, both, choices, plain, stay, go = entries.latest
+            if key != known:
+                array, both, choices, plain, stay, go, _ = entry = entries[key]
+                entries.latest = (key, *entry[:-1])
             index = array[num_tokens]
             if index == {ASK}:
                 index = both[_is_capturing()][num_tokens]
@@ -117,6 +135,12 @@ def measured(
     """
     import torch
 
+    words = {
+        "ASK": ASK,
+        # Only a schema of bool makes it True, of an engine's own; to others both are not ours.
+        "baseline": f"{TRUE!r} if dispatch_policy is True else dispatch_policy",
+        "device": "topk_ids.get_device()" if layer.device is None else str(layer.device),
+    }
     scope = {
         "_layer": layer,
         "_Tensor": torch.Tensor,
@@ -124,7 +148,7 @@ def measured(
         "_rare": functools.partial(rare, layer),
         "_broke": broke,
     }
-    return _around(layer, _MEASURED, {"ASK": ASK, "TRUE": repr(TRUE)}, scope)
+    return _around(layer, _MEASURED, words, scope)
 
 
 def fixed(layer: "Layer", policy: int | None, counters: "Counters") -> Callable[..., Any]:
