@@ -16,8 +16,7 @@ from typing import Any
 from adaptive_moe.cli.bench.paired import in_rounds
 from adaptive_moe.cli.bench.recorded import Recorded, read_times, times_of
 from adaptive_moe.cli.bench.seams import KERNELS, Seam, open_seam
-from adaptive_moe.cli.bench.sorts_text import draw
-from adaptive_moe.cli.bench.sorts_text import lines as lines
+from adaptive_moe.cli.bench.sorts_text import draw, lines
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.kernels import SortKernel
 from adaptive_moe.kernels.contract import SortingInputs, differences_from, expected
@@ -29,11 +28,15 @@ from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.clocks import TRAIN_LENGTH, Clock, clock_for
 from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
 
+__all__ = ["add_options", "lines", "run"]
+
 # Those of calibration/recorded/sort_implementations_h100.csv.
 MODELS = "mixtral-8x7b,qwen3-235b,gpt-oss-120b,deepseek-v3,kimi-k2-fused,qwen3-next-80b"
 COUNTS = "1,2,4,8,12,16,24,32,48,64,96,128,192,256,384,512,1024,2048,4096,8192,16384"
 # A sort this many times slower than the fastest is looked at twice and timed no further.
 FAR_BEHIND = 6.0
+# A graph holds as few calls as it may of a batch with more entries: one-shot sorts are slow then.
+LARGE = 1 << 13
 ROUTINGS = (Routing.UNIFORM, Routing.SKEWED)
 FIRST_SEED = 2000
 
@@ -142,10 +145,9 @@ def times(
     kernel: SortKernel, train: Sequence[SortingInputs], clock: Clock, seconds: float
 ) -> dict[str, float]:
     """Each candidate's median us a call, from interleaved rounds."""
-    # A one-shot sort of a large batch is slow: no graph holds many calls of it.
-    long = train[0].topk_ids.numel() > 1 << 13
+    call_us = float("inf") if train[0].topk_ids.numel() > LARGE else 0.0
     samplers = {
-        candidate.name: clock.prepare([candidate.bind(i) for i in train], float("inf") if long else 0.0)
+        candidate.name: clock.prepare([candidate.bind(i) for i in train], call_us)
         for candidate in kernel.candidates
     }
     found = in_rounds(samplers, seconds, far_behind=FAR_BEHIND)

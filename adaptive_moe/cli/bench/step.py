@@ -26,6 +26,7 @@ import gc
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -44,10 +45,12 @@ from adaptive_moe.cli.bench.step_figures import (
     overall,
     point,
 )
-from adaptive_moe.cli.bench.step_text import lines as lines
+from adaptive_moe.cli.bench.step_text import lines
 from adaptive_moe.cli.bench.variants import TABLE, Variants
 from adaptive_moe.models import find_model
 from adaptive_moe.settings import Settings, parse_buckets, read_settings
+
+__all__ = ["add_options", "lines", "run"]
 
 MODELS = (
     "deepseek-v3,deepseek-v3-fused,kimi-k2,qwen3-235b,qwen3-next-80b,gpt-oss-120b,glm-4.5,"
@@ -177,7 +180,7 @@ def judge_model(
         return {
             "shape": sizes.shape.describe(),
             "calibration_seconds": [t.evidence.seconds for t in variants.tables.values()],
-            "calls": variants.hook.counts()._asdict(),
+            "calls": asdict(variants.hook.counts()),
             "situations": situations,
         }
 

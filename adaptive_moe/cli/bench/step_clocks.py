@@ -34,7 +34,11 @@ class StepClock:
         for replay in replays:  # the first replay uploads a graph
             replay()
         turns = itertools.cycle(replays)
-        return self._replays.prepare([lambda: next(turns)()])
+
+        def replay_next() -> None:
+            next(turns)()
+
+        return self._replays.prepare([replay_next])
 
     def busy(self, run: Run) -> Sample:
         """The eager step, all of it enqueued before the device reaches it."""
