@@ -1,6 +1,7 @@
 """Where a step's sort is called: AITER's own fused_moe, or a module of ours with the same seam."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -9,11 +10,14 @@ from typing import Any
 import torch
 
 from adaptive_moe.cli.bench.layer import Experts
-from adaptive_moe.kernels import load_kernel
+from adaptive_moe.cli.kernel import choose, load
+from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.kernels import KernelUnavailableError, SortKernel
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.settings import Mode, Settings
 from adaptive_moe.shape import SortingShape
-
-KERNELS = ("auto", "aiter", "triton", "cpu")
+from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
 
 
 @dataclass(frozen=True)
@@ -33,24 +37,26 @@ class Seam:
 
 
 def open_seam(kernel: str) -> Seam:
-    """The seam of `aiter`, `triton` or `cpu`; `auto` is the first of these that can run here.
+    """The seam of `aiter`, `triton` or `cpu`; `auto` is the first of these that is usable.
 
-    Raises KernelUnavailableError, or what importing AITER raises.
+    Raises KernelUnavailableError saying why one cannot, or what importing AITER raises.
     """
-    gpu = torch.cuda.is_available()
-    if kernel == "auto":
-        kernel = "aiter" if find_aiter().problem is None else "triton" if gpu else "cpu"
-    if kernel == "aiter":
+    name, _ = choose(kernel)
+    if name == "aiter":
+        problem = find_aiter().problem
+        if problem is not None:
+            raise KernelUnavailableError(f"kernel 'aiter' cannot run here: {problem}")
+        gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         module = import_module(MODULE)
         return Seam("aiter", module, device, "bfloat16", lambda _, p: _fused_moe(module, p))
-    return seam_of(kernel)
+    return seam_of(name)
 
 
 def seam_of(kernel: str, sort: Callable[..., Any] | None = None) -> Seam:
     """A module with AITER's seam in front of the sort of `triton` or `cpu`, or of another that
     runs where that one does."""
-    device = load_kernel(kernel).device  # says why it cannot run here
+    device = load(kernel).device  # says why it cannot run here
     module = ModuleType("adaptive_moe_seam")
     if sort is None:
         sort = import_module(f"adaptive_moe.kernels.{kernel}_sort").moe_sorting
@@ -58,6 +64,26 @@ def seam_of(kernel: str, sort: Callable[..., Any] | None = None) -> Seam:
     # Accumulating in bfloat16 needs atomics that not every GPU has; the bytes are the same.
     dtype = "float16" if kernel == "triton" else "float32"
     return Seam(kernel, module, device, dtype, lambda shape, p: _sorted(module, shape, p))
+
+
+@contextmanager
+def kernel_at(seam: Seam, coverage: Coverage, sorts: Sequence[str]) -> Iterator[SortKernel]:
+    """What sorts behind the seam for such calls, as the hook offers it to a calibration; sorts as
+    in Settings. RuntimeError where the hook cannot be installed."""
+    shape, device = coverage.shape, seam.device
+    hook = AiterHook(Settings(mode=Mode.AUTO, sorts=tuple(sorts)))
+    if not hook.install(seam.module):
+        raise RuntimeError("the hook was not installed: the log says why")
+    try:
+        # Of two tokens the hook can tell how long the baseline's buffers are.
+        inputs = sorting_inputs(
+            shape, route(shape, 2, Routing.UNIFORM, 0, device), 2, default_mask(shape, device)
+        )
+        seam.module.moe_sorting(*inputs.arguments(0))
+        ((key, seen),) = hook.seen.items()
+        yield hook.kernel(seen, key, coverage)
+    finally:
+        hook.uninstall()
 
 
 def _as_seam(sort: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,23 +8,21 @@ one like it (recorded.py).
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptive_moe.cli import options
 from adaptive_moe.cli.bench.paired import in_rounds
 from adaptive_moe.cli.bench.recorded import Recorded, read_times, times_of
-from adaptive_moe.cli.bench.seams import KERNELS, Seam, open_seam
+from adaptive_moe.cli.bench.seams import Seam, kernel_at, open_seam
 from adaptive_moe.cli.bench.sorts_text import draw, lines
-from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.kernels import SortKernel
 from adaptive_moe.kernels.contract import SortingInputs, differences_from, expected
 from adaptive_moe.models import Model, find_model
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
-from adaptive_moe.settings import SORT_GROUPS, Mode, Settings, parse_buckets
-from adaptive_moe.shape import SortingShape
+from adaptive_moe.settings import SORT_GROUPS, parse_buckets
 from adaptive_moe.tuning.clocks import TRAIN_LENGTH, Clock, clock_for
 from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
 
@@ -43,7 +41,9 @@ FIRST_SEED = 2000
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default=MODELS, help="known models, separated by commas")
-    parser.add_argument("--kernel", choices=KERNELS, default="auto", help="whose seam [auto]")
+    parser.add_argument(
+        "--kernel", choices=options.KERNELS, default="auto", help="whose seam [auto]"
+    )
     parser.add_argument("--counts", default=COUNTS, help="token counts, such as 1,64,512")
     parser.add_argument("--block-size", type=int, default=32, help="rows of a GEMM tile [32]")
     parser.add_argument("--seconds", type=float, default=0.03, help="of sampling a point [0.03]")
@@ -83,7 +83,8 @@ def sweep(
     """Times and ratios of every sort of one model, by situation and count."""
     shape = model.shape(block_size, seam.dtype)
     situations = (Situation.GRAPH, Situation.BUSY) if seam.on_gpu else (Situation.BUSY,)
-    with every_sort(seam, shape, counts) as kernel:
+    coverage = Coverage.up_to(shape, max(counts), counts).on(seam.device.type)
+    with kernel_at(seam, coverage, SORT_GROUPS["all"]) as kernel:
         mask = default_mask(shape, kernel.device)
         tokens = [
             route(shape, max(counts), ROUTINGS[i % 2], FIRST_SEED + i, kernel.device)
@@ -106,22 +107,6 @@ def sweep(
             "left_out": left_out,
             "situations": rows,
         }
-
-
-@contextmanager
-def every_sort(seam: Seam, shape: SortingShape, counts: Sequence[int]) -> Iterator[SortKernel]:
-    """The seam's kernel for that shape with every sort that this machine has, whoever made it."""
-    hook = AiterHook(Settings(mode=Mode.AUTO, sorts=SORT_GROUPS["all"]))
-    if not hook.install(seam.module):
-        raise RuntimeError("the hook was not installed: the log says why")
-    try:
-        tokens = route(shape, 2, Routing.UNIFORM, FIRST_SEED, seam.device)
-        mask = default_mask(shape, seam.device)
-        seam.module.moe_sorting(*sorting_inputs(shape, tokens, 2, mask).arguments(0))
-        ((key, seen),) = hook.seen.items()
-        yield hook.kernel(seen, key, Coverage.up_to(shape, max(counts), counts))
-    finally:
-        hook.uninstall()
 
 
 def _right(kernel: SortKernel, inputs: SortingInputs, left_out: dict[str, str]) -> SortKernel:

@@ -32,9 +32,10 @@ from typing import Any
 
 import torch
 
+from adaptive_moe.cli import options
 from adaptive_moe.cli.bench.layer import LayerSizes, Step, layer_sizes
 from adaptive_moe.cli.bench.paired import Sample, in_rounds
-from adaptive_moe.cli.bench.seams import KERNELS, Seam, open_seam
+from adaptive_moe.cli.bench.seams import Seam, open_seam
 from adaptive_moe.cli.bench.step_clocks import StepClock
 from adaptive_moe.cli.bench.step_figures import (
     AS_IT_COMES,
@@ -66,7 +67,9 @@ FAR_BEHIND = 1.5
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default=MODELS, help="known models, separated by commas")
-    parser.add_argument("--kernel", choices=KERNELS, default="auto", help="whose sort [auto]")
+    parser.add_argument(
+        "--kernel", choices=options.KERNELS, default="auto", help="whose sort [auto]"
+    )
     parser.add_argument("--tensor-parallel", type=int, default=8, help="ranks of the model [8]")
     parser.add_argument("--block-size", type=int, default=32, help="rows of a GEMM tile [32]")
     parser.add_argument("--baseline", type=int, default=0, help="the policy an engine passes [0]")
