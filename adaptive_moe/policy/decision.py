@@ -150,7 +150,7 @@ def confirm(first: Verdict, second: Verdict | None, rule: Rule) -> Verdict:
     if first.baseline.standing in OUT:
         return first
     results = [
-        _confirmed(one, second and second.result(one.candidate), rule)
+        _confirmed(one, second.result(one.candidate) if second else None, rule)
         if one.standing is Standing.FASTER
         else one
         for one in first.results
@@ -160,20 +160,18 @@ def confirm(first: Verdict, second: Verdict | None, rule: Rule) -> Verdict:
 
 def _confirmed(one: Result, again: Result | None, rule: Rule) -> Result:
     """A FASTER result, after what the second pass says about it, if anything."""
-    if again is not None and again.standing in OUT:
-        return again
     low, high = one.gain_low or 0.0, one.gain_high or 0.0
-    if again is None or again.gain is None or again.gain_low is None or again.gain_high is None:
+    if again is None or (again.standing is Standing.UNSETTLED and again.gain_low is None):
         return replace(one, standing=Standing.UNCONFIRMED, gain_low=min(low, rule.margin))
     if again.standing is Standing.UNSETTLED:
-        return replace(again, gain_low=min(again.gain_low, rule.margin))
+        return replace(again, gain_low=min(again.gain_low or 0.0, rule.margin))
     if again.standing is not Standing.FASTER:
-        return replace(again, reason="not confirmed")
+        return replace(again, reason=again.reason or "not confirmed")
     return replace(
         again,
-        gain=((one.gain or 0.0) + again.gain) / 2,
-        gain_low=min(low, again.gain_low),
-        gain_high=max(high, again.gain_high),
+        gain=((one.gain or 0.0) + (again.gain or 0.0)) / 2,
+        gain_low=min(low, again.gain_low or 0.0),
+        gain_high=max(high, again.gain_high or 0.0),
     )
 
 

@@ -1,8 +1,8 @@
 """One bucket: look at each candidate once, then interleaved rounds until settled.
 
 A round visits every live candidate SWEEPS times, in an order that changes within a round and from
-round to round, so that each runs in every place and after every other one equally often: what ran
-before matters to the next call.
+round to round, so that each runs in every place and after every other one equally often: what the
+neutral predecessor (clocks.py) does not take away is shared by all.
 """
 
 import logging
@@ -31,20 +31,23 @@ def measure(
     rule: Rule,
     rounds: int,
     spent: Callable[[], bool],
+    call_us: float = 0.0,
 ) -> list[Samples]:
-    """Samples of one bucket: `train` holds the inputs that each sample runs through.
+    """Samples of one pass over one bucket: `train` holds the inputs that each sample runs through.
 
-    Candidates without rounds are looked at first. Only what is still in then is prepared for
-    samples as long as the clock likes them, and raced (see `race`).
+    Candidates without rounds are looked at first, unless it is known by now that a call of theirs
+    takes about call_us. Only what is still in then is prepared for samples as long as the clock
+    likes them, and raced (see `race`).
     """
     binds = {candidate.name: candidate for candidate in candidates}
     found = list(samples)
-    if found and not found[0].round_us:
+    known = [min(s.round_us) for s in found if s.round_us]
+    if known:
+        call_us = min(known)
+    elif call_us == 0.0:
         everybody = [s.candidate for s in found if s.out is None]
         samplers = _prepare(binds, train, clock, found, everybody, call_us=math.inf)
         found, call_us = first_look(found, samplers)
-    else:
-        call_us = min((min(s.round_us) for s in found if s.round_us), default=0.0)
     # Who is settled already takes no part, and is not captured into a graph for it.
     live = _live({s.candidate: s for s in found}, rule)
     if len(live) < 2:
