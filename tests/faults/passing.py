@@ -85,7 +85,9 @@ def start(cache: Path, flaky: Flaky) -> WarmUp:
     """One start of an engine: its first forward, then the warm-up."""
     forget_aiter()
     aiter = load_aiter(VERSIONS[-1])
-    settings = Settings(mode=Mode.AUTO, cache_dir=str(cache), budget_s=60.0, buckets=(1, MAX_TOKENS))
+    settings = Settings(
+        mode=Mode.AUTO, cache_dir=str(cache), budget_s=60.0, buckets=(1, MAX_TOKENS)
+    )
     hook = AiterHook(settings)
     hook.install(aiter)
     ids = torch.arange(2, dtype=torch.int32).repeat(MAX_TOKENS, 1)

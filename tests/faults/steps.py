@@ -74,9 +74,7 @@ def run(exchanges: int, limit_s: float, seed: int = 0) -> dict[str, Any]:
     return _judged(script, answers)
 
 
-def _take_part(
-    channel: Channel, own: PolicyTable | None, event: str, limit_s: float
-) -> Agreement:
+def _take_part(channel: Channel, own: PolicyTable | None, event: str, limit_s: float) -> Agreement:
     tables = {} if own is None else {own.evidence.coverage: own}
 
     def once() -> Agreement:
