@@ -21,10 +21,6 @@ MAX_TOKENS = 1 << 20
 OFF = ("off", "none", "false")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
-# Who may compete, by name; the three words stand for some of them.
-SORTS = ("policies", "ck", "opus", "flydsl", "triton one-shot", "triton multi-phase")
-SORT_GROUPS = {"policies": SORTS[:1], "aiter": SORTS[:4], "all": SORTS}
-
 
 class SettingsError(ValueError):
     """A variable or option has a value that is not accepted; the text says which and what is."""
@@ -51,7 +47,7 @@ class Settings:
 
     budget_s is in seconds a shape, margin a fraction of the baseline's time. buckets are token
     counts; empty: the default grid. busy_from None: the first count above the largest captured
-    size. sorts are names of SORTS, in that order.
+    size. sorts are `policies` or names of kernels/sorts.py, in its order.
     """
 
     mode: Mode = Mode.OFF
@@ -60,7 +56,7 @@ class Settings:
     margin: float = 0.01
     buckets: tuple[int, ...] = ()
     busy_from: int | None = None
-    sorts: tuple[str, ...] = SORT_GROUPS["policies"]
+    sorts: tuple[str, ...] = ("policies",)
     cache_dir: str | None = None
     recalibrate: bool = False
     log_detail: LogDetail = LogDetail.TABLE
@@ -108,11 +104,14 @@ def _count(text: str) -> int:
 
 
 def _sorts(text: str) -> tuple[str, ...]:
+    # Here, because kernels are above settings; it imports no kernel.
+    from adaptive_moe.kernels.sorts import GROUPS
+
     words = [" ".join(word.lower().split()) for word in text.split(",")]
-    if not all(word in SORTS or word in SORT_GROUPS for word in words):
+    if not all(word in GROUPS or word in GROUPS["all"] for word in words):
         raise ValueError(text)
-    asked = {name for word in words for name in SORT_GROUPS.get(word, (word,))}
-    return tuple(name for name in SORTS if name in asked)
+    asked = {name for word in words for name in GROUPS.get(word, (word,))}
+    return tuple(name for name in GROUPS["all"] if name in asked)
 
 
 def _switch(text: str) -> bool:
@@ -157,7 +156,7 @@ VARIABLES = (
     Variable(
         "ADAPTIVE_MOE_SORTS",
         "policies",
-        f"policies, aiter, all, or names with commas between: {', '.join(SORTS[1:])}",
+        "policies, aiter, all, or sorts by name such as flydsl,triton one-shot",
         "who may compete: the policies of the sort AITER is set to, all of AITER's sorts, or "
         "this package's too",
         _sorts,

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptive_moe.kernels.sorts import REGISTRY
 from adaptive_moe.settings import (
     ENGINE_VARIABLE,
     NEUTRAL_VARIABLE,
-    SORTS,
     VARIABLES,
     LogDetail,
     Mode,
@@ -76,7 +76,7 @@ def test_both_names_in_conflict_are_told_apart():
         ("ADAPTIVE_MOE_BUSY_FROM", "1", "busy_from", 1),
         ("ADAPTIVE_MOE_SORTS", "policies", "sorts", ("policies",)),
         ("ADAPTIVE_MOE_SORTS", "AITER", "sorts", ("policies", "ck", "opus", "flydsl")),
-        ("ADAPTIVE_MOE_SORTS", "all", "sorts", SORTS),
+        ("ADAPTIVE_MOE_SORTS", "all", "sorts", ("policies", *REGISTRY)),
         (
             "ADAPTIVE_MOE_SORTS",
             "triton  one-shot, policies",

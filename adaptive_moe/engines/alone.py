@@ -1,19 +1,19 @@
 """One rank's tables before it hears of the others: stored by an earlier start, or measured now."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from adaptive_moe.disk import folder as store
-from adaptive_moe.engines.coverage import Batches, Wanted, coverages
+from adaptive_moe.engines.coverage import Wanted
 from adaptive_moe.engines.hook import AiterHook, Key
 from adaptive_moe.kernels import SortKernel
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule
 from adaptive_moe.policy.evidence import Calibration
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.settings import Mode, Settings
+from adaptive_moe.settings import Settings
 
 if TYPE_CHECKING:
     from adaptive_moe.tuning.calibrator import Plan
@@ -26,10 +26,12 @@ Measure = Callable[..., PolicyTable]
 
 @dataclass(frozen=True)
 class Own:
-    """A table of this rank, and where in the store it belongs, or came from."""
+    """A table of this rank, who may answer by it, and where in the store it belongs, or came
+    from."""
 
     wanted: Wanted
     table: PolicyTable
+    kernel: SortKernel
     place: store.Key
     measured: bool
 
@@ -50,7 +52,7 @@ class Alone:
 
 def tables_of(
     hook: AiterHook,
-    batches: Batches,
+    wanted: Sequence[Wanted],
     measure: Measure,
     *,
     engine: str,
@@ -62,66 +64,48 @@ def tables_of(
     speaks: on the rank that speaks for all; refused: why nothing may be measured now, or nothing.
     """
     found = Alone()
-    try:
-        if not hook.seen and hook.settings.mode is Mode.AUTO and speaks:
-            logger.warning(
-                "auto has nothing to choose: nothing was sorted through AITER's fused_moe so far "
-                "(a dense model, AITER's MoE switched off as by VLLM_ROCM_USE_AITER=0 or "
-                "VLLM_ROCM_USE_AITER_MOE=0, or no forward yet)"
-            )
-        wanted, found.problems = coverages(hook, batches)
-        if refused:
-            found.failed = {one.coverage: refused for one in wanted}
-            if wanted:
-                found.problems.append(refused)
-            return found
-        found.kept = replace(store.open_store(hook.settings), quiet=not speaks) if wanted else None
-        for one in wanted:
-            _try(one, hook, found, measure, engine)
-    except Exception as error:
-        logger.exception("warm-up failed, the baseline serves what was not measured")
-        found.problems.append(f"{type(error).__name__}: {error}")
+    if refused:
+        found.failed = {one.coverage: refused for one in wanted}
+        found.problems = [refused] if wanted else []
+        return found
+    for one in wanted:
+        # A shape that fails (out of memory, no shape we know) costs only itself.
+        try:
+            found.kept = found.kept or replace(store.open_store(hook.settings), quiet=not speaks)
+            found.own[one.key] = _table_for(one, hook, found.kept, measure, engine)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            found.problems.append(f"{one.key.describe()}: {why}")
+            found.failed[one.coverage] = why
     return found
-
-
-def _try(one: Wanted, hook: AiterHook, found: Alone, measure: Measure, engine: str) -> None:
-    assert found.kept is not None
-    try:
-        found.own[one.key] = _table_for(one, hook, found.kept, measure, engine)
-    # A shape that fails (out of memory, no shape we know) costs only itself.
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        found.problems.append(f"{one.key.describe()}: {why}")
-        found.failed[one.coverage] = why
 
 
 def _table_for(
     one: Wanted, hook: AiterHook, kept: store.Store, measure: Measure, engine: str
 ) -> Own:
     """Measured as the seen call was made: in its context, on its device and stream."""
-    settings, mask = hook.settings, one.seen.expert_mask
     kernel = hook.kernel(one.seen, one.key, one.coverage)
-    plan = plan_for(settings)
+    plan = plan_for(hook.settings)
     place = store.key_for(kernel, one.coverage, plan, engine)
-    stored = kept.load(place)
-    if stored is not None and not _may_go_on(stored, settings):
-        return Own(one, stored, place, measured=False)
-    earlier = _usable(stored or one.earlier, kernel, plan.rule)
+    stored = kept.load(place, plan.budget_s)
+    if stored is not None and not stored.unfinished:
+        return Own(one, stored.table, kernel, place, measured=False)
+    before = one.earlier if stored is None else stored.table
     try:
         table = one.seen.as_called(
-            measure, kernel, one.coverage, plan, expert_mask=mask, earlier=earlier
+            measure,
+            kernel,
+            one.coverage,
+            plan,
+            expert_mask=one.seen.expert_mask,
+            earlier=_usable(before, kernel, plan.rule),
         )
     except Exception as error:
         if stored is None:
             raise
         logger.warning("%s stays as stored: %s", one.key.describe(), error)
-        return Own(one, stored, place, measured=False)
-    return Own(one, table, place, measured=True)
-
-
-def _may_go_on(stored: PolicyTable, settings: Settings) -> bool:
-    """Was it left unsettled by a budget that was smaller than today's?"""
-    return not stored.settled and stored.evidence.budget_s < settings.budget_s
+        return Own(one, stored.table, kernel, place, measured=False)
+    return Own(one, table, kernel, place, measured=True)
 
 
 def _usable(table: PolicyTable | None, kernel: SortKernel, rule: Rule) -> Calibration | None:

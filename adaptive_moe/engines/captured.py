@@ -29,17 +29,23 @@ class Captured:
 
 
 class _Counting:
-    """In place of the array of captured calls."""
+    """In place of the array of captured calls, as far as the hook uses it: a count is looked up,
+    and the last choice may be stretched over more counts."""
 
     def __init__(self, array: bytes, table: PolicyTable, counts: "Counter[str]") -> None:
         self._array, self._table, self._counts = array, table, counts
 
-    def __getitem__(self, num_tokens: int) -> int:
-        index = self._array[num_tokens]
-        table = self._table
-        name = table.candidate(num_tokens, captured=True) if index else table.evidence.candidates[0]
-        self._counts[name] += 1
-        return index
-
     def __len__(self) -> int:
         return len(self._array)
+
+    def __getitem__(self, place: Any) -> Any:
+        found = self._array[place]
+        if isinstance(place, int):
+            names = self._table.evidence.candidates
+            # Index 0 is the baseline, also in place of a candidate that is off.
+            name = self._table.candidate(place, captured=True) if found else names[0]
+            self._counts[name] += 1
+        return found
+
+    def __add__(self, more: bytes) -> "_Counting":
+        return _Counting(self._array + more, self._table, self._counts)

@@ -76,8 +76,10 @@ def coverages(hook: AiterHook, batches: Batches) -> tuple[list[Wanted], list[str
         try:
             for key, spans, captured in _by_key(seen, batches, choosers):
                 earlier = hook.tables.get(key)
-                known = wanted.get(key) or (earlier and earlier.evidence)
-                coverage = _cover(seen, key, spans, captured, batches, known and known.coverage)
+                known = None if earlier is None else earlier.evidence.coverage
+                if key in wanted:
+                    known = wanted[key].coverage
+                coverage = _cover(seen, key, spans, captured, batches, known)
                 if earlier is None or earlier.evidence.coverage != coverage:
                     # A call made with this very key knows it better than one with another block.
                     best = wanted[key].seen if key in wanted and seen.key != key else seen

@@ -22,7 +22,7 @@ from adaptive_moe.engines.entries import entry_for, unanswered
 from adaptive_moe.engines.rare import RareCalls
 from adaptive_moe.engines.seam import Layer
 from adaptive_moe.engines.seen import Key, SeenCall
-from adaptive_moe.engines.wrapper import Entries, fixed, measured
+from adaptive_moe.engines.wrapper import Entries, Entry, fixed, measured
 from adaptive_moe.kernels import POLICIES, SortKernel
 from adaptive_moe.kernels.aiter import meaning_of, seam_problem
 from adaptive_moe.kernels.live import Live, live_kernel
@@ -35,6 +35,7 @@ __all__ = ["AiterHook", "Key", "SeenCall"]
 logger = logging.getLogger("adaptive_moe")
 
 IsCapturing = Callable[[], bool]
+Observer = Callable[[Entry, PolicyTable], Entry]
 
 
 class AiterHook:
@@ -65,6 +66,7 @@ class AiterHook:
         self._tables: Mapping[Key, PolicyTable] = {}
         self._sorts: dict[Key, Mapping[str, Callable[..., Any]]] = {}
         self._off: set[str] = set()
+        self._observer: Observer | None = None
 
     def install(self, module: ModuleType) -> bool:
         """Wrap the seam of `module`; False, with one warning, where it is not the seam we know.
@@ -170,6 +172,13 @@ class AiterHook:
             self._renew()
         return kernel
 
+    def observe(self, observer: Observer | None) -> None:
+        """Until it is None again, calls are answered by what the observer makes of each table's
+        entry, which answers alike: for counting while an engine starts, at no cost afterwards."""
+        with self._lock:
+            self._observer = observer
+            self._renew()
+
     def counts(self) -> Counts:
         """What happened to the calls so far."""
         return self._counters.read()
@@ -181,13 +190,16 @@ class AiterHook:
         """Give the layer the entries of the tables; those of other keys are made when called."""
         layer = self._layer
         if layer is not None:
-            layer.entries = Entries(
-                {
-                    key: entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
-                    for key, table in self._tables.items()
-                    if layer.active
+            found: dict[tuple[Any, ...], Entry] = {
+                key: entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
+                for key, table in self._tables.items()
+                if layer.active
+            }
+            if self._observer is not None:
+                found = {
+                    k: self._observer(found[k], t) for k, t in self._tables.items() if k in found
                 }
-            )
+            layer.entries = Entries(found)
 
     def _broke(self, sort: Any, error: Exception) -> None:
         """That sort raised while serving: it is off in this process, whatever it was to answer."""

@@ -3,7 +3,8 @@ serving.
 
     coverages    which tables are wanted, each for which calls (coverage.py)
     tables_of    this rank's, stored by an earlier start or measured now, and what failed (alone.py)
-    _agree       one exchange with the other ranks, which this rank comes to whatever became of it
+    _agree       one exchange with the other ranks, which this rank comes to whatever became of it,
+                 and brings all tables it has to
     then         what was agreed is set, all tables at once, and what is sound is stored
 
 A dummy batch's own ids are never sorted here: they route every token to the same experts.
@@ -11,25 +12,22 @@ A dummy batch's own ids are never sorted here: they route every token to the sam
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adaptive_moe.disk import folder as store
 from adaptive_moe.engines.alone import Alone, Measure, tables_of
-from adaptive_moe.engines.coverage import Batches, Chooser
+from adaptive_moe.engines.coverage import Batches, Chooser, Wanted, coverages
 from adaptive_moe.engines.hook import AiterHook, Key
-from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.engines.others import Connect, Others
+from adaptive_moe.engines.ready import make_ready
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.ranks.agreement import Agreement, Channel, agree
 from adaptive_moe.report import text as report
-from adaptive_moe.settings import LogDetail
+from adaptive_moe.settings import LogDetail, Mode
 
 logger = logging.getLogger("adaptive_moe")
-
-# How the other ranks are reached; None is for a rank that is alone.
-Connect = Callable[[], Channel | None]
 
 
 @dataclass(frozen=True)
@@ -91,29 +89,35 @@ def warm_up(
     )
     speaks = is_rank_zero()
     with hook.warming:
+        wanted, problems = _wanted(hook, batches, speaks)
+        others = Others.reached(connect, len(wanted) + len(hook.tables), hook.settings.budget_s)
         alone = tables_of(
             hook,
-            batches,
+            wanted,
             measure or _calibrate,
             engine=engine,
             speaks=speaks,
             refused=_refusal(hook),
         )
+        alone.problems = [*problems, *alone.problems]
         for problem in alone.problems:
             logger.warning(
                 "not calibrated this time, the baseline serves it and the next start tries again: "
                 "%s",
                 problem,
             )
-        tables, problems = _agree(alone, connect)
+        tables, refusals = others.agree(alone, hook.tables)
         hook.set_tables(tables)
         hook.warmed_up = True
+        for key, own in alone.own.items():
+            if key in tables:
+                make_ready(own, tables[key])
         origins = {key: _origin(alone, key, table) for key, table in tables.items()}
         if speaks:
             _report(hook, tables, origins)
         if alone.kept is not None:
             alone.kept.publish(_worth_keeping(alone, tables))
-    found = (*alone.problems, *problems)
+    found = (*alone.problems, *refusals)
     return WarmUp(tables, found, time.monotonic() - begun, origins)
 
 
@@ -139,46 +143,35 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _agree(alone: Alone, connect: Connect | None) -> tuple[dict[Key, PolicyTable], tuple[str, ...]]:
-    """What the ranks run of this rank's tables, and why others of them have none. Where the rank
-    is alone: all of them."""
-    mine = {key: own.table for key, own in alone.own.items()}
+def _wanted(hook: AiterHook, batches: Batches, speaks: bool) -> tuple[list[Wanted], list[str]]:
+    """The tables to make, and why others cannot be. Never raises."""
+    if not hook.seen and hook.settings.mode is Mode.AUTO and speaks:
+        logger.warning(
+            "auto has nothing to choose: nothing was sorted through AITER's fused_moe so far (a "
+            "dense model, AITER's MoE switched off as by VLLM_ROCM_USE_AITER=0 or "
+            "VLLM_ROCM_USE_AITER_MOE=0, or no forward yet)"
+        )
     try:
-        channel = None if connect is None else connect()
-        if channel is None:
-            return mine, ()
-        # Layers on two devices of this process can be covered alike: the first brings its table.
-        brought: dict[Coverage, PolicyTable] = {}
-        for own in alone.own.values():
-            brought.setdefault(own.wanted.coverage, own.table)
-        failed = {c: why for c, why in alone.failed.items() if c not in brought}
-        agreed: Agreement = agree(brought, failed, channel)
+        return coverages(hook, batches)
     except Exception as error:
-        problem = f"nothing was agreed, no table is used: {type(error).__name__}: {error}"
-        logger.warning("%s", problem)
-        return {}, (problem,)
-    tables = {}
-    for key, own in alone.own.items():
-        table = agreed.tables.get(own.wanted.coverage)
-        if table is not None and table.evidence.environment == own.table.evidence.environment:
-            tables[key] = table
-    return tables, agreed.problems
+        logger.exception("what to calibrate is not known")
+        return [], [f"{type(error).__name__}: {error}"]
 
 
 def _origin(alone: Alone, key: Key, table: PolicyTable) -> str:
-    own = alone.own[key]
-    if table != own.table:
+    own = alone.own.get(key)
+    if own is None or table != own.table:
         return "agreed"
     return "measured" if own.measured else "stored"
 
 
 def _worth_keeping(alone: Alone, tables: Mapping[Key, PolicyTable]) -> dict[store.Key, PolicyTable]:
-    """What the ranks run, where that is news here; else what was measured, for the next start. A
-    table in which something failed is for this process only."""
+    """What the ranks run, where that is news here; else what was measured, for the next start. The
+    store itself refuses a table in which something failed: that is for this process only."""
     keep = {}
     for key, own in alone.own.items():
         table = tables.get(key, own.table)
-        if table.sound and (own.measured or table != own.table):
+        if own.measured or table != own.table:
             keep[own.place] = table
     return keep
 

@@ -8,10 +8,14 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from adaptive_moe.engines import status
 from adaptive_moe.engines.captured import Captured
+from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.engines.status import ProcessStatus, TableStatus
+from adaptive_moe.settings import Mode, Settings
+from tests.aiter_standin.load import forget_aiter, load_aiter
 from tests.tables import make_table
 
 TABLE = TableStatus("16 experts", "aiter 1", "MI300X", "stored", "2026-01-01", "policy 1", True)
