@@ -261,9 +261,7 @@ def _loop_of_leading(sort: Callable[..., Any]) -> Loop:
     return loop
 
 
-def _interleaved(
-    loops: Mapping[str, Loop], rounds: int, calls: int
-) -> dict[str, list[float]]:
+def _interleaved(loops: Mapping[str, Loop], rounds: int, calls: int) -> dict[str, list[float]]:
     """Nanoseconds a call of each, one sample a round; who goes first rotates."""
     names = list(loops)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -311,9 +309,7 @@ def _hook_of(commit: str) -> Iterator[Callable[..., Any]]:
         setattr(module, SEAM, _nothing)
         hook = hooks.AiterHook(settings.Settings(mode=settings.Mode.AUTO))
         hook.install(module)
-        key = hooks.Key(
-            EXPERTS, TOPK, MODEL_DIM, torch.bfloat16, BLOCK_SIZE, False, False, True
-        )
+        key = hooks.Key(EXPERTS, TOPK, MODEL_DIM, torch.bfloat16, BLOCK_SIZE, False, False, True)
         hook.set_tables({key: table_of(10)})
         yield getattr(module, SEAM)
 

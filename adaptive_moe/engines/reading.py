@@ -25,7 +25,8 @@ def read(named: Mapping[str, Any], only_device: int | None) -> tuple[Key, int, b
         num_tokens, topk = ids.shape
         passed = not num_tokens or any(named.get(name) for name in UNSORTED)
         masked = named["expert_mask"] is not None
-        others = [n for n in list(named)[len(LEADING) :] if n not in KNOWN or n in BUFFERS]
+        unknown = [value for n, value in list(named.items())[len(LEADING) :] if n not in KNOWN]
+        buffers = [name for name in BUFFERS if named.get(name) is not None]
         key = Key(
             num_experts=named["num_experts"],
             topk=topk,
@@ -36,7 +37,7 @@ def read(named: Mapping[str, Any], only_device: int | None) -> tuple[Key, int, b
             has_num_local_tokens=named["num_local_tokens"] is not None,
             accumulate=masked or named.get("accumulate", True),
             local_ids=named.get("return_local_topk_ids", False),
-            more=tuple(named[n] is not None if n in BUFFERS else named[n] for n in others),
+            more=(*unknown, *buffers),
             baseline=TRUE if asked is True else asked,
             device=ids.get_device() if only_device is None else only_device,
         )

@@ -25,7 +25,7 @@ class Key(NamedTuple):
 
     accumulate  masked, or accumulate as passed: either makes moe_buf [num_tokens, model_dim]
     local_ids   return_local_topk_ids
-    more        what later AITERs' arguments say: for a buffer whether it is given, else its value
+    more        values of arguments that later AITERs have, and names of buffers that are given
     baseline    the policy the caller passes, or TRUE for a True
     device      the GPU's index; -1 on the CPU. Where the process sees one only, that one
     """

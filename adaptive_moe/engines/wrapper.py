@@ -191,7 +191,7 @@ def _around_opaque(
     seam = layer.seam
     declared = inspect.signature(seam).parameters
     named = "dispatch_policy" in declared
-    names = tuple(declared) if named else (*LEADING, *KNOWN)
+    names = tuple(declared) if named else (*LEADING, *(n for n in KNOWN if n not in BUFFERS))
     defaults = {p.name: p.default for p in declared.values() if named and p.default is not p.empty}
     defaults = _DEFAULTS | defaults
     layer.names = names
@@ -228,8 +228,10 @@ def _compile(
     again: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     heads = [f"{name}=_default[{name!r}]" if name in defaults else name for name in names]
-    others = [n for n in names[len(LEADING) :] if n not in KNOWN or n in BUFFERS]
-    more = [f"{name} is not None" if name in BUFFERS else name for name in others]
+    unknown = [name for name in names[len(LEADING) :] if name not in KNOWN]
+    more = [f"(() if {name} is None else ({name!r},))" for name in BUFFERS if name in names]
+    if unknown:
+        more = [f"({', '.join(unknown)},)", *more]
     values = f"({', '.join(names)},)"
     source = template.format(
         **words,
@@ -238,7 +240,7 @@ def _compile(
         unsorted="".join(f" or {name}" for name in UNSORTED if name in names),
         accumulate="accumulate" if "accumulate" in names else "True",
         local_ids="return_local_topk_ids" if "return_local_topk_ids" in names else "False",
-        more=f"({', '.join(more)},)" if more else "()",
+        more=" + ".join(more) or "()",
         sort_arguments=", ".join(n if n in names else "True" for n in SORT_ARGUMENTS),
     )
     function: dict[str, Any] = {**scope, "_seam": again or layer.seam, "_default": defaults}

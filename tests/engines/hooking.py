@@ -1,58 +1,16 @@
-"""What the tests of the hook share: the stand-in's calls, and tables made by hand."""
-
-from collections.abc import Mapping
+"""What the tests of the hook share: calls of the stand-in, and what arrives at its sort."""
 
 import torch
 
 from adaptive_moe.engines.hook import AiterHook, Key
-from adaptive_moe.policy.coverage import Coverage
-from adaptive_moe.policy.decision import Rule, Verdict
-from adaptive_moe.policy.environment import Environment
-from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration, Fill
-from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import Mode, Settings
-from adaptive_moe.shape import SortingShape
 
 AUTO = Settings(mode=Mode.AUTO)
+# Token count -> policy: different neighbours, so that an index that is off by one shows.
+POLICIES = {1: 1, 2: 2, 3: 0, 4: 1, 64: 2, 128: 1}
+# Of `batch` with no arguments, called as AITER of August 2026 does.
 KEY = Key(16, 4, 64, torch.bfloat16, 32, False, False, True, False, (), 0, -1)
-ENVIRONMENT = Environment("test device", "none", 1, "", "0", "0")
-
-
-def table(
-    eager: Mapping[int, object],
-    graph: Mapping[int, object] | None = None,
-    *,
-    baseline: object = 0,
-    others: tuple[str, ...] = (),
-) -> PolicyTable:
-    """Token count -> who sorts from there on: a policy, or the name of another sort."""
-    rest = [f"policy {policy}" for policy in (0, 1, 2) if policy != baseline]
-    return PolicyTable(
-        Calibration(
-            schema=SCHEMA,
-            coverage=Coverage(
-                SortingShape(16, 4, 64), f"policy {baseline}", ((1, max(eager)),), busy_from=1
-            ),
-            kernel="made by hand",
-            candidates=(f"policy {baseline}", *rest, *others),
-            environment=ENVIRONMENT,
-            rule=Rule(),
-            budget_s=1.0,
-            created="2026-01-01T00:00:00+00:00",
-            seconds=0.0,
-            graph=_buckets(graph or {}),
-            busy=_buckets(eager),
-            idle=(),
-        )
-    )
-
-
-def _buckets(chosen: Mapping[int, object]) -> tuple[Bucket, ...]:
-    names = {n: who if isinstance(who, str) else f"policy {who}" for n, who in chosen.items()}
-    return tuple(
-        Bucket(n, name, "by hand", (Fill(1.0, Verdict(name, True, 4, "by hand", ())),))
-        for n, name in sorted(names.items())
-    )
+TWO = ("policy 2", "policy 0", "policy 1")
 
 
 def batch(num_tokens, *, experts=16, topk=4, dim=64, seed=0):
@@ -74,16 +32,21 @@ def sort_arguments(num_tokens, **shape):
     return [ids, weights, w2.shape[0], hidden.shape[1], hidden.dtype, 32, None, None, 0]
 
 
-def sorts(number=1):
+def arrived(number=1):
     """The latest calls that arrived at the sort itself."""
     import aiter.sort
 
     return list(aiter.sort.calls)[-number:]
 
 
-def arrived():
-    """The policy with which the latest call arrived at the sort itself."""
-    return sorts()[0].policy
+def policy_that_arrived():
+    return arrived()[0].policy
+
+
+def number_of_sorts():
+    import aiter.sort
+
+    return len(aiter.sort.calls)
 
 
 def installed(module, settings=AUTO, tables=None, **options):
@@ -91,3 +54,23 @@ def installed(module, settings=AUTO, tables=None, **options):
     assert hook.install(module)
     hook.set_tables(tables or {})
     return hook
+
+
+def plain_seam(record):
+    """A seam of the nine parameters that keeps what reaches it and returns the policy."""
+
+    def moe_sorting(
+        topk_ids,
+        topk_weights,
+        num_experts,
+        model_dim,
+        moebuf_dtype,
+        block_size=32,
+        expert_mask=None,
+        num_local_tokens=None,
+        dispatch_policy=0,
+    ):
+        record.append((model_dim, topk_ids.shape[0], dispatch_policy))
+        return dispatch_policy
+
+    return moe_sorting
