@@ -112,10 +112,7 @@ class Stored:
         except RecursionError:
             raise ValueError("the JSON is nested too deeply") from None
         table = PolicyTable.from_json(calibration)
-        try:
-            check(table.evidence)
-        except ArithmeticError as error:  # such as a gain of all the time there is
-            raise ValueError(f"its measurements are impossible: {error}") from None
+        check(table.evidence)
         return cls(from_plain(Request, plain, "request"), table)
 
 
@@ -145,6 +142,9 @@ def check(found: Calibration) -> None:
                 raise ValueError(
                     f"{bucket.num_tokens} tokens ({situation.value}) are not in its coverage"
                 )
+            for result in (r for verdict in bucket.verdicts for r in verdict.results):
+                if not (result.gain or 0.0) < 1.0 or not (result.median_us or 1.0) > 0.0:
+                    raise ValueError(f"its measurements are impossible: {result}")
             fits = bool(bucket.fills) and all(_supported(v, found) for v in bucket.verdicts)
             if not fits or combine(bucket.verdicts)[0] != bucket.candidate:
                 raise ValueError(

@@ -44,7 +44,7 @@ def made_up_table(
     out: dict[int, tuple[Standing, str]] | None = None,
 ) -> PolicyTable:
     """gains: what each candidate truly saves of the baseline's time. speed: the baseline's time is
-    over it. out: by candidate. captured: all captured sizes, where more than measured in `graph`."""
+    over it. out: by candidate. captured: all captured sizes, where more than in `graph`."""
     chance = random.Random(seed)
     candidates = tuple(names[: len(gains)])
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch.distributed as dist
 
 from adaptive_moe.disk.folder import Store
-from adaptive_moe.policy.decision import Standing
 from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.policy.decision import Standing
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks.agreement import Agreement, agree, look, open_channel
 from adaptive_moe.ranks.channel import Channel

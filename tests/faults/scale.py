@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_moe.ranks.messages import decide, encode_decision, encode_message
 from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.ranks.messages import decide, encode_decision, encode_message
 from adaptive_moe.ranks.summary import MAX_BYTES, encode, summarize
 from adaptive_moe.shape import SortingShape
 

@@ -24,7 +24,7 @@ from adaptive_moe.ranks.messages import (
 )
 from adaptive_moe.ranks.summary import MAX_BYTES, canonical
 from tests.faults.corrupt import listening
-from tests.faults.made_up import PADDED, SHAPE, made_up_table
+from tests.faults.made_up import PADDED, SHAPE
 from tests.ranks.test_merging import merged, noisy, small
 
 ROOT = Path(__file__).parents[2]
