@@ -234,7 +234,7 @@ def test_a_plot_is_drawn(tmp_path):
 
 def test_a_kernel_is_what_the_hook_offers_and_the_hook_is_gone_after(seam):
     original = seam.module.moe_sorting
-    with kernel_at(seam, Coverage.up_to(SHAPE, 64), ("policies",)) as kernel:
+    with kernel_at(seam, Coverage.up_to(SHAPE, 64), "policies") as kernel:
         assert [c.name for c in kernel.candidates] == ["policy 0", "policy 1", "policy 2"]
         assert seam.module.moe_sorting is not original
     assert seam.module.moe_sorting is original
@@ -244,7 +244,7 @@ def test_a_seam_that_is_none_and_a_kernel_that_is_not_here(seam, monkeypatch):
     broken = seams.Seam("cpu", ModuleType("nothing"), seam.device, "float32", seam.experts)
     with (
         pytest.raises(RuntimeError, match="not installed"),
-        kernel_at(broken, Coverage.up_to(SHAPE, 64), ("policies",)),
+        kernel_at(broken, Coverage.up_to(SHAPE, 64), "policies"),
     ):
         pass
     monkeypatch.setattr(seams, "find_aiter", lambda: argparse.Namespace(problem="no AITER"))

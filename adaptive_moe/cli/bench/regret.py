@@ -26,7 +26,7 @@ from adaptive_moe.models import find_model
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.settings import Settings, read_settings
+from adaptive_moe.settings import Settings
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.calibrator import Plan, calibrate
 
@@ -53,7 +53,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from adaptive_moe.report.plot import draw, plot_format
 
     image_format = plot_format(args.plot) if args.plot else ""
-    sorts = read_settings({"ADAPTIVE_MOE_SORTS": args.sorts}).sorts
     seam = open_seam(args.kernel)
     on_cpu = not seam.on_gpu
     max_tokens = options.max_tokens_from(args, on_cpu=on_cpu)
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results = {}
     for model, shape in _shapes(args).items():
         coverage = Coverage.up_to(shape, max_tokens, sizes).on(seam.device.type)
-        with kernel_at(seam, coverage, sorts) as kernel:
+        with kernel_at(seam, coverage, args.sorts) as kernel:
             table = calibrate(kernel, coverage, plan)
             points = {
                 situation: measure_oracle(kernel, shape, situation, counts, args.oracle_passes)

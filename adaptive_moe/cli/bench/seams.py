@@ -1,8 +1,8 @@
 """Where a step's sort is called: AITER's own fused_moe, or a module of ours with the same seam."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,7 @@ from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.kernels import KernelUnavailableError, SortKernel
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
 from adaptive_moe.policy.coverage import Coverage
-from adaptive_moe.settings import Mode, Settings
+from adaptive_moe.settings import Mode, read_settings
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
 
@@ -67,11 +67,12 @@ def seam_of(kernel: str, sort: Callable[..., Any] | None = None) -> Seam:
 
 
 @contextmanager
-def kernel_at(seam: Seam, coverage: Coverage, sorts: Sequence[str]) -> Iterator[SortKernel]:
+def kernel_at(seam: Seam, coverage: Coverage, sorts: str) -> Iterator[SortKernel]:
     """What sorts behind the seam for such calls, as the hook offers it to a calibration; sorts as
-    in Settings. RuntimeError where the hook cannot be installed."""
+    in ADAPTIVE_MOE_SORTS. RuntimeError where the hook cannot be installed."""
     shape, device = coverage.shape, seam.device
-    hook = AiterHook(Settings(mode=Mode.AUTO, sorts=tuple(sorts)))
+    settings = read_settings({"ADAPTIVE_MOE_SORTS": sorts})
+    hook = AiterHook(replace(settings, mode=Mode.AUTO))
     if not hook.install(seam.module):
         raise RuntimeError("the hook was not installed: the log says why")
     try:

@@ -22,9 +22,9 @@ from adaptive_moe.kernels.contract import SortingInputs, differences_from, expec
 from adaptive_moe.models import Model, find_model
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
-from adaptive_moe.settings import SORT_GROUPS, parse_buckets
-from adaptive_moe.tuning.clocks import TRAIN_LENGTH, Clock, clock_for
-from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
+from adaptive_moe.settings import parse_buckets
+from adaptive_moe.tuning.clocks import Clock, clock_for
+from adaptive_moe.tuning.inputs import Inputs
 
 __all__ = ["add_options", "lines", "run"]
 
@@ -35,8 +35,6 @@ COUNTS = "1,2,4,8,12,16,24,32,48,64,96,128,192,256,384,512,1024,2048,4096,8192,1
 FAR_BEHIND = 6.0
 # A graph holds as few calls as it may of a batch with more entries: one-shot sorts are slow then.
 LARGE = 1 << 13
-ROUTINGS = (Routing.UNIFORM, Routing.SKEWED)
-FIRST_SEED = 2000
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -84,20 +82,15 @@ def sweep(
     shape = model.shape(block_size, seam.dtype)
     situations = (Situation.GRAPH, Situation.BUSY) if seam.on_gpu else (Situation.BUSY,)
     coverage = Coverage.up_to(shape, max(counts), counts).on(seam.device.type)
-    with kernel_at(seam, coverage, SORT_GROUPS["all"]) as kernel:
-        mask = default_mask(shape, kernel.device)
-        tokens = [
-            route(shape, max(counts), ROUTINGS[i % 2], FIRST_SEED + i, kernel.device)
-            for i in range(4)
-        ]
+    with kernel_at(seam, coverage, "all") as kernel:
+        inputs = Inputs(coverage, None, kernel.device)
         clocks = {s: clock_for(s, kernel.device) for s in situations}
         rows: dict[str, list[dict[str, Any]]] = {s.value: [] for s in situations}
         left_out: dict[str, str] = {}
         for count in counts:
-            inputs = [sorting_inputs(shape, t, count, mask) for t in tokens]
-            right = _right(kernel, inputs[0], left_out)
+            right = _right(kernel, inputs.one(0, count, 1.0), left_out)
             for situation, clock in clocks.items():
-                train = (inputs * TRAIN_LENGTH[situation])[: TRAIN_LENGTH[situation]]
+                train = inputs.train(situation, count, 1.0)
                 us = times(right, train, clock, seconds)
                 others = times_of(recorded, model, situation, count)
                 rows[situation.value].append(row(count, us, others))
