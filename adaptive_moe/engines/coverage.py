@@ -205,7 +205,7 @@ def _told_apart(key: Key, seen: SeenCall) -> str:
     words = [seen.context_values()]
     if key.local_ids:
         words.append("return_local_topk_ids=True")
-    words += [str(value) for value in key.more]
+    words += [str(value) for value in key.more if value]
     return ",".join(word for word in words if word)
 
 

@@ -59,9 +59,7 @@ class AiterHook:
         self._lock = threading.RLock()
         self._counters = Counters()
         self._is_capturing = is_capturing
-        self._rare = RareCalls(
-            self._lock, self._counters, engine_policy, lambda: self._capture_query()()
-        )
+        self._rare = RareCalls(self._lock, self._counters, engine_policy, self._capture_query)
         self._layer: Layer | None = None
         self._tables: Mapping[Key, PolicyTable] = {}
         self._sorts: dict[Key, Mapping[str, Callable[..., Any]]] = {}

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -170,6 +171,14 @@ def asked_for() -> Settings | None:
     by an engine's first process."""
     settings = _read_settings(speaks=is_first_process())
     return None if settings.mode is Mode.OFF else settings
+
+
+def named(engine: str) -> str:
+    """Name and version of an installed engine."""
+    try:
+        return f"{engine} {metadata.version(engine)}"
+    except metadata.PackageNotFoundError:  # run from its sources
+        return f"{engine} (version unknown)"
 
 
 def is_first_process() -> bool:

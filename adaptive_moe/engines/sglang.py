@@ -57,8 +57,6 @@ def register() -> None:
 
 
 def _register() -> None:
-    from importlib.metadata import version
-
     from adaptive_moe.engines import process
     from adaptive_moe.engines.on_import import when_imported
     from adaptive_moe.settings import Mode
@@ -75,7 +73,7 @@ def _register() -> None:
             chosen,
         )
         return
-    engine = f"sglang {version('sglang')}"
+    engine = process.named("sglang")
     if not process.install(settings, engine_policy=_engine_policy(), engine=engine):
         return
     if settings.mode is Mode.AUTO:

@@ -74,7 +74,7 @@ def _register() -> None:
         if process.is_first_process():
             logger.warning("the dispatch policy has no effect here: %s", found.problem)
         return
-    process.install(settings, engine=_engine())
+    process.install(settings, engine=process.named("vllm"))
     if settings.mode is Mode.AUTO:
         when_imported(KERNEL_WARMUP, _wrap_kernel_warmup)
         when_imported(WORKER, _wrap_worker)
@@ -83,12 +83,6 @@ def _register() -> None:
 
 def _is_ours(text: str) -> bool:
     return text.strip().lower() in WORDS
-
-
-def _engine() -> str:
-    from importlib.metadata import version
-
-    return f"vllm {version('vllm')}"
 
 
 def _teach_envs() -> None:
