@@ -54,7 +54,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python calibration/bench_lookup.py --out calibration/results/lookup.json
 	$(BIN)/adaptive-moe bench regret --kernel cpu --model $(MODEL) --per-octave 6 --oracle-passes 2 \
 		--out calibration/results/regret_cpu.json
-	$(BIN)/adaptive-moe bench hook --out calibration/results/hook.json
+	$(BIN)/python calibration/bench_hook.py --out calibration/results/hook.json
 
 # The same on a GPU (recorded on an NVIDIA H200), with the python that has torch and triton there.
 GPU_PYTHON ?= python3

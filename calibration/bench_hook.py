@@ -9,7 +9,6 @@ the hook of a commit of this repository, in the same rounds.
 """
 
 import argparse
-import functools
 import importlib
 import json
 import os
@@ -29,21 +28,20 @@ from typing import Any
 
 import torch
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(CHECKOUT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from adaptive_moe.engines.hook import AiterHook, Key
+from adaptive_moe.engines.wrapper import SORT_ARGUMENTS
+from adaptive_moe.kernels.aiter import SEAM
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.policy.decision import Rule, Verdict
+from adaptive_moe.policy.environment import describe_environment
+from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration, Fill
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.settings import Mode, Settings
+from adaptive_moe.shape import SortingShape
+from calibration.record import main, stamp
 
-from adaptive_moe.engines.hook import AiterHook, Key  # noqa: E402
-from adaptive_moe.engines.wrapper import SORT_ARGUMENTS  # noqa: E402
-from adaptive_moe.kernels.aiter import SEAM  # noqa: E402
-from adaptive_moe.policy.coverage import Coverage  # noqa: E402
-from adaptive_moe.policy.decision import Rule, Verdict  # noqa: E402
-from adaptive_moe.policy.environment import describe_environment  # noqa: E402
-from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration, Fill  # noqa: E402
-from adaptive_moe.policy.plain import to_plain  # noqa: E402
-from adaptive_moe.policy.table import PolicyTable  # noqa: E402
-from adaptive_moe.settings import Mode, Settings  # noqa: E402
-from adaptive_moe.shape import SortingShape  # noqa: E402
-
+CHECKOUT = Path(__file__).resolve().parent.parent
 # DeepSeek-V3's sort for a small decode batch, where a call is shortest.
 TOKENS, EXPERTS, TOPK, MODEL_DIM, BLOCK_SIZE = 8, 256, 8, 7168, 32
 SHAPE = SortingShape(EXPERTS, TOPK, MODEL_DIM)
@@ -65,22 +63,15 @@ print(json.dumps([sorted(times)[50], max(times), sorted(set(sys.modules) - befor
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=200, help="interleaved rounds [200]")
     parser.add_argument("--calls", type=int, default=1000, help="calls a sample [1000]")
     parser.add_argument("--before", help="also the hook of this commit; needs git")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
-    args = parser.parse_args(argv)
-    text = json.dumps(run(args.rounds, args.calls, args.before), indent=1)
-    print(text)
-    if args.out is not None:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    return 0
 
 
-def run(rounds: int, calls: int, before: str | None = None) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """All figures, medians; nanoseconds a call where a name does not say otherwise."""
+    rounds, calls, before = args.rounds, args.calls, args.before
     loops = {
         "unwrapped": _loop(_nothing),
         "stays": _loop(_hooked(_nothing, {1: BASELINE})),
@@ -94,7 +85,7 @@ def run(rounds: int, calls: int, before: str | None = None) -> dict[str, Any]:
             loops["before"] = _loop(old)
         times = _interleaved(loops, rounds, calls)
     real = _real_sort()
-    sort = {"unwrapped": _loop(real), "hooked": _loop(_hooked(real, {1: POLICY}))}
+    sort = {"unwrapped": _loop(real, 2), "hooked": _loop(_hooked(real, {1: POLICY}))}
     sorts = _interleaved(sort, rounds, max(1, calls // 100))
     registered, registered_first, imported, heavy = _registration()
 
@@ -103,9 +94,7 @@ def run(rounds: int, calls: int, before: str | None = None) -> dict[str, Any]:
         return round(statistics.median(a - b for a, b in pairs), 1)
 
     return {
-        "command": " ".join(["python calibration/bench_hook.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "environment": to_plain(describe_environment(DEVICE)),
+        **stamp(DEVICE),
         "processor": _processor(),
         "device": DEVICE.type,
         "rounds": rounds,
@@ -159,19 +148,34 @@ def _real_sort() -> Callable[..., Any]:
     else:
         from adaptive_moe.kernels.triton_sort import moe_sorting
 
-    @functools.wraps(_nothing)
-    def sort(*arguments: Any, accumulate: Any = True, **_: Any) -> Any:
-        return moe_sorting(*arguments[:9], accumulate=accumulate)
+    def sort(
+        topk_ids: Any,
+        topk_weights: Any,
+        num_experts: Any,
+        model_dim: Any,
+        moebuf_dtype: Any,
+        block_size: Any = 32,
+        expert_mask: Any = None,
+        num_local_tokens: Any = None,
+        dispatch_policy: Any = 0,
+        return_local_topk_ids: Any = False,
+        accumulate: Any = True,
+        flat: Any = False,
+    ) -> Any:
+        return moe_sorting(
+            topk_ids,
+            topk_weights,
+            num_experts,
+            model_dim,
+            moebuf_dtype,
+            block_size,
+            expert_mask,
+            num_local_tokens,
+            dispatch_policy,
+            accumulate=accumulate,
+        )
 
-    # The hook compiles its wrapper for what a function really takes.
-    source = "def moe_sorting({}): return _sort({}, accumulate=accumulate)"
-    names = _nothing.__code__.co_varnames[: _nothing.__code__.co_argcount]
-    defaults = dict(zip(names[5:], _nothing.__defaults__ or (), strict=True))
-    heads = [f"{name}=_default[{name!r}]" if name in defaults else name for name in names]
-    scope: dict[str, Any] = {"_sort": sort, "_default": defaults}
-    exec(source.format(", ".join(heads), ", ".join(names[:9])), scope)
-    made: Callable[..., Any] = scope["moe_sorting"]
-    return made
+    return sort
 
 
 def _hooked(
@@ -226,7 +230,7 @@ def _arguments() -> tuple[Any, ...]:
     return ids, weights, EXPERTS, MODEL_DIM, torch.bfloat16, BLOCK_SIZE, None, None
 
 
-def _loop(seam: Callable[..., Any]) -> Loop:
+def _loop(seam: Callable[..., Any], policy: int = 0) -> Loop:
     ids, weights, experts, dim, dtype, block, mask, local_tokens = _arguments()
 
     def loop(calls: int) -> None:
@@ -240,7 +244,7 @@ def _loop(seam: Callable[..., Any]) -> Loop:
                 block,
                 mask,
                 local_tokens,
-                0,
+                policy,
                 return_local_topk_ids=False,
                 accumulate=True,
                 flat=False,
@@ -333,4 +337,4 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(__doc__, add_options, run)

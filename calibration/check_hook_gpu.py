@@ -4,7 +4,9 @@
 
 Checks, and exits with 1 where one fails: seeing shapes allocates nothing; a captured call takes the
 graph array and an eager one the eager array; replays are exact for every captured size, with other
-routing than was captured; a warm-up asked for during capture refuses, and the capture survives.
+routing than was captured; a warm-up asked for during capture refuses, and the capture survives; our
+own sort, offered beside the policies, serves from eager calls and from graphs, and where it raises
+the baseline answers; where there are two GPUs, layers on both are told apart.
 Measures: the warm-up's time and memory (torch's own counters), and what the hook costs a call.
 """
 
@@ -20,18 +22,16 @@ from pathlib import Path
 
 import torch
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
-
-from aiter_standin.load import load_aiter  # noqa: E402
-
-from adaptive_moe.cli.bench import hook as bench_hook  # noqa: E402
-from adaptive_moe.cli.bench import stamp  # noqa: E402
-from adaptive_moe.engines.hook import AiterHook  # noqa: E402
-from adaptive_moe.engines.warm_up import warm_up  # noqa: E402
-from adaptive_moe.kernels.contract import SortingInputs, check_contract  # noqa: E402
-from adaptive_moe.report.text import headline  # noqa: E402
-from adaptive_moe.settings import Mode, Settings  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.warm_up import warm_up
+from adaptive_moe.kernels.contract import SortingInputs, check_contract
+from adaptive_moe.kernels.sorts import GROUPS
+from adaptive_moe.report.text import headline
+from adaptive_moe.settings import Mode, Settings
+from calibration import bench_hook
+from calibration.record import stamp
+from tests.aiter_standin.load import load_aiter
 
 # DeepSeek-V3's sort; vLLM's usual capture sizes and largest batch.
 EXPERTS, TOPK, MODEL_DIM = 256, 8, 7168
@@ -107,11 +107,13 @@ def main() -> int:
         graphs = check_graphs(aiter, hook, table, checks)
         check_eager(aiter, hook, table, checks)
         check_refusal(aiter, hook, checks)
+        check_other_sorts(aiter, hook, checks)
+        check_two_gpus(aiter, hook, checks)
     result = {
         **stamp(torch.device("cuda", torch.cuda.current_device())),
-        "command": "python calibration/check_hook_gpu.py",
         "capture_sizes": len(CAPTURE_SIZES),
         "max_tokens": MAX_TOKENS,
+        "gpus": torch.cuda.device_count(),
         "decided": headline(table),
         **warmed,
         **again,
@@ -168,7 +170,7 @@ def measure_warm_up(hook: AiterHook, checks: Checks) -> dict[str, object]:
     hook.settings = replace(hook.settings, recalibrate=True)
     buffers = one_call_bytes(hook.layer.seam)
     first = warm_up(hook, MAX_TOKENS, CAPTURE_SIZES)
-    hook.tables = {}
+    hook.drop_tables()
     latest_outputs().clear()
     gc.collect()
     torch.cuda.synchronize()
@@ -202,7 +204,7 @@ def measure_warm_up(hook: AiterHook, checks: Checks) -> dict[str, object]:
 def measure_warm_start(hook: AiterHook, checks: Checks) -> dict[str, object]:
     """Warm up as the next start would: the table is stored, so nothing is sorted."""
     hook.settings, measured = replace(hook.settings, recalibrate=False), hook.tables
-    hook.tables = {}
+    hook.drop_tables()
     sorted_before = len(sys.modules["aiter.sort"].calls)
     made = warm_up(hook, MAX_TOKENS, CAPTURE_SIZES)
     checks.that("a warm start sorts nothing", len(sys.modules["aiter.sort"].calls) == sorted_before)
@@ -225,7 +227,7 @@ def check_graphs(aiter, hook: AiterHook, table, checks: Checks) -> dict[str, obj
         layer = Layer(aiter.fused_moe, size)
         graph, outputs = capture(layer)
         call = latest_call()
-        expected = table.policy(size, captured=True)
+        expected = policy_at(table, size, captured=True)
         checks.that("a captured call takes the graph array", call.captured, size)
         checks.that(
             "with the graph array's policy", call.policy == expected, (size, call.policy, expected)
@@ -278,13 +280,9 @@ def replay_ratio(one, other, rounds: int = 50, replays: int = 20) -> float:
 def check_eager(aiter, hook: AiterHook, table, checks: Checks) -> None:
     for count in EAGER_COUNTS:
         layer = Layer(aiter.fused_moe, count)
-        already = hook.counts().eager
         layer()
-        call = latest_call()
-        checks.that("an eager call takes the eager array", hook.counts().eager == already + 1)
-        checks.that(
-            "with the eager array's policy", call.policy == table.policy(count), (count, call)
-        )
+        call, expected = latest_call(), policy_at(table, count)
+        checks.that("with the eager array's policy", call.policy == expected, (count, call))
         problems = layer.problems(latest_outputs()[0])
         checks.that("an eager call is exact", not problems, (count, problems))
 
@@ -308,6 +306,91 @@ def check_refusal(aiter, hook: AiterHook, checks: Checks) -> None:
     checks.that("and the capture survives", not known.problems(outputs), known.problems(outputs))
     later = warm_up(hook, 128, (1, 64))
     checks.that("and a later warm-up works", len(later.tables) == 1, later.problems)
+
+
+def check_other_sorts(aiter, hook: AiterHook, checks: Checks) -> None:
+    """Our sort in place of the stand-in's: eager, captured, replayed, and failing."""
+    hook.settings = replace(hook.settings, sorts=GROUPS["all"], recalibrate=True)
+    hook.drop_tables()
+    sort = sys.modules["aiter.sort"]
+    for key in list(hook.seen):
+        if key.model_dim != MODEL_DIM:
+            continue
+        made = serving(hook, key, "triton one-shot")
+        checks.that("our sort is offered", made is not None, key)
+    layer = Layer(aiter.fused_moe, 64)
+    layer()  # compiles
+    before, chosen = len(sort.calls), hook.counts().chosen
+    graph, outputs = capture_results(layer)
+    for seed in (1, 2, 3):
+        layer.route(seed)
+        expected = plain_result(layer)
+        graph.replay()
+        torch.cuda.synchronize()
+        checks.that("our sort replays exactly", torch.equal(outputs, expected), seed)
+    checks.that("and AITER's did not run for it", len(sort.calls) - before == 3, sort.calls)
+    checks.that("eager and captured calls were counted", hook.counts().chosen == chosen + 2)
+    failing = next(iter(hook._sorts.values()))
+    broken = dict.fromkeys(failing, raising)
+    with hook._lock:
+        hook._sorts = dict.fromkeys(hook._sorts, broken)
+        hook._renew()
+    checks.that(
+        "where it raises the baseline answers", torch.equal(layer(), plain_result(layer)), ""
+    )
+    checks.that("and it is off", hook.counts().fell_back == 1 and layer() is not None)
+    checks.that("for good", hook.counts().fell_back == 1, hook.counts())
+
+
+def raising(*arguments):
+    raise RuntimeError("made to fail")
+
+
+def serving(hook: AiterHook, key, name: str):
+    """A table for `key` in which that candidate answers every call; None where it is not offered."""
+    from adaptive_moe.policy.coverage import Coverage
+    from adaptive_moe.shape import SortingShape
+    from tests.tables import make_table
+
+    shape = SortingShape(EXPERTS, TOPK, key.model_dim)
+    coverage = Coverage.up_to(shape, MAX_TOKENS, busy_from=1)
+    kernel = hook.kernel(hook.seen[key], key, coverage)
+    names = [candidate.name for candidate in kernel.candidates]
+    if name not in names:
+        return None
+    table = make_table({MAX_TOKENS: names.index(name)}, candidates=names, coverage=coverage)
+    hook.set_tables({key: table})
+    return table
+
+
+def plain_result(layer: Layer) -> torch.Tensor:
+    """The layer with a policy of the caller's own: past every table."""
+    return layer(1)
+
+
+def capture_results(layer: Layer):
+    """The graph of one call, and the layer's result in it."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = layer()
+    return graph, result
+
+
+def check_two_gpus(aiter, hook: AiterHook, checks: Checks) -> None:
+    if torch.cuda.device_count() < 2:
+        return
+    hook.drop_tables()
+    with torch.cuda.device(1):
+        Layer(aiter.fused_moe, 64)()
+        torch.cuda.synchronize()
+    devices = sorted({key.device for key in hook.seen if key.model_dim == MODEL_DIM})
+    checks.that("layers on two GPUs are told apart", devices == [0, 1], devices)
+
+
+def policy_at(table, count: int, *, captured: bool = False) -> int:
+    """The policy that the stand-in's sort must see."""
+    return int(table.candidate(count, captured=captured).removeprefix("policy "))
 
 
 def hook_cost() -> dict[str, object]:

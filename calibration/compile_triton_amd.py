@@ -116,7 +116,10 @@ def compile_all(target: str) -> dict[str, dict[str, Any]]:
             options={"num_warps": triton_sort.NUM_WARPS},
         )
         amd = gpu.backend == "hip"
-        code, text = compiled.asm["hsaco" if amd else "cubin"], compiled.asm["amdgcn" if amd else "ptx"]
+        code, text = (
+            compiled.asm["hsaco" if amd else "cubin"],
+            compiled.asm["amdgcn" if amd else "ptx"],
+        )
         result: dict[str, Any] = {"is_elf": bytes(code[:4]) == b"\x7fELF"}
         if amd:
             result["architecture"] = re.findall(r'\.amdgcn_target "[\w.-]*-(gfx\w+)"', text)[0]

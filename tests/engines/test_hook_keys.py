@@ -79,9 +79,14 @@ def test_a_later_aiters_argument_tells_shapes_apart_by_its_value():
 
     module = ModuleType("aiter.fused_moe")
     module.moe_sorting = moe_sorting
-    installed(module, tables={KEY._replace(more=("rising",)): make_table({1: 2, 64: 2})})
+    hook = installed(module, tables={KEY._replace(more=("rising",)): make_table({1: 2, 64: 2})})
     assert module.moe_sorting(*sort_arguments(8)) == 2
     assert module.moe_sorting(*sort_arguments(8), order="falling") == 0
+    # A tensor is another object at each call.
+    before = set(hook.seen)
+    assert module.moe_sorting(*sort_arguments(8), order=torch.zeros(3)) == 0
+    assert set(hook.seen) == before
+    assert hook.counts().odd == 1
 
 
 def test_a_masked_call_accumulates_whatever_it_says(aiter):
