@@ -71,7 +71,9 @@ def _histogram(ids, NUM_BINS: tl.constexpr):
 
 
 @triton.jit
-def _count_tiles(topk_ids, at, split, stop, num_experts, NUM_BINS: tl.constexpr, TILE: tl.constexpr):
+def _count_tiles(
+    topk_ids, at, split, stop, num_experts, NUM_BINS: tl.constexpr, TILE: tl.constexpr
+):
     before = tl.zeros([NUM_BINS], tl.int32)
     total = tl.zeros([NUM_BINS], tl.int32)
     limit = tl.where(at < split, split, stop)

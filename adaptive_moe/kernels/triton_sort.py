@@ -24,16 +24,19 @@ from adaptive_moe.kernels.contract import buffer_length
 from adaptive_moe.kernels.triton_kernels import count_kernel, sort_kernel
 
 # Tuned on an H100 (calibration/bench_triton_kernels.py).
-ONE_SHOT_CHUNK = 64  # entries placed at once, each compared with every other
-CHUNK = 128  # the same for multi-phase
+# Entries that one-shot places at once, each compared with every other, and that it counts at once.
+# Counting a tile takes longer the more bins there are, so with many it is done in smaller ones.
+FEW_BINS = 128
+ONE_SHOT_FEW_BINS = (32, 512)
+ONE_SHOT_MANY_BINS = (64, 256)
+MULTI_PHASE = (128, 512)  # the same
 MAX_CHUNKS = 256  # programs that place
 MAX_ROWS = 64  # of counts, each of as few chunks as that allows; every program reads them all
 PADS = 32  # programs that write padding
-COUNT_TILE = 512  # entries counted at once; half as many where one-shot has many bins
-SCAN_TILE = 8192  # counts read at once
+SCAN_TILE = 4096  # counts read at once
 FILL_TILE = 2048  # elements of the output buffer zeroed at once
 # Up to MANY_TILES of them are left to FEW_FILLS programs: more would crowd those that place.
-FEW_FILLS, MANY_TILES, MAX_FILLS = 64, 2048, 8192
+FEW_FILLS, MANY_TILES, MAX_FILLS = 64, 2048, 65536
 NUM_WARPS = 4
 
 _BUFFER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -129,12 +132,12 @@ def moe_sorting(
     one_shot = dispatch_policy == 1 or (
         dispatch_policy == 0 and num_tokens <= one_shot_tokens(num_experts)
     )
-    chunk = ONE_SHOT_CHUNK if one_shot else CHUNK
-    chunks = max(1, min(-(-entries // chunk), MAX_CHUNKS))
-    counts, group, count_tile = None, 1, COUNT_TILE
+    chunk, count_tile = MULTI_PHASE
     if one_shot:
-        count_tile = COUNT_TILE if bins <= 128 else COUNT_TILE // 2
-    else:
+        chunk, count_tile = ONE_SHOT_FEW_BINS if bins <= FEW_BINS else ONE_SHOT_MANY_BINS
+    chunks = max(1, min(-(-entries // chunk), MAX_CHUNKS))
+    counts, group = None, 1
+    if not one_shot:
         group = -(-chunks // MAX_ROWS)
         groups = -(-chunks // group)
         counts = torch.empty(groups * bins, dtype=torch.int32, device=device)
