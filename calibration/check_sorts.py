@@ -32,7 +32,7 @@ from adaptive_moe.cli.bench.recorded import Recorded, read_times, times_of
 from adaptive_moe.cli.bench.seams import Seam, kernel_at, seam_of
 from adaptive_moe.cli.bench.step import judge_model
 from adaptive_moe.kernels import load_kernel
-from adaptive_moe.kernels.cpu_sort import policy_zero
+from adaptive_moe.kernels.aiter_padding import one_shot_rows
 from adaptive_moe.models import Model, find_model
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
@@ -105,10 +105,10 @@ class Slowed:
         self.plan = plan
 
     def __call__(self, topk_ids: Any, weights: Any, experts: Any, *rest: Any) -> Any:
-        num_tokens, topk = topk_ids.shape
+        num_tokens = topk_ids.shape[0]
         *arguments, policy = rest
-        asked = policy_zero(num_tokens, topk, experts) if policy == 0 else 1 if policy == 1 else 2
-        runs, wait = self.plan(asked, num_tokens)
+        one_shot = policy == 1 or (policy == 0 and num_tokens <= one_shot_rows(experts))
+        runs, wait = self.plan(1 if one_shot else 2, num_tokens)
         outputs = self.sort(topk_ids, weights, experts, *arguments, runs)
         if wait > self.spin.least_us:
             self.spin(wait)

@@ -178,8 +178,10 @@ def judge_model(
 
         situations = {}
         for situation, some in _plan(captured, eager, on_gpu=seam.on_gpu):
+            begun = time.monotonic()
             points = [measured(situation, n) for n in some]
-            situations[situation] = figures(points, captured)
+            seconds_here = round(time.monotonic() - begun, 1)
+            situations[situation] = {**figures(points, captured), "seconds": seconds_here}
         return {
             "shape": sizes.shape.describe(),
             "calibration_seconds": [t.evidence.seconds for t in variants.tables.values()],
