@@ -26,8 +26,7 @@ def entry_for(
     places = bytes(order.index(name) if name in order else 0 for name in names)
     length = max(len(table.eager), len(table.graph))
     both = tuple(
-        # An empty batch is nobody's choice.
-        b"\0" + _stretched(array.translate(places.ljust(256, b"\0")), length)[1:]
+        _stretched(array.translate(places.ljust(256, b"\0")), length)
         for array in (table.eager, table.graph)
     )
     return Entry(
