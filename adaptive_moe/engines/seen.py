@@ -2,6 +2,7 @@
 
 import contextvars
 import enum
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -108,9 +109,25 @@ class SeenCall:
         values = {
             variable.name: value
             for variable, value in self.context.items()
-            if isinstance(value, bool | int | str | enum.Enum)
+            if isinstance(value, bool | int | str | enum.Enum) and not _is_torchs(variable)
         }
         return ",".join(f"{name}={values[name]}" for name in sorted(values))
+
+
+def _is_torchs(variable: "contextvars.ContextVar[Any]") -> bool:
+    """Settings of torch's compiler are ContextVars too, and differ from one start to the next; no
+    sort reads them. They are named after their module, or mean nothing until they are set."""
+    if variable.name.startswith("torch."):
+        return True
+    unset = getattr(sys.modules.get("torch.utils._config_module"), "_UNSET_SENTINEL", None)
+    return unset is not None and _default(variable) is unset
+
+
+def _default(variable: "contextvars.ContextVar[Any]") -> Any:
+    try:
+        return contextvars.Context().run(variable.get)
+    except LookupError:
+        return None
 
 
 def is_rounded(outputs: Sequence[Any], num_tokens: int, key: Key) -> bool | None:

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from adaptive_moe.engines.seen import is_rounded
+from adaptive_moe.engines.seen import SeenCall, is_rounded
 from adaptive_moe.kernels.aiter import SEAM
 from adaptive_moe.kernels.live import Buffer
 from adaptive_moe.policy.coverage import Coverage
@@ -292,3 +292,20 @@ def test_a_kernel_needs_the_hook_in_place(aiter):
     hook.uninstall()
     with pytest.raises(RuntimeError, match=r"install\(\) it first"):
         hook.kernel(hook.seen[KEY], KEY, COVERAGE)
+
+
+def test_settings_of_torchs_compiler_tell_no_calls_apart():
+    """vLLM runs its model under some of them, and a calibration before its start does not."""
+    import torch._inductor.config as inductor
+
+    ours = contextvars.ContextVar("ours")
+
+    def seen_context():
+        ours.set(1)
+        with inductor.patch(graph_partition=True):
+            return contextvars.copy_context()
+
+    context = contextvars.Context().run(seen_context)
+    assert len(context) > 1
+    seen = SeenCall(*[None] * 7, context, *[None] * 5)
+    assert seen.context_values() == "ours=1"
