@@ -73,6 +73,13 @@ def replace_shape(seed):
     return small(seed, shape=PADDED, gains=(0.0, 0.02, 0.03))
 
 
+def test_an_interval_without_ends_has_none_after_merging_either():
+    alone = small(1, rounds=2)
+    assert results(alone, 8)[P1].gain is not None
+    assert results(alone, 8)[P1].gain_low is None
+    assert merged(alone) == alone
+
+
 @quick
 @given(st.lists(seeds, min_size=2, max_size=5, unique=True), st.randoms())
 def test_the_order_of_ranks_does_not_matter_nor_do_repeats(ranks, chance):
