@@ -281,6 +281,8 @@ def test_ranks_that_were_offered_different_candidates_merge_the_common_ones():
     assert found.evidence.candidates == (P0, P2)
     assert at(found, 8) == P2
     assert merged(b, a) == found
+    turned = small(3, names=(P0, P2, P1))
+    assert merged(small(4), turned) == merged(turned, small(4))
     assert results(found, 8)[P2].gain == min(results(t, 8)[P2].gain for t in (a, b))
 
 
@@ -325,9 +327,9 @@ def test_far_too_many_buckets_still_fit_and_keep_both_ends():
     parts = [encode(summarize(table.evidence)) for table in many]
     assert all(len(part) <= 64 * 1024 for part in parts)
     found = merge([decode(part) for part in parts])
-    buckets = found.evidence.graph
-    assert (buckets[0].num_tokens, buckets[-1].num_tokens) == (1, 300)
-    assert len(buckets) > 20
+    for buckets in (found.evidence.graph, found.evidence.busy):
+        assert (buckets[0].num_tokens, buckets[-1].num_tokens) == (1, 300)
+        assert len(buckets) > 20
     assert merged(found, found) == found
 
 
