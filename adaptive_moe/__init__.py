@@ -4,9 +4,9 @@ The names below are imported on first use, so that importing the package costs a
 neither torch nor numpy.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import sys
 
+TYPE_CHECKING = False  # what type checkers take for true; importing typing would cost milliseconds
 if TYPE_CHECKING:
     from adaptive_moe.engines.process import counts as counts
     from adaptive_moe.engines.process import install as install
@@ -46,7 +46,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+if sys.version_info < (3, 10):  # noqa: UP036  run from a checkout
+    raise ImportError("adaptive_moe needs Python 3.10 or newer, not " + sys.version.split()[0])
+
+
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'adaptive_moe' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__doc__", "__file__", "__name__", "__path__"})

@@ -1,5 +1,8 @@
+"""python -m adaptive_moe: the command line."""
+
 import sys
 
 from adaptive_moe.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

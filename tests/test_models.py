@@ -7,8 +7,9 @@ import pytest
 
 from adaptive_moe.models import (
     ModelError,
-    config_dtype,
     find_model,
+    hub_config,
+    known,
     known_models,
     model_from_config,
 )
@@ -45,11 +46,22 @@ def test_known_models(name, numbers):
 
 
 def test_every_known_model_has_a_source_and_a_valid_shape():
-    models = known_models()
-    assert len([name for name in models if not name.endswith("-fused")]) >= 12
-    for model in models.values():
+    found = known_models()
+    assert len([name for name in found if not name.endswith("-fused")]) >= 12
+    for model in found.values():
         assert model.source.startswith("https://")
         assert isinstance(model.shape(), SortingShape)
+
+
+def test_known_models_have_what_a_step_needs():
+    for name, model in known_models().items():
+        assert model.moe_intermediate_size > 0, name
+        before, after = model.attention
+        assert before >= after > 0, name
+    # Mixtral: 32 heads and twice 8 key and value heads of 128; an expert of 14,336.
+    mixtral = find_model("mixtral-8x7b")
+    assert (mixtral.moe_intermediate_size, mixtral.attention) == (14336, (48 * 128, 32 * 128))
+    assert find_model("deepseek-v3-fused").attention == find_model("deepseek-v3").attention
 
 
 def test_an_unknown_model_lists_what_would_work():
@@ -68,6 +80,20 @@ def test_an_unknown_model_lists_what_would_work():
         ({"num_experts": 128, "num_experts_per_tok": 8, "hidden_size": 2048}, (128, 8, 2048)),
         ({"num_experts": 32, "experts_per_token": 4, "hidden_size": 2880}, (32, 4, 2880)),
         ({"moe_num_experts": 64, "moe_k": 6, "hidden_size": 2560}, (64, 6, 2560)),
+        ({"moe_num_experts": 48, "moe_top_k": 3, "hidden_size": 7168}, (48, 3, 7168)),  # Step-3
+        ({"num_experts": 64, "moe_top_k": 6, "hidden_size": 2560}, (64, 6, 2560)),  # XVERSE
+        (
+            {
+                "model_type": "dbrx",
+                "d_model": 6144,
+                "ffn_config": {"moe_num_experts": 16, "moe_top_k": 4},
+            },
+            (16, 4, 6144),
+        ),
+        (
+            {"dim": 4096, "moe": {"num_experts": 8, "num_experts_per_tok": 2}},  # params.json
+            (8, 2, 4096),
+        ),
         ({"num_experts": [64, 64], "moe_topk": [8, 8], "hidden_size": 4096}, (64, 8, 4096)),
         (
             {
@@ -100,9 +126,69 @@ def test_config_spellings(tmp_path, config, numbers):
     assert (model.num_experts, model.topk, model.model_dim) == numbers
 
 
+@pytest.mark.parametrize("file", ["config.json", "params.json"])
+def test_a_folder_of_weights_is_read_by_its_config(tmp_path, file):
+    (tmp_path / file).write_text('{"num_experts": 8, "num_experts_per_tok": 2, "dim": 64}')
+    assert model_from_config(tmp_path).topk == 2
+
+
+def test_a_folder_without_a_config_says_so(tmp_path):
+    with pytest.raises(ModelError, match=r"without config.json or params.json"):
+        model_from_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "name"),
+    [
+        ("deepseek-ai/DeepSeek-R1", "deepseek-v3"),
+        ("mistralai/Mixtral-8x7B-v0.1", "mixtral-8x7b"),
+        ("openai/GPT-oss-120b", "gpt-oss-120b"),
+    ],
+)
+def test_hugging_face_ids_of_known_models(model_id, name):
+    assert find_model(model_id).name == name
+
+
+def test_each_id_names_one_model():
+    ids = [alias for facts in known._facts().values() for alias in known._ids(facts)]
+    assert len(ids) == len({alias.lower() for alias in ids}) > 16
+
+
+def cached(hub: Path, snapshot: str = "abc") -> Path:
+    """A model as the Hugging Face cache keeps it."""
+    folder = hub / "models--acme--Sorter-8x" / "snapshots" / snapshot
+    folder.mkdir(parents=True)
+    return written(folder, {"num_experts": 8, "num_experts_per_tok": 3, "hidden_size": 64})
+
+
+def test_another_id_is_looked_up_in_the_local_cache_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="local Hugging Face cache"):
+        find_model("acme/Sorter-8x")
+    cached(tmp_path)
+    assert find_model("acme/Sorter-8x").topk == 3
+
+
+def test_the_cache_s_main_revision_counts(tmp_path):
+    old, new = cached(tmp_path, "aaa"), cached(tmp_path, "bbb")
+    refs = tmp_path / "models--acme--Sorter-8x" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("bbb\n")
+    environ = {"HF_HUB_CACHE": str(tmp_path)}
+    assert hub_config("acme/Sorter-8x", environ) == new
+    (refs / "main").write_text("aaa")
+    assert hub_config("acme/Sorter-8x", environ) == old
+
+
+def test_the_cache_is_found_by_either_variable(tmp_path):
+    where = cached(tmp_path / "hub")
+    assert hub_config("acme/Sorter-8x", {"HF_HOME": str(tmp_path)}) == where
+    assert hub_config("../etc", {"HF_HOME": str(tmp_path)}) is None
+
+
 @pytest.mark.parametrize(
     ("shared", "more"),
-    [({"n_shared_experts": 2}, 2), ({"shared_expert_intermediate_size": 512}, 1), ({}, 0)],
+    [({"n_shared_experts": 2}, 2), ({"shared_expert_intermediate_size": 512}, 1)],
 )
 def test_shared_experts_are_fused_on_request_only(tmp_path, shared, more):
     config = {"n_routed_experts": 64, "num_experts_per_tok": 6, "hidden_size": 2048, **shared}
@@ -110,6 +196,15 @@ def test_shared_experts_are_fused_on_request_only(tmp_path, shared, more):
     assert model_from_config(path).num_experts == 64
     fused = model_from_config(path, fuse_shared=True)
     assert (fused.num_experts, fused.topk) == (64 + more, 6 + more)
+
+
+def test_fusing_nothing_is_an_error(tmp_path):
+    config = {"n_routed_experts": 64, "num_experts_per_tok": 6, "hidden_size": 2048}
+    with pytest.raises(ModelError, match="no shared experts"):
+        model_from_config(written(tmp_path, config), fuse_shared=True)
+    with pytest.raises(ModelError, match="no shared experts"):
+        find_model("mixtral-8x7b", fuse_shared=True)
+    assert find_model("deepseek-v3", fuse_shared=True) == find_model("deepseek-v3-fused")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +235,7 @@ def test_a_missing_config_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "dtype"),
+    ("said", "dtype"),
     [
         ({"torch_dtype": "float16"}, "float16"),
         ({"dtype": "torch.float32"}, "float32"),
@@ -148,8 +243,12 @@ def test_a_missing_config_is_named(tmp_path):
         ({}, "bfloat16"),
     ],
 )
-def test_the_buffer_dtype_comes_from_the_config_where_it_can(tmp_path, config, dtype):
-    assert config_dtype(written(tmp_path, config)) == dtype
+def test_the_buffer_dtype_comes_from_the_config_where_it_can(tmp_path, said, dtype):
+    config = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64}
+    assert model_from_config(written(tmp_path, config | said)).shape().dtype == dtype
+    nested = {"text_config": config | said}
+    assert model_from_config(written(tmp_path, nested)).shape().dtype == dtype
+    assert model_from_config(written(tmp_path, nested)).shape(dtype="float32").dtype == "float32"
 
 
 @pytest.mark.parametrize(

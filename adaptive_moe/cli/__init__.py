@@ -1,140 +1,135 @@
-"""adaptive-moe: calibrate | show | explain | plot | bench | cache | doctor."""
+"""adaptive-moe: finds the module of a command, runs it, and ends cleanly whatever happens.
+
+A command is one module with `add_options(parser)` and `run(args) -> int`. Only the module of the
+command that was asked for is imported, so that --help and --version cost an interpreter's start.
+"""
 
 import argparse
-import logging
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from importlib import import_module
 
-from adaptive_moe import __version__
-from adaptive_moe.models import config_dtype, find_model, model_from_config
-from adaptive_moe.shape import DTYPES, SortingShape
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Callable, Sequence
 
-# What the CPU kernel is given where nothing is said: it is a thousand times slower than a GPU.
-CPU_BUDGET_S, CPU_MAX_TOKENS, GPU_MAX_TOKENS = 30.0, 4096, 16384
-# vLLM's default capture sizes up to 512, which SGLang's resemble.
-KERNELS = ("cpu", "triton")
-CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+# command -> its module here, and what it does.
+COMMANDS = {
+    "calibrate": ("calibrate", "measure one model's sort, decide, and keep the result"),
+    "list": ("listing", "everything that is kept, whoever measured it"),
+    "show": ("show", "print a calibration's table"),
+    "explain": ("explain", "say why a token count gets what it gets"),
+    "plot": ("plot", "draw time against tokens, .svg or .png"),
+    "page": ("page", "write everything of a start to one HTML page"),
+    "status": ("status", "what the servers on this machine run right now"),
+    "doctor": ("doctor", "what is here, and whether what was asked for will happen"),
+    "cache": ("cache", "remove, export or import what is kept"),
+    "bench": ("bench", "judge this machine: measurements of tables, as JSON"),
+}
+
+INTERRUPTED = 130  # as a shell reports it: 128 and the signal's number
+BROKEN_PIPE = 141
 
 
-class UsageError(ValueError):
-    """An option cannot be served; the text names it and what would work."""
+def main(argv: "Sequence[str] | None" = None) -> int:
+    """Run one command.
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 where it did what was asked, 2 for bad input, 1 for a failure."""
-    args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    Returns:
+        0 where it did what was asked, 2 for input that is not accepted, 1 for a failure, 130 where
+        it was interrupted, 141 where nobody reads its output any more.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = next((word for word in words if word in COMMANDS), None)
+    _print_any_path()
     try:
-        return int(args.run(args))
-    except (ValueError, OSError) as error:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _end(name, "interrupted, nothing is left behind", INTERRUPTED)
+    except BrokenPipeError:
+        return _end(name, "", BROKEN_PIPE)
+    except OSError as error:
+        return _end(name, _os_problem(error), 2 if isinstance(error, FileNotFoundError) else 1)
+    except ValueError as error:
         # Every error text of ours is written for the person at the terminal.
-        print(f"adaptive-moe {args.command}: {error}", file=sys.stderr)
-        return 2
+        return _end(name, str(error), 2)
     except RuntimeError as error:
-        print(f"adaptive-moe {args.command}: {error}", file=sys.stderr)
-        return 1
+        return _end(name, str(error), 1)
 
 
-def add_shape_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model's sort is meant."""
-    parser.add_argument("--model", help="a known model, such as deepseek-v3 or gpt-oss-120b")
-    parser.add_argument("--config", type=Path, help="a Hugging Face config.json")
-    parser.add_argument(
-        "--fuse-shared", action="store_true", help="with --config: sort its shared experts too"
-    )
-    parser.add_argument("--experts", type=int, help="number of experts (with --topk and --hidden)")
-    parser.add_argument("--topk", type=int, help="experts a token")
-    parser.add_argument("--hidden", type=int, help="hidden size")
-    parser.add_argument("--block-size", type=int, default=32, help="rows of a GEMM tile [32]")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the output buffer [bfloat16]")
-    parser.add_argument(
-        "--local-experts", type=int, help="expert parallelism: experts on this rank"
-    )
-    parser.add_argument(
-        "--padded", action="store_true", help="row count is a capacity (num_local_tokens)"
-    )
-    parser.add_argument("--kernel", choices=KERNELS, default="cpu", help="who sorts [cpu]")
-    parser.add_argument(
-        "--max-tokens", type=int, help="largest batch [4096 on the CPU, else 16384]"
-    )
+class LazyParser(argparse.ArgumentParser):
+    """A parser that adds its options when it is asked to parse, and not before."""
+
+    fill: "Callable[[LazyParser], None] | None" = None
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        if self.fill is not None:
+            fill, self.fill = self.fill, None
+            fill(self)
+        return super().parse_known_args(args, namespace)
 
 
-def shape_from(args: argparse.Namespace) -> SortingShape:
-    """The one shape that the options name; UsageError where they name none or several."""
-    numbers = (args.experts, args.topk, args.hidden)
-    given = [args.model is not None, args.config is not None, any(n is not None for n in numbers)]
-    if sum(given) != 1:
-        raise UsageError(
-            "say which sort is meant, one way: --model NAME, --config PATH, "
-            "or --experts, --topk and --hidden"
-        )
-    dtype = args.dtype or "bfloat16"
-    if args.model is not None:
-        shape = find_model(args.model).shape(args.block_size, dtype)
-    elif args.config is not None:
-        model = model_from_config(args.config, fuse_shared=args.fuse_shared)
-        shape = model.shape(args.block_size, args.dtype or config_dtype(args.config))
-    elif None in numbers:
-        raise UsageError("--experts, --topk and --hidden belong together: give all three")
-    else:
-        shape = SortingShape(args.experts, args.topk, args.hidden, dtype, args.block_size)
-    return replace(shape, local_experts=args.local_experts, num_local_tokens=args.padded)
-
-
-def _parser() -> argparse.ArgumentParser:
-    from adaptive_moe.cli import commands
-    from adaptive_moe.cli import store as cache_cli
-    from adaptive_moe.cli.bench import add_bench_parser
-
-    parser = argparse.ArgumentParser(
+def _parser() -> LazyParser:
+    parser = LazyParser(
         prog="adaptive-moe",
         description="Measures which MoE sorting dispatch policy is fastest for each token count.",
+        epilog="adaptive-moe COMMAND --help says more. Begin with: adaptive-moe doctor",
     )
-    parser.add_argument("--version", action="version", version=f"adaptive-moe {__version__}")
-    sub = parser.add_subparsers(dest="command", required=True)
-
-    calibrate = sub.add_parser("calibrate", help="measure one model's sort and decide")
-    add_shape_options(calibrate)
-    calibrate.add_argument(
-        "--capture-sizes", metavar="N,N", help="token counts captured into graphs [vLLM's]"
-    )
-    calibrate.add_argument(
-        "--budget", metavar="S", help="seconds of measuring [30 on the CPU, else 1]"
-    )
-    calibrate.add_argument("--margin", help="gain that policy 0 must be beaten by [0.01]")
-    calibrate.add_argument(
-        "--buckets", metavar="N,N", help="token counts measured first [powers of two]"
-    )
-    calibrate.add_argument(
-        "--output", type=Path, help="where the calibration is written [the cache folder]"
-    )
-    calibrate.add_argument("--verbose", action="store_true", help="also print every sample")
-    calibrate.set_defaults(run=commands.calibrate)
-
-    show = sub.add_parser("show", help="print a calibration's table again")
-    explain = sub.add_parser("explain", help="say why a token count gets its policy")
-    explain.add_argument("--tokens", type=int, required=True, help="num_tokens of the batch")
-    explain.add_argument("--graph", action="store_true", help="for a call captured into a graph")
-    plot = sub.add_parser("plot", help="draw time against tokens as a PNG")
-    plot.add_argument("--output", type=Path, required=True, help="the PNG to write")
-    doctor = sub.add_parser("doctor", help="say what was found here and what would happen")
-    for command, run in (
-        (show, commands.show),
-        (explain, commands.explain),
-        (plot, commands.plot),
-        (doctor, commands.doctor),
-    ):
-        command.set_defaults(run=run)
-        if command is not doctor:
-            command.add_argument("--table", type=Path, help="a calibration file [the latest one]")
-    for command in (calibrate, show, explain, plot, doctor):
-        command.add_argument("--json", action="store_true", help="print JSON instead")
-    add_bench_parser(sub)
-    cache_cli.add_parser(sub)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (module, what) in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        command.fill = _filler(module)
     return parser
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _filler(module: str) -> "Callable[[LazyParser], None]":
+    def fill(parser: LazyParser) -> None:
+        found = import_module(f"adaptive_moe.cli.{module}")
+        found.add_options(parser)
+        parser.set_defaults(run=found.run)
+
+    return fill
+
+
+def _run(words: "list[str]") -> int:
+    parser = _parser()
+    args: Namespace = parser.parse_args(words)
+    if args.version:
+        from adaptive_moe import __version__
+
+        print(f"adaptive-moe {__version__}")
+        return 0
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    return int(args.run(args))
+
+
+def _end(name: str | None, text: str, code: int) -> int:
+    """One line, and an output that cannot fail again while the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if text:
+        print(f"adaptive-moe {name}: {text}" if name else f"adaptive-moe: {text}", file=sys.stderr)
+    return code
+
+
+def _os_problem(error: OSError) -> str:
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else f"the output was not written: {what}"
+
+
+def _print_any_path() -> None:
+    """A path that the terminal's encoding cannot show is shown escaped, not as a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None and getattr(stream, "errors", "") == "strict":
+            reconfigure(errors="backslashreplace")

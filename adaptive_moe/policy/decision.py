@@ -8,8 +8,13 @@ to the baseline: what slows a whole round (clocks, neighbours, drift) cancels.
 A candidate is FASTER when its whole interval lies beyond the margin, TIED when it surely gains less
 than is worth more rounds, and UNSETTLED in between. Nothing but FASTER ever leaves the baseline.
 
-`conclude` is the one judge: of a calibration's own samples, through `decide`, and of what several
-ranks measured, through ranks/merging.py.
+An interval knows the noise between the rounds it was made from, not what all of them share: a
+stretch of seconds in which one candidate runs slow, or a graph that was captured badly. So whoever
+is FASTER is measured again, later and with graphs captured anew, and only `confirm`ed where both
+passes say so. Until then it is UNCONFIRMED, and no more than UNSETTLED is.
+
+`conclude` is the one judge: of a calibration's own samples, through `decide` and `confirm`, and of
+what several ranks measured, through ranks/merging.py.
 """
 
 import enum
@@ -17,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from adaptive_moe.policy.interval import clipped_moments, half_width, median
+from adaptive_moe.policy.interval import half_width, median, moments
 
 # Visits of each live candidate in one round.
 SWEEPS = 4
@@ -33,11 +38,14 @@ class Standing(enum.Enum):
     TIED = "tied"
     SLOWER = "slower"
     UNSETTLED = "unsettled"
+    UNCONFIRMED = "unconfirmed"  # faster in the first pass, and not measured again yet
     HOPELESS = "hopeless"  # dropped at the first look
     WRONG = "wrong"  # it returned something else than the baseline
     FAILED = "failed"  # it raised
 
 
+# What more rounds may still change.
+OPEN = (Standing.UNSETTLED, Standing.UNCONFIRMED)
 # What no candidate comes back from.
 OUT = (Standing.HOPELESS, Standing.FAILED, Standing.WRONG)
 
@@ -111,7 +119,7 @@ class Verdict:
 
 
 def decide(samples: Sequence[Samples], rule: Rule) -> Verdict:
-    """The verdict that these samples support; the baseline's come first.
+    """The verdict that the samples of one pass support; the baseline's come first.
 
     Raises ValueError where there are none, or a candidate has more rounds than the baseline.
     """
@@ -119,7 +127,7 @@ def decide(samples: Sequence[Samples], rule: Rule) -> Verdict:
         raise ValueError("no samples to decide from: give the baseline's first")
     baseline, *others = samples
     rounds = len(baseline.round_us)
-    if any(len(s.round_us) > rounds for s in others):
+    if baseline.out is None and any(len(s.round_us) > rounds for s in others):
         raise ValueError("a candidate has more rounds than the baseline: rounds must be paired")
     first = Result(
         baseline.candidate,
@@ -129,6 +137,42 @@ def decide(samples: Sequence[Samples], rule: Rule) -> Verdict:
         reason=baseline.reason,
     )
     return conclude([first, *(_judge(s, baseline, rule) for s in others)], rounds)
+
+
+def confirm(first: Verdict, second: Verdict | None, rule: Rule) -> Verdict:
+    """The verdict of two passes: nobody replaces the baseline who is not FASTER in both.
+
+    second: of the baseline and whoever was FASTER in the first, or None where nobody was measured
+    again yet. Results can be judged once more by their numbers alone, as merging does: the interval
+    of a confirmed one spans both passes', and that of an unconfirmed one reaches down to the margin
+    at least.
+    """
+    if first.baseline.standing in OUT:
+        return first
+    results = [
+        _confirmed(one, second.result(one.candidate) if second else None, rule)
+        if one.standing is Standing.FASTER
+        else one
+        for one in first.results
+    ]
+    return conclude(results, first.rounds + (second.rounds if second else 0))
+
+
+def _confirmed(one: Result, again: Result | None, rule: Rule) -> Result:
+    """A FASTER result, after what the second pass says about it, if anything."""
+    low, high = one.gain_low or 0.0, one.gain_high or 0.0
+    if again is None or (again.standing is Standing.UNSETTLED and again.gain_low is None):
+        return replace(one, standing=Standing.UNCONFIRMED, gain_low=min(low, rule.margin))
+    if again.standing is Standing.UNSETTLED:
+        return replace(again, gain_low=min(again.gain_low or 0.0, rule.margin))
+    if again.standing is not Standing.FASTER:
+        return replace(again, reason=again.reason or "not confirmed")
+    return replace(
+        again,
+        gain=((one.gain or 0.0) + (again.gain or 0.0)) / 2,
+        gain_low=min(low, again.gain_low or 0.0),
+        gain_high=max(high, again.gain_high or 0.0),
+    )
 
 
 def conclude(results: Sequence[Result], rounds: int) -> Verdict:
@@ -145,12 +189,12 @@ def conclude(results: Sequence[Result], rounds: int) -> Verdict:
         )
         return Verdict(name, True, rounds, f"kept {name}: it {baseline.reason} itself", kept)
     faster = [r for r in others if r.standing is Standing.FASTER]
-    unsettled = [r for r in others if r.standing is Standing.UNSETTLED]
+    open_still = [r for r in others if r.standing in OPEN]
     if not faster:
-        return Verdict(name, not unsettled, rounds, _why_kept(name, others), tuple(results))
+        return Verdict(name, not open_still, rounds, _why_kept(name, others), tuple(results))
     best = max(faster, key=lambda r: r.gain or 0.0)
     # An unsettled rival only matters while it might still overtake the best.
-    rivals = any((r.gain_high or 0.0) > (best.gain or 0.0) for r in unsettled)
+    rivals = any((r.gain_high or 0.0) > (best.gain or 0.0) for r in open_still)
     reason = f"{best.candidate} saves {_percent(best.gain)} (at least {_percent(best.gain_low)})"
     return Verdict(best.candidate, not rivals, rounds, reason, tuple(results))
 
@@ -174,8 +218,8 @@ def _judge(samples: Samples, baseline: Samples, rule: Rule) -> Result:
     ratios = [math.log(ours / theirs) for ours, theirs in pairs]
     if len(ratios) < 2:
         return Result(name, Standing.UNSETTLED, middle)
-    mean, spread = clipped_moments(ratios)
-    sure = half_width(len(ratios), spread, 1.0 - rule.confidence)
+    mean, spread, memory = moments(ratios)
+    sure = memory * half_width(len(ratios), spread, 1.0 - rule.confidence)
     likely = half_width(len(ratios), spread, 1.0 - rule.tie_confidence)
     # expm1 turns a log-ratio into the fraction of the baseline's time that is saved.
     gain, low, high, tie_high = (

@@ -7,68 +7,71 @@ of two fills, means nothing.
 import math
 from collections.abc import Sequence
 
-from adaptive_moe.policy.decision import Rule, Standing, Verdict
+from adaptive_moe.policy.decision import OPEN, TIE_MARGINS, Rule, Standing, Verdict
 
 # What a count between two buckets may lose, in margins, before another bucket goes between them.
 REFINE_MARGINS = 3.0
+# Standings that may turn out to cost nothing; its interval says whether that is sure.
+HARMLESS = (Standing.FASTER, Standing.TIED, *OPEN)
 
 
-def combine(verdicts: Sequence[Verdict]) -> tuple[str, str]:
-    """One candidate for several fills of the same bucket, and why: the least worst-case loss.
+def combine(verdicts: Sequence[Verdict], margin: float = Rule.margin) -> tuple[str, str]:
+    """One candidate where nobody knows which of the verdicts will hold, and why that one.
 
-    The host cannot know how many rows are real, so one candidate serves all fills. The baseline
-    stays unless another's worst loss, in us, is smaller; a candidate that is not trusted in every
-    fill is none.
+    Verdicts of several fills (the host cannot know how many rows are real) or situations (nor
+    whether the device is idle). A candidate replaces the baseline only where it is FASTER in one of
+    them and loses in none. Of those the one whose largest loss against the fastest, in us, is
+    least.
     """
+    baseline = verdicts[0].baseline.candidate
     if len(verdicts) == 1:
         return verdicts[0].candidate, verdicts[0].reason
-    baseline = verdicts[0].baseline.candidate
-    chosen = dict.fromkeys([baseline, *(v.candidate for v in verdicts)])
-    worst = {name: max(cautious_loss_us(v, name) for v in verdicts) for name in chosen}
-    best = min(chosen, key=lambda name: worst[name])
-    if math.isinf(worst[best]):
-        best = baseline
-    where = ", ".join(v.candidate for v in verdicts)
-    return best, f"{best} loses least in its worst fill (winners by fill: {where})"
+    names = [r.candidate for r in verdicts[0].results[1:]]
+    fit = [name for name in names if _may_serve(verdicts, name, margin)]
+    best = min(fit, key=lambda name: max(loss_us(v, name) for v in verdicts), default=baseline)
+    where = ", ".join(dict.fromkeys(v.candidate for v in verdicts))
+    if best != baseline:
+        return best, f"{best} is faster in one and loses in none (winners: {where})"
+    return best, f"kept {baseline}: nothing is faster in one and loses in none (winners: {where})"
 
 
-def in_both(busy: Sequence[Verdict], idle: Sequence[Verdict], margin: float) -> str:
-    """The candidate of an eager count whose device may be busy or idle.
+def loses(verdict: Verdict, candidate: str, margin: float, sure_us: float = math.inf) -> bool:
+    """May the candidate cost here what matters? What is not known to be harmless may.
 
-    One that is faster in a situation, and loses in neither: of those the one whose least saving is
-    largest. Else the baseline.
+    It loses where it is likelier slower by the margin than not, where it may be slower by more than
+    a tie can be, and where what it may cost, in us, is not covered by the sure_us that it surely
+    saves elsewhere.
     """
-    baseline = busy[0].baseline.candidate
-    best, most = baseline, 0.0
-    for name in (r.candidate for r in busy[0].results[1:]):
-        fast = any(all(_is_faster(v, name) for v in fills) for fills in (busy, idle))
-        saved = [saving_us(v, name) for v in (*busy, *idle)]
-        if not fast or any(loses(v, name, margin) for v in (*busy, *idle)):
-            continue
-        # Each situation's least saving; what the better of the two brings decides among equals.
-        value = max(min(saved[: len(busy)]), min(saved[len(busy) :]))
-        if value > most:
-            best, most = name, value
-    return best
+    if candidate == verdict.baseline.candidate:
+        return False
+    result, base = verdict.result(candidate), verdict.baseline.median_us
+    if result is None or result.gain is None or result.gain_low is None or base is None:
+        return True
+    slower = result.gain < -margin or result.gain_low < -TIE_MARGINS * margin
+    return result.standing not in HARMLESS or slower or -result.gain_low * base > sure_us
 
 
 def saving_us(verdict: Verdict, candidate: str) -> float:
-    """Microseconds a call that the candidate most likely saves; -inf where nobody knows."""
-    result = verdict.result(candidate)
-    base = verdict.baseline.median_us
-    if result is None or result.gain is None or base is None:
+    """Microseconds a call that the candidate surely saves; negative: may cost, -inf: unknown."""
+    result, base = verdict.result(candidate), verdict.baseline.median_us
+    if result is None or result.gain_low is None or base is None:
         return -math.inf
-    return result.gain * base
+    return result.gain_low * base
 
 
-def loses(verdict: Verdict, candidate: str, margin: float) -> bool:
-    """May the candidate cost more than the margin here? What is not known to be harmless may."""
-    if candidate == verdict.baseline.candidate:
+def loss_us(verdict: Verdict, candidate: str) -> float:
+    """Microseconds a call over the fastest trusted candidate, at the most likely times."""
+    ratios, base = _ratios(verdict), verdict.baseline.median_us or 0.0
+    ratio = ratios.get(candidate, math.inf)
+    return (ratio - min(ratios.values())) * base if math.isfinite(ratio) else math.inf
+
+
+def _may_serve(verdicts: Sequence[Verdict], candidate: str, margin: float) -> bool:
+    faster = [v for v in verdicts if _is_faster(v, candidate)]
+    if not faster:
         return False
-    result = verdict.result(candidate)
-    if result is None or result.standing not in (Standing.FASTER, Standing.TIED):
-        return True
-    return (result.gain or 0.0) < -margin
+    sure_us = max(saving_us(v, candidate) for v in faster)
+    return not any(loses(v, candidate, margin, sure_us) for v in verdicts)
 
 
 def loss(verdict: Verdict, candidate: str) -> float:
@@ -78,17 +81,6 @@ def loss(verdict: Verdict, candidate: str) -> float:
     """
     ratios = _ratios(verdict)
     return ratios[candidate] / min(ratios.values()) if candidate in ratios else math.inf
-
-
-def cautious_loss_us(verdict: Verdict, candidate: str) -> float:
-    """Microseconds a call over the fastest trusted candidate; an unsettled one is taken at the
-    worse end of its interval, and infinite where it has none."""
-    ratios, base = _ratios(verdict), verdict.baseline.median_us or 0.0
-    result = verdict.result(candidate)
-    ratio = ratios.get(candidate, math.inf)
-    if result is not None and result.standing is Standing.UNSETTLED:
-        ratio = math.inf if result.gain_low is None else 1.0 - result.gain_low
-    return (ratio - min(ratios.values())) * base if math.isfinite(ratio) else math.inf
 
 
 def needs_refining(below: Verdict, above: Verdict, rule: Rule) -> float:

@@ -19,7 +19,7 @@ from adaptive_moe.policy.buckets import bucket_of, spread
 from adaptive_moe.policy.coverage import MAX_TOKENS
 from adaptive_moe.policy.decision import Standing
 from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration
-from adaptive_moe.policy.losses import in_both
+from adaptive_moe.policy.losses import combine
 from adaptive_moe.policy.plain import from_plain, to_plain
 from adaptive_moe.policy.situation import Situation
 
@@ -125,26 +125,26 @@ class PolicyTable:
 
 def _eager(found: Calibration) -> bytes:
     """By the busy verdicts from busy_from on; below, by what loses in neither situation."""
-    counts = [b.num_tokens for b in found.busy]
+    last, busy_from = found.coverage.max_tokens, found.coverage.busy_from
+    busy_counts = [b.num_tokens for b in found.busy]
     idle_counts = [b.num_tokens for b in found.idle]
-    edges = sorted({*counts, *idle_counts})
+    if not busy_counts:
+        raise ValueError("a calibration without busy buckets has no table: calibrate again")
+    edges = {*busy_counts, *idle_counts, min(busy_from - 1, last)} - {0}
     chosen = []
-    for count in edges:
-        busy = found.busy[bucket_of(count, counts)] if counts else None
-        idle = found.idle[bucket_of(count, idle_counts)] if idle_counts else None
-        if count >= found.coverage.busy_from:
-            name = busy.candidate if busy else found.coverage.baseline
-        elif busy and idle:
-            name = in_both(busy.verdicts, idle.verdicts, found.rule.margin)
-        else:
-            name = found.coverage.baseline
+    for count in sorted(edges):
+        busy = found.busy[bucket_of(count, busy_counts)]
+        name = found.coverage.baseline
+        if count >= busy_from:
+            name = busy.candidate
+        elif idle_counts:
+            idle = found.idle[bucket_of(count, idle_counts)]
+            name = combine([*busy.verdicts, *idle.verdicts], found.rule.margin)[0]
         chosen.append((count, name))
-    return _spread(found, chosen, last=found.coverage.max_tokens)
+    return _spread(found, chosen, last)
 
 
 def _spread(found: Calibration, chosen: Sequence[tuple[int, str]], last: int = 0) -> bytes:
-    if not chosen:
-        raise ValueError("a calibration without eager buckets has no table: calibrate again")
     counts = [count for count, _ in chosen]
     last = last or counts[-1]
     if not counts[-1] <= last <= MAX_TOKENS:

@@ -1,61 +1,56 @@
-"""Buckets x policies -> rounds -> verdicts -> table: the whole of one shape's calibration.
+"""Coverage -> samples -> verdicts -> table: the whole of one shape's calibration.
 
-    check    every policy's output on every first bucket, outside the clock (kernels compile here)
-    measure  the first buckets of each call mode, small to large, until settled or out of time
-    refine   put buckets where neighbours differ, the costliest gap first, while time remains
-    decide   once more, from all samples and with whatever was found wrong on the way left out
+    check    every candidate's output on every first bucket, outside the clock (kernels compile)
+    explore  a first pass over each situation: the first buckets, looks between, refinement
+    confirm  a second pass, later: whoever would replace the baseline is measured again
+    decide   from all samples, and with whatever was found wrong on the way left out
 
 Nothing here knows which kernel sorts, which clock times or who asked.
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from adaptive_moe.kernels import SortKernel
-from adaptive_moe.kernels.contract import SortingInputs
-from adaptive_moe.policy.buckets import first_buckets
 from adaptive_moe.policy.coverage import Coverage
-from adaptive_moe.policy.decision import Rule, Samples, Standing, decide
+from adaptive_moe.policy.decision import Rule
 from adaptive_moe.policy.environment import describe_environment
-from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration, Fill
-from adaptive_moe.policy.losses import combine
+from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.tuning.clocks import TRAIN_LENGTH, Clock, clock_for
-from adaptive_moe.tuning.explore import explore
-from adaptive_moe.tuning.race import measure, short
-from adaptive_moe.tuning.rightness import Exclusion, check_candidates
-from adaptive_moe.tuning.routing import Routing, default_mask, fills, route, sorting_inputs
+from adaptive_moe.tuning.clocks import Clock, Neutral, clock_for
+from adaptive_moe.tuning.errors import (
+    BudgetError,
+    CalibrationFailedError,
+    CalibrationRefusedError,
+)
+from adaptive_moe.tuning.inputs import Inputs
+from adaptive_moe.tuning.race import short
+from adaptive_moe.tuning.rightness import Rightness
+from adaptive_moe.tuning.section import Section
+
+__all__ = [
+    "BudgetError",
+    "CalibrationFailedError",
+    "CalibrationRefusedError",
+    "Plan",
+    "calibrate",
+]
 
 logger = logging.getLogger("adaptive_moe")
-
-# A train rotates through these.
-ROUTINGS = (Routing.UNIFORM, Routing.SKEWED)
-INPUTS = max(TRAIN_LENGTH.values())
 
 CAPTURING = "the current stream is being captured into a graph: calibrate before or after capture"
 
 ClockFactory = Callable[[Situation, torch.device], Clock]
 Progress = Callable[[int, int, str], None]
-
-
-class CalibrationRefusedError(RuntimeError):
-    """Calibrating is not possible now; the text says why. Nothing was run."""
-
-
-class CalibrationFailedError(RuntimeError):
-    """The baseline itself could not be measured, for a reason of the moment (out of memory, a
-    device error), which the text gives. There is no table; the next start tries again."""
-
-
-class BudgetError(ValueError):
-    """The budget did not cover one round of any bucket."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +77,14 @@ def calibrate(
     *,
     expert_mask: Tensor | None = None,
     earlier: Calibration | None = None,
-    clock_factory: ClockFactory = clock_for,
+    clock_factory: ClockFactory | None = None,
     now: Callable[[], float] = time.monotonic,
     progress: Progress = lambda done, total, what: None,
 ) -> PolicyTable:
     """Measure what `coverage` names on `kernel` and return its table with all evidence.
 
     expert_mask is the caller's own where it has one; else the shape's default. earlier: evidence of
-    the same kernel and shape; its settled buckets are not measured again. Raises
+    the same kernel, candidates and rule; its settled buckets are not measured again. Raises
     CalibrationRefusedError while the current stream is being captured, CalibrationFailedError where
     the baseline fails, BudgetError where not even one round fits. Another candidate that fails or
     is wrong only loses its candidacy.
@@ -101,23 +96,26 @@ def calibrate(
         logger.warning("not calibrating %s: %s", coverage.describe(), CAPTURING)
         raise CalibrationRefusedError(CAPTURING)
     begun = now()
+    guard: AbstractContextManager[object] = nullcontext()
+    if on_gpu:
+        # One process may have layers on several GPUs: each is measured where it runs.
+        guard = torch.cuda.device(kernel.device)
     try:
-        run = _Run(kernel, coverage, plan, expert_mask, earlier, now, progress)
-        sections = [(s, found) for s in Situation if (found := coverage.counts(s))]
-        run.check(sections)
-        deadline = now() + plan.budget_s
-        for left, (situation, domain) in zip(range(len(sections), 0, -1), sections, strict=True):
-            clock = clock_factory(situation, kernel.device)
-            # What one situation does not need, the next one has.
-            run.section(situation, domain, clock, now() + (deadline - now()) / left)
-        run.check_budget()
-    except RuntimeError as error:
-        if isinstance(error, CalibrationFailedError):
-            raise
+        with guard:
+            sections = _sections(
+                kernel, coverage, plan, expert_mask, earlier, clock_factory, now, progress
+            )
+            _measure(list(sections.values()), plan.budget_s)
+            buckets = {situation: part.buckets() for situation, part in sections.items()}
+    except (CalibrationFailedError, BudgetError):
+        raise
+    # Nothing that a kernel or a device does may end the process that asked.
+    except Exception as error:
         raise CalibrationFailedError(short(error)) from error
     finally:
         if on_gpu:
             torch.cuda.empty_cache()
+    _check_budget(buckets, coverage, plan)
     return PolicyTable(
         Calibration(
             schema=SCHEMA,
@@ -129,188 +127,102 @@ def calibrate(
             budget_s=plan.budget_s,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             seconds=round(now() - begun, 3),
-            graph=run.buckets(Situation.GRAPH),
-            busy=run.buckets(Situation.BUSY),
-            idle=run.buckets(Situation.IDLE),
+            **{s.value: buckets.get(s, ()) for s in Situation},
         )
     )
 
 
-class _Run:
-    """One calibration under way: its inputs, and which candidates are out."""
-
-    def __init__(
-        self,
-        kernel: SortKernel,
-        coverage: Coverage,
-        plan: Plan,
-        expert_mask: Tensor | None,
-        earlier: Calibration | None,
-        now: Callable[[], float],
-        progress: Progress,
-    ) -> None:
-        shape = coverage.shape
-        self.kernel, self.coverage, self.shape, self.plan = kernel, coverage, shape, plan
-        self.now, self.progress = now, progress
-        self.mask = default_mask(shape, kernel.device) if expert_mask is None else expert_mask
-        self.excluded: dict[str, Exclusion] = {}
-        largest = max(coverage.max_tokens, *coverage.captured, 0)
-        self.tokens = [
-            route(shape, largest, ROUTINGS[seed % len(ROUTINGS)], seed, kernel.device)
-            for seed in range(INPUTS)
-        ]
-        self.checked: set[int] = set()
-        self.surprised = False
-        self.samples: dict[Situation, dict[int, list[list[Samples]]]] = {}
-        self.kept = {s: _settled(earlier, s) for s in Situation}
-        self.done = self.total = 0
-
-    def check(self, sections: Sequence[tuple[Situation, Sequence[int]]]) -> None:
-        """Check every candidate wherever measuring will begin, before any clock runs."""
-        for _, domain in sections:
-            grid = first_buckets(domain, self.plan.first)
-            self.total += len(grid)
-            for num_tokens in grid:
-                self._check_once(num_tokens)
-
-    def section(
-        self, situation: Situation, domain: Sequence[int], clock: Clock, deadline: float
-    ) -> None:
-        """Measure one situation: every first bucket, then refinement, until the deadline."""
-        ahead = len(first_buckets(domain, self.plan.first))
-        samples = self.samples.setdefault(situation, {})
-
-        def measure_bucket(num_tokens: int, rounds: int) -> Bucket:
-            nonlocal ahead
-            ahead -= 1
-            if num_tokens in self.kept[situation]:
-                return self.kept[situation][num_tokens]
-            if num_tokens not in samples:
-                self.total += ahead < 0
-                self._check_once(num_tokens)
-                samples[num_tokens] = [self._fresh() for _ in fills(self.shape)]
-            # A noisy bucket may take its share and as much again, never what later ones need.
-            slot = self.now() + 2.0 * (deadline - self.now()) / (max(ahead, 0) + 2)
-            samples[num_tokens] = self._go_on(
-                samples[num_tokens], num_tokens, situation, clock, rounds, slot
-            )
-            return self._bucket(num_tokens, samples[num_tokens])
-
-        explore(
+def _sections(
+    kernel: SortKernel,
+    coverage: Coverage,
+    plan: Plan,
+    expert_mask: Tensor | None,
+    earlier: Calibration | None,
+    clock_factory: ClockFactory | None,
+    now: Callable[[], float],
+    progress: Progress,
+) -> dict[Situation, Section]:
+    """One for each situation that the coverage has counts in, with what is known already."""
+    inputs = Inputs(coverage, expert_mask, kernel.device)
+    rightness = Rightness(kernel, coverage, inputs, now)
+    if clock_factory is None:
+        clock_factory = partial(clock_for, neutral=Neutral(kernel.device))
+    tell = _Told(progress)
+    sections = {
+        situation: Section(
+            situation,
             domain,
-            self.plan.first,
-            self.plan.rule,
-            measure_bucket,
-            has_time=lambda: self.now() < deadline,
+            plan.first,
+            _settled(earlier, situation, kernel, inputs, plan.rule),
+            inputs,
+            rightness,
+            partial(clock_factory, situation, kernel.device),
+            plan.rule,
+            lambda: now() - rightness.seconds,
+            partial(tell, situation),
         )
-
-    def buckets(self, situation: Situation) -> tuple[Bucket, ...]:
-        """What the samples decide, with everything known by now about each candidate."""
-        counts = self.coverage.counts(situation)
-        found = {n: b for n, b in self.kept[situation].items() if n in counts}
-        found |= {n: self._bucket(n, s) for n, s in self.samples.get(situation, {}).items()}
-        return tuple(bucket for _, bucket in sorted(found.items()))
-
-    def _bucket(self, num_tokens: int, samples: list[list[Samples]]) -> Bucket:
-        parts = tuple(
-            Fill(fraction, decide(self._without_excluded(one), self.plan.rule))
-            for fraction, one in zip(fills(self.shape), samples, strict=True)
-        )
-        candidate, reason = combine([part.verdict for part in parts])
-        return Bucket(num_tokens, candidate, reason, parts)
-
-    def _fresh(self) -> list[Samples]:
-        return [Samples(candidate.name) for candidate in self.kernel.candidates]
-
-    def _without_excluded(self, samples: Sequence[Samples]) -> list[Samples]:
-        """The samples with those excluded marked so, whatever they measured."""
-        out = self.excluded
-        return [
-            replace(s, out=out[s.candidate].standing, reason=out[s.candidate].reason)
-            if s.candidate in out
-            else s
-            for s in samples
-        ]
-
-    def _go_on(
-        self,
-        samples: Sequence[list[Samples]],
-        num_tokens: int,
-        situation: Situation,
-        clock: Clock,
-        rounds: int,
-        deadline: float,
-    ) -> list[list[Samples]]:
-        """Those samples of one bucket, brought to `rounds` rounds as far as the deadline allows."""
-        found = []
-        logger.debug("%s at %d tokens, %s", self.shape.describe(), num_tokens, situation.value)
-        for fraction, so_far in zip(fills(self.shape), samples, strict=True):
-            train = [self._inputs(i, num_tokens, fraction) for i in range(TRAIN_LENGTH[situation])]
-            raced = measure(
-                self.kernel.candidates,
-                train,
-                clock,
-                self._without_excluded(so_far),
-                self.plan.rule,
-                rounds,
-                spent=lambda: self.now() > deadline,
-            )
-            for one in raced:
-                if one.out is Standing.FAILED:
-                    self._exclude(one.candidate, Exclusion(one.out, one.reason), num_tokens)
-            found.append(raced)
-        self.done += 1
-        self.progress(min(self.done, self.total), self.total, f"{num_tokens} tokens")
-        return found
-
-    def _check_once(self, num_tokens: int) -> None:
-        if num_tokens in self.checked:
-            return
-        self.checked.add(num_tokens)
-        for fraction in fills(self.shape):
-            inputs = self._inputs(num_tokens % INPUTS, num_tokens, fraction)
-            found, surprises = check_candidates(
-                self.kernel.candidates, inputs, self.shape.accumulate
-            )
-            for name, why in found.items():
-                self._exclude(name, why, num_tokens)
-            if surprises and not self.surprised:
-                self.surprised = True
-                logger.warning(
-                    "%s is newer than this adaptive_moe knows: at %d tokens the baseline's %s; it "
-                    "still defines what is right",
-                    *(self.kernel.name, num_tokens, "; ".join(surprises)),
-                )
-
-    def _exclude(self, candidate: str, why: Exclusion, num_tokens: int) -> None:
-        """From here on, and in every bucket measured before, it is no candidate."""
-        if candidate == self.kernel.baseline.name:
-            raise CalibrationFailedError(f"at {num_tokens} tokens {candidate} {why.reason}")
-        if candidate not in self.excluded:
-            self.excluded[candidate] = why
-            shape = self.shape.describe()
-            logger.warning(
-                "%s is out for %s: at %d tokens it %s", candidate, shape, num_tokens, why.reason
-            )
-
-    def check_budget(self) -> None:
-        """Raise BudgetError where no bucket was settled or got a round."""
-        buckets = [bucket for situation in Situation for bucket in self.buckets(situation)]
-        verdicts = [fill.verdict for bucket in buckets for fill in bucket.fills]
-        if not any(verdict.rounds or verdict.settled for verdict in verdicts):
-            raise BudgetError(
-                f"budget {self.plan.budget_s:g} s is too small for one round of any bucket of "
-                f"{self.shape.describe()}: give a larger budget"
-            )
-
-    def _inputs(self, index: int, num_tokens: int, fraction: float) -> SortingInputs:
-        return sorting_inputs(self.shape, self.tokens[index], num_tokens, self.mask, fraction)
+        for situation in Situation
+        if (domain := coverage.counts(situation))
+    }
+    tell.total = sum(len(section.grid) for section in sections.values())
+    return sections
 
 
-def _settled(earlier: Calibration | None, situation: Situation) -> dict[int, Bucket]:
-    """The earlier buckets of that situation that need no more rounds."""
+def _measure(sections: list[Section], budget_s: float) -> None:
+    """Both passes over all situations. What one does not need, the next ones have."""
+    for section in sections:
+        section.check()
+    now = sections[0].now
+    deadline = now() + budget_s
+    for place, section in enumerate(sections):
+        free = deadline - now() - sum(done.reserve() for done in sections[:place])
+        section.explore(now() + free / (len(sections) - place))
+    needed = [section.reserve() for section in sections]
+    for place, section in enumerate(sections):
+        share = needed[place] / (sum(needed[place:]) or 1.0)
+        section.confirm(now() + share * (deadline - now()))
+
+
+def _settled(
+    earlier: Calibration | None,
+    situation: Situation,
+    kernel: SortKernel,
+    inputs: Inputs,
+    rule: Rule,
+) -> dict[int, Bucket]:
+    """The earlier buckets of that situation that need no more rounds, refined ones and all."""
+    names = tuple(candidate.name for candidate in kernel.candidates)
+    if earlier is None or (earlier.candidates, earlier.rule) != (names, rule):
+        return {}
+    domain = inputs.coverage.counts(situation)
     return {
         bucket.num_tokens: bucket
-        for bucket in (earlier.section(situation) if earlier else ())
-        if all(verdict.settled for verdict in bucket.verdicts)
+        for bucket in earlier.section(situation)
+        if bucket.num_tokens in domain
+        and all(verdict.settled for verdict in bucket.verdicts)
+        and tuple(f.fraction for f in bucket.fills) == inputs.fills(situation, bucket.num_tokens)
     }
+
+
+def _check_budget(
+    buckets: dict[Situation, tuple[Bucket, ...]], coverage: Coverage, plan: Plan
+) -> None:
+    """Raise BudgetError where no bucket was settled or got a round."""
+    verdicts = [v for found in buckets.values() for bucket in found for v in bucket.verdicts]
+    if not any(verdict.rounds or verdict.settled for verdict in verdicts):
+        raise BudgetError(
+            f"budget {plan.budget_s:g} s is too small for one round of any bucket of "
+            f"{coverage.describe()}: give a larger budget"
+        )
+
+
+class _Told:
+    """Progress over all situations: a bucket that nobody expected adds itself to the total."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.total, self.done = progress, 0, 0
+
+    def __call__(self, situation: Situation, num_tokens: int) -> None:
+        self.done += 1
+        self.total = max(self.total, self.done)
+        self.progress(self.done, self.total, f"{num_tokens} tokens, {situation.value}")

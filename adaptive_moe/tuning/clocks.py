@@ -1,15 +1,22 @@
-"""Clocks: how one sort call is timed, matched to how serving runs it. Injected everywhere.
+"""Clocks: how one sort call is timed in each situation. Injected everywhere.
 
-A clock is given a *train*: a few calls that differ only in their inputs, so that a repeat does not
-just hit the cache and every routing is in each sample. `prepare(train)` does what must happen once
-(capture a graph, say) and returns the sampler, which runs the train and returns microseconds a
-call.
+A clock is given a *train*: calls that differ only in their inputs, so that every routing is in each
+sample. `prepare(train)` does what must happen once (capture a graph, say) and returns the sampler,
+which runs the train and returns microseconds a call.
 
     WallClock   the CPU's clock around the train; kernels that run on the CPU
-    EagerClock  GPU events around the train, launched call by call: the host's launch cost is in it,
-                as an eager call of the engine pays it
-    GraphClock  the train captured once, replayed between events: no launch cost, as in an engine's
-                own captured graph
+    GraphClock  the train captured once and replayed: no launch cost, as in an engine's own graph
+    BusyClock   the train launched call by call behind a backlog, so that the host is ahead: device
+                time and the gaps between kernels count, the host's time does not
+    IdleClock   the same on a device that has nothing to do: the host's time is all in it
+
+**Nobody pays for a neighbour.** Every sample follows the same predecessor (`Neutral`), on every
+clock: a write as large as the L2 or larger, as the GEMM is that runs before a sort in serving. It
+takes with it whatever the sample before left behind: lines in the L2 (it writes more than the L2
+holds, and a sample's calls read inputs of their own, so none finds its ids there), write-backs that
+are under way, and the clocks of a device that was idle. It costs 20 to 30 us a sample on an H100,
+about a fifth of a graph's sample. Enough, because between two samples there is then nothing that
+depends on who ran before.
 """
 
 import math
@@ -23,36 +30,66 @@ from adaptive_moe.policy.situation import Situation
 
 Train = Sequence[Callable[[], object]]
 Sampler = Callable[[], float]
+Events = Callable[[], Any]
 
 # A replay costs 0.2 us more or less for one graph than for another that holds the same kernels
-# (measured on an H200); passes over the train make it so long that this is a quarter of a percent.
+# (measured on an H200); with so long a replay this is a quarter of a percent.
 REPLAY_US = 80.0
-# Capturing a call takes the host longer than the device takes to run it: no more passes than this.
-MAX_PASSES = 8
+# Calls in a sample. In a graph more inputs cost little: as many of the train, in whole lots of
+# GRAPH_LOT, as it takes to last REPLAY_US. Two eager calls, a routing each, give as sure a verdict
+# as four or eight for the time they take (measured on an H200).
+GRAPH_LOT = 4
+TRAIN_LENGTH = {Situation.GRAPH: 8 * GRAPH_LOT, Situation.BUSY: 2, Situation.IDLE: 2}
 
-
-# Calls in a train. Two eager ones, a routing each, give as sure a verdict as four or eight for the
-# time they take (measured on an H200); in a graph more inputs cost little.
-TRAIN_LENGTH = {Situation.GRAPH: 4, Situation.BUSY: 2, Situation.IDLE: 2}
+# What the neutral predecessor writes at least: an L2 that reports less has a larger cache behind
+# it (MI300X: 4 MiB an XCD), and a GEMM of a serving step writes as much.
+NEUTRAL_BYTES = 32 << 20
+CPU_NEUTRAL_BYTES = 4 << 20
+# Writes in the backlog of a busy sample, to begin with and at most. A replay is enqueued at once.
+BACKLOG, GRAPH_BACKLOG, MAX_BACKLOG = 4, 1, 1024
 
 
 class Clock(Protocol):
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
         """The sampler of this train, in microseconds a call.
 
-        call_us: about what a call takes, 0.0 where that is not known yet. A clock that must repeat
-        short calls to see them well repeats longer ones less; given inf, it does not repeat at all.
+        call_us: about what a call takes, 0.0 where that is not known yet. A clock that must run
+        many short calls to see them well runs fewer longer ones; given inf, as few as it can.
         """
+
+
+class NeverAheadError(RuntimeError):
+    """The device reached the start of a sample before the host had enqueued it, however long the
+    backlog: the calls wait for the device themselves."""
+
+
+class Neutral:
+    """The predecessor of every sample: one write of more than the L2 holds, enqueued."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = CPU_NEUTRAL_BYTES
+        if device.type != "cpu":
+            properties: Any = torch.cuda.get_device_properties(device)
+            size = max(getattr(properties, "L2_cache_size", 0), NEUTRAL_BYTES)
+        self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def __call__(self) -> None:
+        self._buffer.zero_()
 
 
 class WallClock:
     """Wall-clock time of the train; `timer` returns seconds."""
 
-    def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
-        self.timer = timer
+    def __init__(
+        self,
+        timer: Callable[[], float] = time.perf_counter,
+        neutral: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.timer, self.neutral = timer, neutral
 
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
         def sample() -> float:
+            self.neutral()
             start = self.timer()
             for call in train:
                 call()
@@ -61,13 +98,76 @@ class WallClock:
         return sample
 
 
-class EagerClock:
-    """GPU events around a train that the host launches call by call."""
+def gpu_event() -> Any:
+    # torch's stubs leave this untyped in some releases and typed in others.
+    event: Any = torch.cuda.Event
+    return event(enable_timing=True)
+
+
+class BusyClock:
+    """Events around calls that are all enqueued before the device reaches the first of them.
+
+    A backlog of neutral writes keeps the device busy meanwhile; the last of them is the neutral
+    predecessor. A sample whose start event is done before its last call is enqueued has timed the
+    host, and is no sample: the backlog grows by half, and it is taken again. A longer backlog
+    stays, but for an eighth a sampler, so that one stall of the host is not paid for ever after.
+
+    backlog: writes of it, now. invalid: how many samples were none.
+    """
+
+    def __init__(
+        self,
+        neutral: Callable[[], object],
+        events: Events = gpu_event,
+        least: int = BACKLOG,
+    ) -> None:
+        self.neutral, self.events, self.least = neutral, events, least
+        self.backlog = least
+        self.invalid = 0
 
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
-        start, end = _events()
+        self.backlog = max(self.least, self.backlog - self.backlog // 8)
+        start, end = self.events(), self.events()
 
         def sample() -> float:
+            while True:
+                for _ in range(self.backlog):
+                    self.neutral()
+                start.record()
+                for call in train:
+                    call()
+                end.record()
+                ahead = not start.query()
+                end.synchronize()
+                if ahead:
+                    return float(start.elapsed_time(end)) * 1e3 / len(train)
+                self._grow()
+
+        return sample
+
+    def _grow(self) -> None:
+        self.invalid += 1
+        if self.backlog >= MAX_BACKLOG:
+            raise NeverAheadError(f"the host is not ahead behind {self.backlog} large writes")
+        self.backlog += (self.backlog + 1) // 2
+
+
+class IdleClock:
+    """Events around calls on a device that has nothing to do when the first of them is made.
+
+    The neutral predecessor is waited for: while it still ran, the host would have a head start.
+    """
+
+    def __init__(self, neutral: Callable[[], object], events: Events = gpu_event) -> None:
+        self.neutral, self.events = neutral, events
+
+    def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
+        over, start, end = self.events(), self.events(), self.events()
+
+        def sample() -> float:
+            self.neutral()
+            over.record()
+            over.synchronize()
             start.record()
             for call in train:
                 call()
@@ -79,36 +179,46 @@ class EagerClock:
 
 
 class GraphClock:
-    """GPU events around the replay of a graph that holds the train, captured on its own stream.
+    """The replay of a graph that holds the train, enqueued like one busy call.
 
-    Capture uses `thread_local` mode, a private memory pool shared by this clock's graphs (they
-    never run at once and nobody reads their outputs) and none of torch's collect-and-empty-cache
-    preamble: the process's allocator and capture state are left as found.
+    So the time of the graph's launch is hidden behind the neutral predecessor, as it is in a step
+    behind the nodes before.
     """
 
-    def __init__(self) -> None:
-        stream: Any = torch.cuda.Stream
-        self._stream = stream()
-        self._pool = torch.cuda.graph_pool_handle()
-        # torch forgets a pool with its last graph; this one lives as long as the clock.
-        self._keeper = self._capture([lambda: torch.zeros(1, device="cuda")])
+    def __init__(
+        self,
+        neutral: Callable[[], object],
+        capture: Callable[[Train], Callable[[], object]],
+        events: Events = gpu_event,
+    ) -> None:
+        self._capture = capture
+        self._busy = BusyClock(neutral, events, GRAPH_BACKLOG)
 
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
-        passes = passes_over(len(train), call_us)
-        graph = self._capture([*train] * passes)
-        start, end = _events()
+        calls = train[: calls_of(len(train), call_us)]
+        replay = self._capture(calls)
+        replay()  # the first replay uploads the graph
+        sample = self._busy.prepare([replay])
+        return lambda: sample() / len(calls)
 
-        def sample() -> float:
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end)) * 1e3 / (passes * len(train))
 
-        sample()  # the first replay uploads the graph
-        return sample
+class Graphs:
+    """Captures on a stream of its own.
 
-    def _capture(self, calls: Train) -> torch.cuda.CUDAGraph:
+    In `thread_local` mode, with a private memory pool shared by its graphs (they never run at once
+    and nobody reads their outputs) and none of torch's collect-and-empty-cache preamble: the
+    process's allocator and capture state are left as found.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        stream: Any = torch.cuda.Stream
+        self._stream = stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        # torch forgets a pool with its last graph; this one lives as long as the clock.
+        self._keeper = self.capture([lambda: torch.zeros(1, dtype=torch.float32, device=device)])
+
+    def capture(self, calls: Train) -> Callable[[], object]:
+        """A call that replays the graph of these calls."""
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -119,24 +229,27 @@ class GraphClock:
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
-        return graph
+        return graph.replay
 
 
-def passes_over(calls: int, call_us: float) -> int:
-    """How often a graph repeats a train of so many calls, each of call_us, to last REPLAY_US."""
-    if call_us * calls * MAX_PASSES <= REPLAY_US:
-        return MAX_PASSES
-    return max(1, math.ceil(REPLAY_US / (call_us * calls)))
+def calls_of(train: int, call_us: float) -> int:
+    """How many calls of a train a graph holds, each of call_us, to last REPLAY_US: whole lots."""
+    lots = max(1, train // GRAPH_LOT)
+    if call_us * GRAPH_LOT > 0.0:
+        lots = min(lots, max(1, math.ceil(REPLAY_US / (call_us * GRAPH_LOT))))
+    return min(train, lots * GRAPH_LOT)
 
 
-def clock_for(situation: Situation, device: torch.device) -> Clock:
-    """The clock that times a call the way it runs in that situation on `device`."""
+def clock_for(
+    situation: Situation, device: torch.device, neutral: Callable[[], object] | None = None
+) -> Clock:
+    """The clock that times a call the way it runs in that situation on `device`.
+
+    neutral: the predecessor of each sample, where it is shared with other clocks.
+    """
+    neutral = neutral or Neutral(device)
     if device.type == "cpu":
-        return WallClock()
-    return GraphClock() if situation is Situation.GRAPH else EagerClock()
-
-
-def _events() -> tuple[Any, Any]:
-    # torch's stubs leave these two untyped in some releases and typed in others.
-    event: Any = torch.cuda.Event
-    return event(enable_timing=True), event(enable_timing=True)
+        return WallClock(neutral=neutral)
+    if situation is Situation.GRAPH:
+        return GraphClock(neutral, Graphs(device).capture)
+    return BusyClock(neutral) if situation is Situation.BUSY else IdleClock(neutral)

@@ -1,23 +1,35 @@
-"""Which token count to measure next, and how long: sketch a grid, refine gaps, settle doubts. Pure.
+"""Which token count to measure next, and how long: sketch, look between, refine, settle. Pure.
 
 Winners change at one or two token counts, so a few buckets and some bisection find what a dense
-grid would. Each bucket is first sketched in a few rounds, enough for every clear case. After that
-the next step is always the one that may save most for the rounds it takes: a new bucket between two
-neighbours that differ, or more rounds for one that is unsettled.
+grid would. Each bucket of the grid is first sketched in a few rounds, enough for every clear case.
+
+After that the next step is always the one that may save most for the rounds it takes:
+
+    a gap    a new bucket between two neighbours that differ
+    a doubt  more rounds for a bucket that is unsettled
+    a look   into a wide gap between two that agree: a winner may come and go inside it, which
+             bisection never sees. Two rounds at a count halfway; where they disagree with the
+             bucket above by what would be refined, the count becomes a bucket. It is odd, as powers
+             of two flatter a kernel whose wide path wants tokens*topk divisible by 4.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from adaptive_moe.policy.buckets import between, first_buckets
 from adaptive_moe.policy.decision import TIE_MARGINS, Rule, Standing, Verdict
 from adaptive_moe.policy.evidence import Bucket
-from adaptive_moe.policy.losses import needs_refining
+from adaptive_moe.policy.losses import REFINE_MARGINS, loss, needs_refining
 
-# Rounds of a sketch.
+# Rounds of a sketch, and of a look: the fewest that give a ratio with a second opinion.
 SKETCH_ROUNDS = 10
+LOOK_ROUNDS = 2
+# Gaps narrower than this are not looked into: a window of half an octave shows in a wider one.
+LOOK_RATIO = 1.5
+# What a look may save, in margins over its whole gap: little, as there rarely is anything.
+LOOK_PROMISE = 1.0
 # What a step must save, in margins, to be taken.
 WORTH_MEASURING = 0.1
 # Standard errors in half a gain's interval, about: it holds at 99% however often one looks.
@@ -30,12 +42,14 @@ DOUBT_WEIGHT = 3.0
 @dataclass(frozen=True)
 class Step:
     """A bucket to measure next: up to `rounds` rounds, `more` of them new. saves: the time ratio
-    that this may win, times the width in e-folds of tokens over which it does."""
+    that this may win, times the width in e-folds of tokens over which it does. above: for a look,
+    the bucket that serves the count."""
 
     num_tokens: int
     rounds: int
     more: int
     saves: float
+    above: int | None = None
 
 
 def explore(
@@ -44,28 +58,45 @@ def explore(
     rule: Rule,
     measure: Callable[[int, int], Bucket],
     has_time: Callable[[], bool],
+    known: Mapping[int, Bucket] | None = None,
 ) -> dict[int, Bucket]:
     """Measure the first buckets, small to large, then whatever may still save most for its time.
 
     domain and wanted are as in buckets.first_buckets. measure(num_tokens, rounds) brings a bucket
     to that many rounds, fewer where it settles or time runs out, and goes on where it was before.
+    known: settled buckets, which are built upon and not measured again.
     """
-    found = {n: measure(n, SKETCH_ROUNDS) for n in first_buckets(domain, wanted)}
-    asked = dict.fromkeys(found, SKETCH_ROUNDS)
-    while has_time() and (step := next_step(found, asked, domain, rule)) is not None:
-        asked[step.num_tokens] = step.rounds
-        found[step.num_tokens] = measure(step.num_tokens, step.rounds)
+    found = dict(known or {})
+    asked = dict.fromkeys(found, rule.max_rounds)
+    for num_tokens in first_buckets(domain, wanted):
+        if num_tokens not in found:
+            found[num_tokens] = measure(num_tokens, SKETCH_ROUNDS)
+            asked[num_tokens] = SKETCH_ROUNDS
+    looked: set[int] = set()
+    while has_time() and (step := next_step(found, asked, domain, rule, looked)) is not None:
+        rounds, bucket = step.rounds, measure(step.num_tokens, step.rounds)
+        if step.above is not None:
+            looked.add(step.num_tokens)
+            if not surprises(bucket, found[step.above], rule):
+                continue
+            rounds, bucket = SKETCH_ROUNDS, measure(step.num_tokens, SKETCH_ROUNDS)
+        found[step.num_tokens], asked[step.num_tokens] = bucket, rounds
     return found
 
 
 def next_step(
-    found: Mapping[int, Bucket], asked: Mapping[int, int], domain: Sequence[int], rule: Rule
+    found: Mapping[int, Bucket],
+    asked: Mapping[int, int],
+    domain: Sequence[int],
+    rule: Rule,
+    looked: Container[int] = (),
 ) -> Step | None:
     """The step that may save most for each round it takes, or None where none is worth taking.
 
-    asked: the rounds that each bucket was asked for so far.
+    asked: the rounds that each bucket was asked for so far. looked: counts looked at already.
     """
     steps = [*gaps(found, domain, rule), *doubts(found, asked, rule)]
+    steps += [step for step in looks(found, domain, rule) if step.num_tokens not in looked]
     worth = [step for step in steps if step.saves > WORTH_MEASURING * rule.margin]
     return max(worth, key=lambda step: (step.saves / step.more, step.num_tokens), default=None)
 
@@ -77,6 +108,26 @@ def gaps(found: Mapping[int, Bucket], domain: Sequence[int], rule: Rule) -> Iter
         if middle is not None:
             saves = gap_cost(found[low], found[high], rule)
             yield Step(middle, SKETCH_ROUNDS, SKETCH_ROUNDS, saves)
+
+
+def looks(found: Mapping[int, Bucket], domain: Sequence[int], rule: Rule) -> Iterator[Step]:
+    """A look into each wide gap between neighbours that agree."""
+    for low, high in pairwise(sorted(found)):
+        middle = between(domain, low, high) if high > LOOK_RATIO * low else None
+        if middle is not None and gap_cost(found[low], found[high], rule) == 0.0:
+            saves = LOOK_PROMISE * rule.margin * math.log(high / low)
+            yield Step(_odd(domain, low, middle), LOOK_ROUNDS, LOOK_ROUNDS, saves, high)
+
+
+def surprises(look: Bucket, above: Bucket, rule: Rule) -> bool:
+    """Does the candidate of the bucket above lose at this count what would be worth a bucket?"""
+    lost = max(loss(verdict, above.candidate) for verdict in look.verdicts)
+    return lost - 1.0 > REFINE_MARGINS * rule.margin
+
+
+def _odd(domain: Sequence[int], low: int, count: int) -> int:
+    near = (count, count - 1)
+    return next((n for n in near if n % 2 and n > low and n in domain), count)
 
 
 def doubts(found: Mapping[int, Bucket], asked: Mapping[int, int], rule: Rule) -> Iterator[Step]:

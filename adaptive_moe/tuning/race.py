@@ -1,8 +1,8 @@
 """One bucket: look at each candidate once, then interleaved rounds until settled.
 
 A round visits every live candidate SWEEPS times, in an order that changes within a round and from
-round to round, so that each runs in every place and after every other one equally often: what ran
-before matters to the next call.
+round to round, so that each runs in every place and after every other one equally often: what the
+neutral predecessor (clocks.py) does not take away is shared by all.
 """
 
 import logging
@@ -21,6 +21,8 @@ logger = logging.getLogger("adaptive_moe")
 # A first look this many times slower than the best is looked at once more, with the best beside it,
 # so that no single stall of the machine drops a good candidate.
 HOPELESS = 3.0
+# Rounds of a second pass for which its candidates are prepared once.
+LOT = 4
 
 
 def measure(
@@ -31,25 +33,58 @@ def measure(
     rule: Rule,
     rounds: int,
     spent: Callable[[], bool],
+    call_us: float = 0.0,
 ) -> list[Samples]:
-    """Samples of one bucket: `train` holds the inputs that each sample runs through.
+    """Samples of one pass over one bucket: `train` holds the inputs that each sample runs through.
 
-    Candidates without rounds are looked at first. Only what is still in then is prepared for
-    samples as long as the clock likes them, and raced (see `race`).
+    Candidates without rounds are looked at first, unless it is known by now that a call of theirs
+    takes about call_us. Only what is still in then is prepared for samples as long as the clock
+    likes them, and raced (see `race`).
     """
     binds = {candidate.name: candidate for candidate in candidates}
     found = list(samples)
-    if found and not found[0].round_us:
+    known = [min(s.round_us) for s in found if s.round_us]
+    if known:
+        call_us = min(known)
+    elif call_us == 0.0:
         everybody = [s.candidate for s in found if s.out is None]
         samplers = _prepare(binds, train, clock, found, everybody, call_us=math.inf)
         found, call_us = first_look(found, samplers)
-    else:
-        call_us = min((min(s.round_us) for s in found if s.round_us), default=0.0)
     # Who is settled already takes no part, and is not captured into a graph for it.
     live = _live({s.candidate: s for s in found}, rule)
     if len(live) < 2:
         return found
     return race(found, _prepare(binds, train, clock, found, live, call_us), rule, rounds, spent)
+
+
+def measure_again(
+    candidates: Sequence[Candidate],
+    train: Sequence[SortingInputs],
+    clock: Clock,
+    names: Sequence[str],
+    rule: Rule,
+    spent: Callable[[], bool],
+    call_us: float,
+) -> list[Samples]:
+    """Samples of a second pass over one bucket, of the baseline and whoever is to be confirmed.
+
+    In lots, each prepared anew: what one captured graph has of its own then shows as noise between
+    lots. The first two are of LOT rounds, and each next one doubles what there is.
+    """
+    found = [Samples(name) for name in names]
+    rounds, lot = 0, LOT
+    while rounds < rule.max_rounds:
+        rounds = min(rounds + lot, rule.max_rounds)
+        found = measure(candidates, train, clock, found, second(rule), rounds, spent, call_us)
+        if len(found[0].round_us) < rounds:
+            break
+        lot = rounds
+    return found
+
+
+def second(rule: Rule) -> Rule:
+    """The rule of a second pass: no verdict before two lots."""
+    return replace(rule, min_rounds=max(rule.min_rounds, 2 * LOT))
 
 
 def _prepare(

@@ -5,10 +5,10 @@ kernels, only gives a warning where a live baseline breaks our reading of it.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from adaptive_moe.kernels import Candidate
+from adaptive_moe.kernels import Candidate, SortKernel
 from adaptive_moe.kernels.contract import (
     Expected,
     SortingInputs,
@@ -17,7 +17,11 @@ from adaptive_moe.kernels.contract import (
     expected,
     poisoned_memory,
 )
-from adaptive_moe.policy.decision import Standing
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.policy.decision import Samples, Standing
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.tuning.errors import CalibrationFailedError
+from adaptive_moe.tuning.inputs import Inputs
 from adaptive_moe.tuning.race import short
 
 logger = logging.getLogger("adaptive_moe")
@@ -31,6 +35,71 @@ class Exclusion:
     reason: str
 
 
+class Rightness:
+    """Which candidates of one calibration are out, everywhere, and why.
+
+    seconds: what checking took so far, kernels compiled in it included; no budget is spent on it.
+    """
+
+    def __init__(
+        self, kernel: SortKernel, coverage: Coverage, inputs: Inputs, now: Callable[[], float]
+    ) -> None:
+        self.kernel, self.coverage, self.inputs, self.now = kernel, coverage, inputs, now
+        self.seconds = 0.0
+        self.excluded: dict[str, Exclusion] = {}
+        self._checked: set[tuple[int, float]] = set()
+        self._surprised = False
+
+    def check(self, situation: Situation, num_tokens: int) -> None:
+        """Check every candidate at that count, as it will be filled; once for each filling."""
+        begun = self.now()
+        for fill in self.inputs.fills(situation, num_tokens):
+            if (num_tokens, fill) not in self._checked:
+                self._checked.add((num_tokens, fill))
+                self._check(num_tokens, fill)
+        self.seconds += self.now() - begun
+
+    def _check(self, num_tokens: int, fill: float) -> None:
+        inputs = self.inputs.one(num_tokens, num_tokens, fill)
+        still_in = [c for c in self.kernel.candidates if c.name not in self.excluded]
+        try:
+            found, surprises = check_candidates(still_in, inputs, self.coverage.shape.accumulate)
+        # Whatever the baseline raises: without it nothing can be said.
+        except Exception as error:
+            why = f"at {num_tokens} tokens {self.coverage.baseline} raised {short(error)}"
+            raise CalibrationFailedError(why) from error
+        for name, exclusion in found.items():
+            self.exclude(name, exclusion, num_tokens)
+        if surprises and not self._surprised:
+            self._surprised = True
+            logger.warning(
+                "%s is newer than this adaptive_moe knows: at %d tokens the baseline's %s; it "
+                "still defines what is right",
+                *(self.kernel.name, num_tokens, "; ".join(surprises)),
+            )
+
+    def exclude(self, candidate: str, why: Exclusion, num_tokens: int) -> None:
+        """From here on, and in every bucket measured before, it is no candidate."""
+        if candidate == self.coverage.baseline:
+            raise CalibrationFailedError(f"at {num_tokens} tokens {candidate} {why.reason}")
+        if candidate not in self.excluded:
+            self.excluded[candidate] = why
+            logger.warning(
+                "%s is out for %s: at %d tokens it %s",
+                *(candidate, self.coverage.describe(), num_tokens, why.reason),
+            )
+
+    def without_excluded(self, samples: Sequence[Samples]) -> list[Samples]:
+        """The samples with those excluded marked so, whatever they measured."""
+        out = self.excluded
+        return [
+            replace(s, out=out[s.candidate].standing, reason=out[s.candidate].reason)
+            if s.candidate in out
+            else s
+            for s in samples
+        ]
+
+
 def check_candidates(
     candidates: Sequence[Candidate], inputs: SortingInputs, accumulate: bool
 ) -> tuple[dict[str, Exclusion], list[str]]:
@@ -38,7 +107,7 @@ def check_candidates(
 
     Returns what is excluded by name, and how the baseline breaks our reading of the contract. This
     is also each candidate's first call, in which kernels may compile: never timed. An exception of
-    the baseline passes through: without it nothing can be said.
+    the baseline passes through.
     """
     baseline, *others = candidates
     with poisoned_memory():

@@ -2,10 +2,11 @@
 
 Two kinds are always mixed. Uniform: every expert equally likely. Skewed: expert popularity falls
 off as 1/rank (Zipf), the way trained routers concentrate. A token's experts are always distinct.
+
+Every dtype is named: an engine may have set torch's default to bfloat16 for the whole process.
 """
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ def route(
 ) -> RoutedTokens:
     """Routed rows on `device`, the same for a seed; torch's own generators stay untouched."""
     generator = torch.Generator(device).manual_seed(seed)
-    popularity = torch.zeros(shape.num_experts, device=device)
+    popularity = torch.zeros(shape.num_experts, dtype=torch.float32, device=device)
     if routing is Routing.SKEWED:
         ranks = torch.randperm(shape.num_experts, generator=generator, device=device) + 1
         popularity = -torch.log(ranks.float())
@@ -48,15 +49,20 @@ def route(
     for first in range(0, max_tokens, _ROWS):
         rows = ids[first : first + _ROWS]
         if routing is Routing.ONE_EXPERT:
-            rows.copy_(torch.arange(shape.topk, device=device))
+            rows.copy_(torch.arange(shape.topk, dtype=torch.int32, device=device))
             continue
         noise = torch.rand(
-            (rows.shape[0], shape.num_experts), generator=generator, device=device
+            (rows.shape[0], shape.num_experts),
+            generator=generator,
+            dtype=torch.float32,
+            device=device,
         ).clamp_(1e-9, 1 - 1e-7)
         # Gumbel noise on log-popularity draws topk distinct experts in proportion to it.
         scores = noise.log_().neg_().log_().neg_().add_(popularity)
         rows.copy_(scores.topk(shape.topk, dim=1).indices)
-    weights = torch.rand((max_tokens, shape.topk), generator=generator, device=device)
+    weights = torch.rand(
+        (max_tokens, shape.topk), generator=generator, dtype=torch.float32, device=device
+    )
     return RoutedTokens(ids, weights / weights.sum(1, keepdim=True))
 
 
@@ -66,16 +72,25 @@ def sorting_inputs(
     num_tokens: int,
     expert_mask: Tensor | None,
     fill: float = 1.0,
+    first: int = 0,
 ) -> SortingInputs:
-    """The first num_tokens rows as one sort's arguments; `fill` of them real for padded shapes."""
+    """num_tokens rows, from row `first` on, as one sort's arguments; `fill` of them real.
+
+    The others lie behind the real ones: past num_local_tokens where the shape has one, else rows
+    whose ids are -1, as engines fill a captured batch up to its size.
+    """
     device = tokens.topk_ids.device
-    local_tokens = None
+    rows = slice(first, first + num_tokens)
+    topk_ids, local_tokens = tokens.topk_ids[rows], None
+    real = max(1, round(fill * num_tokens))
     if shape.num_local_tokens:
-        real = max(1, round(fill * num_tokens))
         local_tokens = torch.tensor([real], dtype=torch.int32, device=device)
+    elif real < num_tokens:
+        topk_ids = topk_ids.clone()
+        topk_ids[real:] = -1
     return SortingInputs(
-        topk_ids=tokens.topk_ids[:num_tokens],
-        topk_weights=tokens.topk_weights[:num_tokens],
+        topk_ids=topk_ids,
+        topk_weights=tokens.topk_weights[rows],
         num_experts=shape.num_experts,
         model_dim=shape.model_dim,
         dtype=getattr(torch, shape.dtype),
@@ -89,10 +104,5 @@ def default_mask(shape: SortingShape, device: torch.device) -> Tensor | None:
     """An expert-parallel rank's mask where the shape has one: its first local_experts experts."""
     if shape.local_experts is None:
         return None
-    experts = torch.arange(shape.num_experts, device=device)
+    experts = torch.arange(shape.num_experts, dtype=torch.int32, device=device)
     return (experts < shape.local_experts).int()
-
-
-def fills(shape: SortingShape) -> Sequence[float]:
-    """Fractions of real rows to measure at: several where the row count is only a capacity."""
-    return (1.0, 1 / 8, 1 / 64) if shape.num_local_tokens else (1.0,)

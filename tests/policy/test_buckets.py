@@ -5,10 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_moe.policy.buckets import between, bucket_of, check_domain, first_buckets
-from adaptive_moe.policy.decision import Rule
-from adaptive_moe.policy.environment import Environment
-from adaptive_moe.policy.table import SCHEMA, Bucket, Calibration, PolicyTable
-from adaptive_moe.shape import SortingShape
+from adaptive_moe.policy.situation import Situation
+from tests.tables import make_table
 
 quick = settings(max_examples=100, deadline=None)
 counts = st.sets(st.integers(1, 300), min_size=1, max_size=12).map(sorted)
@@ -26,27 +24,17 @@ def test_every_count_maps_to_the_smallest_bucket_not_below_it_or_the_last(
 
 @quick
 @given(counts, st.data())
-def test_lookup_reads_the_policy_of_the_bucket_that_tuning_mapped_to(
+def test_lookup_reads_the_candidate_of_the_bucket_that_tuning_mapped_to(
     buckets: list[int], data: st.DataObject
 ) -> None:
-    policies = data.draw(st.lists(st.integers(0, 2), min_size=len(buckets), max_size=len(buckets)))
-    table = PolicyTable(
-        Calibration(
-            schema=SCHEMA,
-            shape=SortingShape(8, 2, 64),
-            kernel="made up",
-            policies=(0, 1, 2),
-            environment=Environment("", "", 1, "", "", ""),
-            rule=Rule(),
-            max_tokens=300,
-            created="",
-            seconds=0.0,
-            eager=tuple(Bucket(n, p, "", ()) for n, p in zip(buckets, policies, strict=True)),
-        )
-    )
+    chosen = data.draw(st.lists(st.integers(0, 2), min_size=len(buckets), max_size=len(buckets)))
+    table = make_table(dict(zip(buckets, chosen, strict=True)))
     for num_tokens in range(1, 301):
-        assert table.eager[num_tokens] == policies[bucket_of(num_tokens, buckets)]
-        assert table.bucket(num_tokens).num_tokens == buckets[bucket_of(num_tokens, buckets)]
+        served_by = bucket_of(num_tokens, buckets)
+        assert table.candidate(num_tokens) == f"policy {chosen[served_by]}"
+        found = table.bucket(num_tokens, Situation.BUSY)
+        assert found is not None
+        assert found.num_tokens == buckets[served_by]
 
 
 @pytest.mark.parametrize(("num_tokens", "buckets"), [(0, [1]), (-1, [1, 2]), (1, [])])

@@ -4,19 +4,27 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from adaptive_moe.kernels import SortKernel, cpu_sort
-from adaptive_moe.policy.decision import Standing
+from adaptive_moe.kernels import SortKernel, cpu_sort, policy_candidates
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.policy.decision import Rule, Standing
+from adaptive_moe.policy.evidence import Bucket
+from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
-from adaptive_moe.tuning.calibrator import BudgetError, Plan, calibrate
-from adaptive_moe.tuning.clocks import CallMode, Clock, WallClock
+from adaptive_moe.tuning.calibrator import (
+    BudgetError,
+    CalibrationFailedError,
+    Plan,
+    calibrate,
+)
+from adaptive_moe.tuning.clocks import Clock, WallClock
 
 SHAPE = SortingShape(8, 2, 4, block_size=4)
 CPU = torch.device("cpu")
@@ -29,7 +37,7 @@ class Fake:
 
     us(policy, rows, real rows) is in microseconds; `spoil` may change the outputs, `fail` raise.
     Nobody looks at the outputs of a timed call, so that one (memory is not poisoned then) sorts
-    nothing.
+    nothing. device: what the kernel says it runs on; situation: whose clock was made last.
     """
 
     us: Callable[[int, int, int], float]
@@ -51,22 +59,29 @@ class Fake:
             return ()
         return self.spoil(policy, rows, cpu_sort.moe_sorting(*arguments))
 
-    def clock(self, mode: CallMode, device: torch.device) -> Clock:
-        assert (mode, device) == (CallMode.EAGER, CPU)
+    def clock(self, situation: Situation, device: torch.device) -> Clock:
+        assert (situation, device) == (Situation.BUSY, CPU)
         self.timed_from, self.timed_calls = self.seconds, len(self.calls)
         return WallClock(lambda: self.seconds)
 
     def calibrate(self, shape: SortingShape = SHAPE, **options: Any) -> PolicyTable:
-        """options: of Plan, and of calibrate()."""
-        more = {k: options.pop(k) for k in ("expert_mask", "progress") if k in options}
+        """options: of Plan, of Coverage.up_to, and of calibrate()."""
+        known = ("expert_mask", "progress", "earlier")
+        more = {k: options.pop(k) for k in known if k in options}
+        cover = {k: options.pop(k) for k in ("captured", "baseline") if k in options}
         return calibrate(
-            SortKernel("made up", self.sort, CPU, self.policies),
-            shape,
-            Plan(**{"max_tokens": 64, "budget_s": 60.0, **options}),
+            SortKernel("made up", CPU, policy_candidates(self.sort, policies=self.policies)),
+            Coverage.up_to(shape, options.pop("max_tokens", 64), **cover),
+            Plan(**{"budget_s": 60.0, **options}),
             clock_factory=self.clock,
             now=lambda: self.seconds,
             **more,
         )
+
+
+def standings(bucket: Bucket) -> list[Standing]:
+    """Of the others than the baseline, where all rows are real."""
+    return [r.standing for r in bucket.fills[0].verdict.results[1:]]
 
 
 def crossing(at: float, policy: int, rows: int) -> float:
@@ -99,28 +114,29 @@ def test_identical_policies_give_policy_0_everywhere_in_few_calls() -> None:
     fake = Fake(lambda policy, rows, real: 50.0)
     table = fake.calibrate()
     assert set(table.eager) == {0}
-    assert {b.num_tokens for b in table.evidence.eager} == {1, 2, 4, 8, 16, 32, 64}
-    standings = [r.standing for b in table.evidence.eager for r in b.fills[0].verdict.results[1:]]
-    assert set(standings) == {Standing.TIED}
+    assert {b.num_tokens for b in table.evidence.busy} == {1, 2, 4, 8, 16, 32, 64}
+    assert {s for b in table.evidence.busy for s in standings(b)} == {Standing.TIED}
 
 
 def test_on_the_cpu_capture_sizes_give_no_array_of_their_own() -> None:
-    table = Fake(lambda policy, rows, real: 50.0).calibrate(capture_sizes=(1, 2, 4))
+    table = Fake(lambda policy, rows, real: 50.0).calibrate(captured=(1, 2, 4))
     assert table.graph is table.eager
     assert table.evidence.graph == ()
 
 
 def test_the_first_buckets_are_those_asked_for() -> None:
     table = Fake(lambda policy, rows, real: 50.0).calibrate(first=(5, 20))
-    assert [b.num_tokens for b in table.evidence.eager] == [1, 5, 20, 64]
+    assert [b.num_tokens for b in table.evidence.busy] == [1, 5, 20, 64]
 
 
 def test_the_table_keeps_what_it_was_measured_for_and_reads_back_equal() -> None:
     fake = Fake(lambda policy, rows, real: crossing(11, policy, rows))
     table = fake.calibrate(budget_s=2e-3)
     found = table.evidence
-    assert (found.shape, found.kernel, found.policies) == (SHAPE, "made up", (0, 1, 2))
-    assert (found.max_tokens, found.seconds) == (64, pytest.approx(fake.seconds, abs=1e-3))
+    assert (found.coverage.shape, found.kernel, found.budget_s) == (SHAPE, "made up", 2e-3)
+    assert found.candidates == ("policy 0", "policy 1", "policy 2")
+    assert found.coverage.max_tokens == 64
+    assert found.seconds == pytest.approx(fake.seconds, abs=1e-3)
     assert found.environment.torch == torch.__version__
     assert PolicyTable.from_json(table.to_json()) == table
 
@@ -146,7 +162,7 @@ def test_a_wrong_policy_is_out_however_fast_and_the_log_says_so(
     (message,) = [record.getMessage() for record in caplog.records]
     assert "policy 1 is out for 8 experts" in message
     assert "sorted_ids" in message
-    for bucket in table.evidence.eager:
+    for bucket in table.evidence.busy:
         result = bucket.fills[0].verdict.results[1]
         assert result.standing is Standing.WRONG
         assert "sorted_ids" in result.reason
@@ -160,7 +176,7 @@ def test_a_policy_wrong_only_at_the_largest_count_is_out_for_every_count() -> No
     table = fake.calibrate()
     assert set(table.eager) == {0}
     assert all(
-        b.fills[0].verdict.results[1].standing is Standing.WRONG for b in table.evidence.eager
+        b.fills[0].verdict.results[1].standing is Standing.WRONG for b in table.evidence.busy
     )
     # Found before any clock ran, so no time went into it.
     assert 1 not in {arguments[8] for arguments in fake.calls[fake.timed_calls :]}
@@ -177,9 +193,9 @@ def test_a_policy_found_wrong_while_refining_is_out_for_every_count() -> None:
         ),
     )
     table = fake.calibrate(first=(2, 64), max_tokens=64)
-    assert len(table.evidence.eager) > 3
+    assert len(table.evidence.busy) > 3
     assert set(table.eager) == {0}
-    assert table.evidence.eager[0].fills[0].verdict.results[1].standing is Standing.WRONG
+    assert table.evidence.busy[0].fills[0].verdict.results[1].standing is Standing.WRONG
 
 
 def test_a_raising_policy_is_out_with_its_reason_and_the_others_are_measured() -> None:
@@ -189,7 +205,7 @@ def test_a_raising_policy_is_out_with_its_reason_and_the_others_are_measured() -
     )
     table = fake.calibrate()
     assert set(table.eager[1:]) == {2}
-    result = table.evidence.eager[0].fills[0].verdict.results[1]
+    result = table.evidence.busy[0].fills[0].verdict.results[1]
     assert result.standing is Standing.FAILED
     assert result.reason == "raised RuntimeError: no kernel for this size"
 
@@ -213,28 +229,52 @@ def test_a_policy_that_raises_only_while_it_is_timed_is_out_for_every_count(
 
 
 @pytest.mark.parametrize("at", [1, 16, 64])
-def test_where_policy_0_raises_nothing_replaces_it_and_the_reason_is_kept(at: int) -> None:
+def test_where_the_baseline_raises_there_is_no_table_but_the_reason(at: int) -> None:
     fake = Fake(
         lambda policy, rows, real: {0: 50.0, 1: 20.0, 2: 30.0}[policy],
         fail=lambda policy, rows: policy == 0 and rows == at,
     )
-    table = fake.calibrate()
-    assert set(table.eager) == {0}
-    assert "no kernel for this size" in table.evidence.eager[0].reason
+    with pytest.raises(CalibrationFailedError, match=f"at {at} tokens policy 0 raised.*no kernel"):
+        fake.calibrate()
 
 
-def test_policies_that_are_all_hopeless_or_out_keep_policy_0_without_an_error() -> None:
+def test_a_baseline_that_raises_only_while_it_is_timed_is_a_failure_as_well() -> None:
+    fake = Fake(
+        lambda policy, rows, real: {0: 50.0, 1: 20.0, 2: 30.0}[policy],
+        fail=lambda policy, rows: policy == 0 and len(fake.calls) > 100,
+    )
+    with pytest.raises(CalibrationFailedError, match="policy 0 raised RuntimeError: no kernel"):
+        fake.calibrate()
+
+
+def test_whatever_else_breaks_is_a_failure_of_the_moment() -> None:
+    def progress(*step: object) -> None:
+        raise MemoryError("no room")
+
+    with pytest.raises(CalibrationFailedError, match="MemoryError: no room"):
+        Fake(lambda *_: 9.0).calibrate(progress=progress)
+
+
+def test_a_failure_that_passes_leaves_a_table_that_is_not_sound() -> None:
+    us = lambda policy, rows, real: {0: 50.0, 1: 20.0, 2: 30.0}[policy]  # noqa: E731
+    assert Fake(us).calibrate().sound
+    failing = Fake(us, fail=lambda policy, rows: policy == 1 and len(failing.calls) == 40)
+    table = failing.calibrate()
+    assert not table.sound
+    assert set(table.eager[1:]) == {2}
+
+
+def test_candidates_that_are_all_hopeless_or_out_keep_the_baseline_without_an_error() -> None:
     fake = Fake(
         lambda policy, rows, real: {0: 1.0, 1: 50.0, 2: 70.0}[policy],
         fail=lambda policy, rows: policy == 2,
     )
     table = fake.calibrate()
     assert set(table.eager) == {0}
-    standings = {r.standing for r in table.evidence.eager[0].fills[0].verdict.results[1:]}
-    assert standings == {Standing.HOPELESS, Standing.FAILED}
+    assert set(standings(table.evidence.busy[0])) == {Standing.HOPELESS, Standing.FAILED}
 
 
-def test_a_kernel_of_policy_0_alone_has_a_table_of_zeros() -> None:
+def test_a_kernel_of_the_baseline_alone_has_a_table_of_zeros() -> None:
     assert set(Fake(lambda *_: 9.0, policies=(0,)).calibrate().eager) == {0}
 
 
@@ -252,7 +292,7 @@ def test_first_calls_that_compile_are_neither_timed_nor_on_the_budget() -> None:
     table = Fake(us).calibrate(budget_s=0.5)
     assert set(table.eager[1:]) == {1}
     assert table.evidence.seconds > 1e4
-    for bucket in table.evidence.eager:
+    for bucket in table.evidence.busy:
         medians = [result.median_us for result in bucket.fills[0].verdict.results]
         assert medians == pytest.approx([50.0, 40.0, 50.0], rel=1e-3)
 
@@ -280,7 +320,7 @@ def test_where_nothing_settles_the_budget_is_used_kept_and_shared_by_all_buckets
     spent = fake.seconds - fake.timed_from
     assert 0.9 * budget_s <= spent <= budget_s + slowest_round
     assert set(table.eager) == {0}
-    for bucket in table.evidence.eager:
+    for bucket in table.evidence.busy:
         assert bucket.fills[0].verdict.rounds > 0
         assert not bucket.fills[0].verdict.settled
 
@@ -305,12 +345,13 @@ def test_progress_rises_to_its_total_and_names_the_token_count(
     table = Fake(lambda policy, rows, real: crossing(11, policy, rows)).calibrate(
         first=first, progress=lambda *step: told.append(step)
     )
-    counts = [b.num_tokens for b in table.evidence.eager]
+    counts = [b.num_tokens for b in table.evidence.busy]
     assert len(counts) > at_first
-    assert sorted({what for _, _, what in told}) == sorted(f"{n} tokens" for n in counts)
-    assert all(a[0] <= b[0] <= b[1] for a, b in pairwise(told))
-    assert told[0] == (1, at_first, "1 tokens")
-    assert told[-1][:2] == (len(counts), len(counts))
+    assert {what for _, _, what in told} >= {f"{n} tokens, busy" for n in counts}
+    assert [done for done, _, _ in told] == list(range(1, len(told) + 1))
+    assert all(a[1] <= b[1] and b[0] <= b[1] for a, b in pairwise(told))
+    assert told[0] == (1, at_first, "1 tokens, busy")
+    assert told[-1][0] == told[-1][1]
 
 
 # What reaches the kernel
@@ -349,10 +390,10 @@ def test_padded_rows_are_measured_at_several_fills() -> None:
     fake = Fake(lambda policy, rows, real: 50.0)
     table = fake.calibrate(PADDED)
     assert {int(a[7]) for a in fake.calls if len(a[0]) == 64} == {64, 8, 1}
-    assert [f.fraction for f in table.evidence.eager[-1].fills] == [1.0, 1 / 8, 1 / 64]
+    assert [f.fraction for f in table.evidence.busy[-1].fills] == [1.0, 1 / 8, 1 / 64]
 
 
-def test_padded_rows_get_the_policy_that_loses_least_in_its_worst_fill() -> None:
+def test_padded_rows_get_the_candidate_that_loses_in_no_fill() -> None:
     def us(policy: int, rows: int, real: int) -> float:
         # Policy 1 is best where all rows are real, but much the worst where few are.
         full = {0: 60.0, 1: 50.0, 2: 53.0}
@@ -360,8 +401,12 @@ def test_padded_rows_get_the_policy_that_loses_least_in_its_worst_fill() -> None
         return full[policy] if real == rows else sparse[policy]
 
     table = Fake(us).calibrate(PADDED, first=(32, 64), max_tokens=64)
-    assert table.policy(64) == 2
-    assert [f.verdict.policy for f in table.evidence.eager[-1].fills] == [1, 2, 2]
+    assert table.candidate(64) == "policy 2"
+    assert [f.verdict.candidate for f in table.evidence.busy[-1].fills] == [
+        "policy 1",
+        "policy 2",
+        "policy 2",
+    ]
 
 
 def test_a_policy_wrong_at_one_fill_only_is_out() -> None:
@@ -375,21 +420,142 @@ def test_a_policy_wrong_at_one_fill_only_is_out() -> None:
     assert set(table.eager) == {0}
 
 
-# Plans
+# A winner is confirmed
+
+
+def fooled(until: int) -> Callable[[int, int, int], float]:
+    """Policy 1 is a fifth faster in its first calls at each count, and the same after."""
+    calls: Counter[int] = Counter()
+
+    def us(policy: int, rows: int, real: int) -> float:
+        calls[rows] += policy == 1
+        return 40.0 if policy == 1 and calls[rows] <= until else 50.0
+
+    return us
+
+
+def test_who_is_faster_in_the_first_pass_only_replaces_nothing() -> None:
+    """One check, two calls of a look, and eight in each of the five rounds that settle it."""
+    table = Fake(fooled(1 + 2 + 8 * 5)).calibrate()
+    assert set(table.eager) == {0}
+    for bucket in table.evidence.busy:
+        assert standings(bucket)[0] is Standing.TIED
+        assert "not confirmed" in bucket.reason
+
+
+def test_who_is_faster_in_both_passes_is_confirmed() -> None:
+    table = Fake(fooled(1 << 30)).calibrate()
+    assert set(table.eager[1:]) == {1}
+    assert table.settled
+
+
+def test_the_second_pass_comes_after_the_first_of_every_bucket_and_prepares_anew() -> None:
+    fake = Fake(fooled(1 << 30))
+    prepared: list[tuple[int, int]] = []
+
+    class Preparing(WallClock):
+        def prepare(self, train: Any, call_us: float = 0.0) -> Any:
+            arguments = train[0].args
+            prepared.append((len(arguments[0]), arguments[8]))
+            return super().prepare(train, call_us)
+
+    fake.clock = lambda situation, device: Preparing(lambda: fake.seconds)  # type: ignore[method-assign]
+    table = fake.calibrate()
+    grid = [b.num_tokens for b in table.evidence.busy]
+    # Of the baseline and the winner, and only of them, for each of two lots.
+    last = prepared[-4 * len(grid) :]
+    assert sorted(last) == sorted((n, p) for n in grid for p in (0, 1) for _ in range(2))
+    assert {n for n, _ in prepared[: -4 * len(grid)]} >= set(grid)
+
+
+def test_time_for_confirming_is_kept_back() -> None:
+    """Refinement that never ends: yet what was found by then is confirmed."""
+    jump = jumpy()
+
+    def us(policy: int, rows: int, real: int) -> float:
+        if policy == 2:
+            return jump(policy, rows, real)
+        return 50.0 if policy == 0 else 35.0
+
+    table = Fake(us).calibrate(budget_s=0.3)
+    assert {s for b in table.evidence.busy for s in standings(b)[:1]} == {Standing.FASTER}
+
+
+# What is known already
+
+
+def test_settled_buckets_of_an_earlier_calibration_are_kept_refined_ones_and_all() -> None:
+    us = lambda policy, rows, real: crossing(11, policy, rows)  # noqa: E731
+    fake = Fake(us)
+    first, first_calls = fake.calibrate(), len(fake.calls)
+    assert first.settled
+    again = Fake(us)
+    table = again.calibrate(earlier=first.evidence)
+    assert table.evidence.busy == first.evidence.busy
+    assert table.eager == first.eager
+    # Nothing but looks between the buckets.
+    assert len(again.calls) < 300 < first_calls
+
+
+def test_unsettled_buckets_and_new_counts_are_measured() -> None:
+    us = lambda policy, rows, real: crossing(11, policy, rows)  # noqa: E731
+    first = Fake(us).calibrate(max_tokens=16)
+    unsure = replace(
+        first.evidence.busy[0],
+        fills=tuple(
+            replace(f, verdict=replace(f.verdict, settled=False))
+            for f in first.evidence.busy[0].fills
+        ),
+    )
+    earlier = replace(first.evidence, busy=(unsure, *first.evidence.busy[1:]))
+    table = Fake(us).calibrate(earlier=earlier, max_tokens=64)
+    found = {b.num_tokens: b for b in table.evidence.busy}
+    assert {1, 16, 32, 64} <= set(found)
+    assert found[1] != unsure
+    assert found[1].verdicts[0].settled
+    kept = {b.num_tokens: b for b in first.evidence.busy[1:]}
+    assert {n: found[n] for n in kept} == kept
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"max_tokens": 0}, "max_tokens=0"),
-        ({"max_tokens": -4}, "max_tokens=-4"),
-        ({"max_tokens": 1 << 40}, "max_tokens="),
-        ({"max_tokens": 4, "budget_s": 0.0}, "budget_s=0.0"),
-        ({"max_tokens": 4, "budget_s": -1.0}, "budget_s=-1.0"),
-        ({"max_tokens": 4, "budget_s": float("nan")}, "budget_s=nan"),
-        ({"max_tokens": 4, "capture_sizes": (4, 0)}, "capture_sizes: 0"),
-    ],
+    "options", [{"rule": Rule(margin=0.02)}, {"baseline": "policy 1"}, {"policies": (0, 1)}]
 )
-def test_a_plan_that_cannot_be_is_refused_by_name(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        Plan(**options)
+def test_what_was_decided_by_another_rule_or_among_others_is_not_kept(
+    options: dict[str, Any],
+) -> None:
+    us = lambda policy, rows, real: crossing(11, policy, rows)  # noqa: E731
+    first = Fake(us).calibrate().evidence
+    fake = Fake(us, policies=options.pop("policies", (0, 1, 2)))
+    if "baseline" in options:
+        first = replace(first, candidates=("policy 1", "policy 0", "policy 2"))
+        options = {}
+    fake.calibrate(earlier=first, **options)
+    assert len(fake.calls) > 200
+
+
+# The process it runs in
+
+
+def test_a_default_dtype_of_bfloat16_changes_nothing() -> None:
+    """As ATOM sets it for its whole process."""
+    us = lambda policy, rows, real: crossing(11, policy, rows)  # noqa: E731
+    usual = Fake(us)
+    usual.calibrate(SortingShape(8, 2, 4, local_experts=4))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        fake = Fake(us)
+        table = fake.calibrate(SortingShape(8, 2, 4, local_experts=4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert table.sound
+    dtypes = {tuple(getattr(a, "dtype", None) for a in call[:7]) for call in fake.calls}
+    assert dtypes == {tuple(getattr(a, "dtype", None) for a in call[:7]) for call in usual.calls}
+    for one, other in zip(fake.calls, usual.calls, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("budget_s", [0.0, -1.0, float("nan")])
+def test_a_plan_that_cannot_be_is_refused_by_name(budget_s: float) -> None:
+    with pytest.raises(ValueError, match=f"budget_s={budget_s}"):
+        Plan(budget_s=budget_s)

@@ -1,26 +1,205 @@
-"""Clocks: what a sample covers. The GPU's clocks run in test_gpu.py."""
+"""Clocks: what a sample covers, on a made-up GPU. The real one's are in tests/kernels/test_gpu.py.
+
+The made-up GPU has a host and a device, each with its own time: a call takes the host a while to
+enqueue, and the device starts it when it is free and the call is there.
+"""
+
+import math
+from collections.abc import Callable
 
 import pytest
 
-from adaptive_moe.tuning.clocks import MAX_PASSES, REPLAY_US, WallClock, passes_over
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.tuning.clocks import (
+    GRAPH_LOT,
+    MAX_BACKLOG,
+    REPLAY_US,
+    TRAIN_LENGTH,
+    BusyClock,
+    GraphClock,
+    IdleClock,
+    NeverAheadError,
+    Train,
+    WallClock,
+    calls_of,
+)
+
+GRAPH_CALLS = TRAIN_LENGTH[Situation.GRAPH]
+
+
+class Gpu:
+    """Times in us. log: what ran on the device, in order, each with its start."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+        self.log: list[tuple[str, float]] = []
+
+    def call(self, name: str, host_us: float, device_us: float) -> Callable[[], None]:
+        def run() -> None:
+            self.host += host_us
+            start = max(self.host, self.device)
+            self.log.append((name, start))
+            self.device = start + device_us
+
+        return run
+
+    def neutral(self) -> None:
+        self.call("neutral", 5.0, 20.0)()
+
+    def event(self) -> "Event":
+        return Event(self)
+
+    def ran(self) -> list[str]:
+        return [name for name, _ in self.log]
+
+
+class Event:
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.gpu.host += 1.0
+        self.at = max(self.gpu.host, self.gpu.device)
+        self.gpu.device = self.at
+
+    def query(self) -> bool:
+        return self.at <= self.gpu.host
+
+    def synchronize(self) -> None:
+        self.gpu.host = max(self.gpu.host, self.at)
+
+    def elapsed_time(self, end: "Event") -> float:
+        return (end.at - self.at) / 1e3
 
 
 def test_the_wall_clock_divides_the_trains_time_by_its_calls() -> None:
     now = iter([5.0, 5.000_120])
-    ran: list[int] = []
+    ran: list[object] = []
     train = [lambda i=i: ran.append(i) for i in range(4)]
-    sample = WallClock(timer=lambda: next(now)).prepare(train)
+    sample = WallClock(lambda: next(now), lambda: ran.append("neutral")).prepare(train)
     assert sample() == pytest.approx(30.0)
-    assert ran == [0, 1, 2, 3]
+    assert ran == ["neutral", 0, 1, 2, 3]
+
+
+# Busy: the host is ahead
+
+
+@pytest.mark.parametrize("host_us", [2.0, 30.0, 200.0, 3000.0])
+def test_a_busy_sample_has_nothing_of_the_host_in_it(host_us: float) -> None:
+    """However slow the host is: launches take it 1 to 150 times as long as the kernel runs."""
+    gpu = Gpu()
+    clock = BusyClock(gpu.neutral, gpu.event)
+    sample = clock.prepare([gpu.call("sort", host_us, 20.0)] * 2)
+    assert sample() == pytest.approx(20.0)
+    assert (clock.invalid > 0) == (host_us > 30.0)
+
+
+def test_a_sample_whose_calls_came_late_is_none_and_is_taken_again_behind_more() -> None:
+    gpu = Gpu()
+    clock = BusyClock(gpu.neutral, gpu.event)
+    sample = clock.prepare([gpu.call("sort", 100.0, 20.0)] * 2)
+    sample()
+    tries = " ".join(gpu.ran()).split("sort sort")
+    backlogs = [part.count("neutral") for part in tries[:-1]]
+    assert len(backlogs) == clock.invalid + 1 > 1
+    assert backlogs == sorted(set(backlogs))
+    # The next sample begins where that one ended.
+    before = len(gpu.log)
+    sample()
+    assert gpu.ran()[before:] == ["neutral"] * backlogs[-1] + ["sort"] * 2
+
+
+def test_one_stall_of_the_host_is_not_paid_for_ever_after() -> None:
+    gpu = Gpu()
+    clock = BusyClock(gpu.neutral, gpu.event)
+    stalls = iter([5000.0] * 12)
+
+    def sort() -> None:
+        gpu.call("sort", next(stalls, 5.0), 20.0)()
+
+    calls = [sort] * 2
+    clock.prepare(calls)()
+    grown = clock.backlog
+    assert grown > 3 * clock.least
+    for _ in range(100):
+        clock.prepare(calls)()
+    assert clock.backlog < grown / 2
+
+
+def test_calls_that_wait_for_the_device_themselves_are_an_error_and_not_a_loop() -> None:
+    gpu = Gpu()
+    clock = BusyClock(gpu.neutral, gpu.event)
+
+    def waits() -> None:
+        gpu.call("sort", 5.0, 20.0)()
+        gpu.host = max(gpu.host, gpu.device)
+
+    with pytest.raises(NeverAheadError, match="not ahead behind"):
+        clock.prepare([waits])()
+    assert clock.backlog < 2 * MAX_BACKLOG
+
+
+# Idle: the device waits for the host
+
+
+def test_an_idle_sample_begins_on_a_device_that_has_nothing_to_do() -> None:
+    """The host's 30 us a call are all in it, those of the first call as well."""
+    gpu = Gpu()
+    sample = IdleClock(gpu.neutral, gpu.event).prepare([gpu.call("sort", 30.0, 5.0)] * 2)
+    for _ in range(3):
+        # From the start event to the end of the last call.
+        assert sample() == pytest.approx((2 * 30.0 + 5.0) / 2)
+        gpu.host += 50.0
+
+
+@pytest.mark.parametrize("kind", [BusyClock, IdleClock])
+def test_every_eager_sample_follows_a_neutral_call(kind: type[BusyClock] | type[IdleClock]) -> None:
+    gpu = Gpu()
+    clock = kind(gpu.neutral, gpu.event)
+    one, two = (clock.prepare([gpu.call(name, 5.0, 5.0)] * 2) for name in ("one", "two"))
+    for sample in (one, one, two, one, two, two):
+        before = len(gpu.log)
+        sample()
+        assert gpu.ran()[before:][-3] == "neutral"
+
+
+# Graph: captured once, replayed
+
+
+def replays(gpu: Gpu, captured: list[int]) -> Callable[[Train], Callable[[], None]]:
+    """Capturing runs nothing; a replay takes the host 10 us and the device 3 a call."""
+
+    def capture(calls: Train) -> Callable[[], None]:
+        captured.append(len(calls))
+        return gpu.call("replay", 10.0, 3.0 * len(calls))
+
+    return capture
+
+
+def test_a_graph_sample_is_a_replay_right_after_a_neutral_call_without_its_launch() -> None:
+    gpu, captured = Gpu(), []
+    clock = GraphClock(gpu.neutral, replays(gpu, captured), gpu.event)
+    sample = clock.prepare([lambda: pytest.fail("ran uncaptured")] * GRAPH_CALLS, call_us=3.0)
+    assert captured == [28]
+    for _ in range(3):
+        before = len(gpu.log)
+        assert sample() == pytest.approx(3.0)
+        assert gpu.ran()[before:] == ["neutral", "replay"]
+        gpu.host = gpu.device + 50.0
 
 
 @pytest.mark.parametrize("call_us", [0.0, 0.5, 2.2, 5.5, 7.3, 20.0, 1e3, 1e6])
 def test_a_replay_is_long_enough_and_no_longer(call_us: float) -> None:
-    passes = passes_over(4, call_us)
-    assert 1 <= passes <= MAX_PASSES
-    assert passes == MAX_PASSES or passes * 4 * call_us >= REPLAY_US
-    assert passes == 1 or (passes - 1) * 4 * call_us < REPLAY_US
+    calls = calls_of(GRAPH_CALLS, call_us)
+    assert GRAPH_LOT <= calls <= GRAPH_CALLS
+    assert calls % GRAPH_LOT == 0
+    assert calls == GRAPH_CALLS or calls * call_us >= REPLAY_US
+    assert calls == GRAPH_LOT or (calls - GRAPH_LOT) * call_us < REPLAY_US
 
 
 def test_an_infinitely_long_call_is_not_repeated() -> None:
-    assert passes_over(4, float("inf")) == 1
+    assert calls_of(GRAPH_CALLS, math.inf) == GRAPH_LOT
+
+
+def test_a_short_train_is_captured_whole() -> None:
+    assert calls_of(2, 0.0) == calls_of(2, 5.0) == 2

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_moe.policy.buckets import bucket_of
-from adaptive_moe.policy.decision import Candidate, PolicyResult, Rule, Standing, Verdict, decide
-from adaptive_moe.policy.table import Bucket, Fill
+from adaptive_moe.policy.decision import Result, Rule, Samples, Standing, Verdict, decide
+from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.tuning.explore import (
+    LOOK_ROUNDS,
     SKETCH_ROUNDS,
     doubts,
     explore,
@@ -26,6 +27,7 @@ quick = settings(max_examples=100, deadline=None)
 Times = dict[int, float]
 DOMAIN = range(1, 2049)
 POWERS = [1 << k for k in range(12)]
+LOOKS = 10  # one between each two from 2 to 2048
 
 
 class Measured:
@@ -55,13 +57,13 @@ class Measured:
             return ((us * noise, us / noise) * rounds)[:rounds]
 
         candidates = [
-            Candidate(p, samples(p))
+            Samples(f"policy {p}", samples(p))
             if p == 0 or times[p] < 3 * best
-            else Candidate(p, out=Standing.HOPELESS)
+            else Samples(f"policy {p}", out=Standing.HOPELESS)
             for p in sorted(times)
         ]
         verdict = decide(candidates, RULE)
-        return Bucket(num_tokens, verdict.policy, verdict.reason, (Fill(1.0, verdict),))
+        return Bucket(num_tokens, verdict.candidate, verdict.reason, (Fill(1.0, verdict),))
 
 
 def explored(
@@ -93,10 +95,10 @@ def test_no_count_loses_more_than_three_margins_around_a_crossover(at: int) -> N
     counts = sorted(found)
     for num_tokens in DOMAIN:
         times = us(num_tokens)
-        applied = found[counts[bucket_of(num_tokens, counts)]].policy
-        lost = times[applied] / min(times.values()) - 1
+        applied = found[counts[bucket_of(num_tokens, counts)]].candidate
+        lost = times[int(applied[-1])] / min(times.values()) - 1
         assert lost <= 3.01 * RULE.margin or lost / num_tokens <= RULE.margin / 10
-    assert len(asked) <= 12 + 12
+    assert len(asked) <= 12 + 12 + LOOKS
 
 
 def step(threshold: int, below: Times, above: Times) -> Callable[[int], Times]:
@@ -108,10 +110,10 @@ def step(threshold: int, below: Times, above: Times) -> Callable[[int], Times]:
 def test_a_sudden_change_of_winner_is_closed_in_on(threshold: int) -> None:
     found, asked = explored(step(threshold, {0: 10, 1: 7, 2: 10}, {0: 10, 1: 10, 2: 7}))
     low, high = around(found, threshold)
-    assert (found[low].policy, found[high].policy) == (1, 2)
+    assert (found[low].candidate, found[high].candidate) == ("policy 1", "policy 2")
     assert closed_in(found, threshold, 10 / 7 - 1)
     assert threshold > 400 or (low, high) == (threshold, threshold + 1)
-    assert len(asked) <= 12 + 12
+    assert len(asked) <= 12 + 12 + LOOKS
 
 
 @settings(max_examples=60, deadline=None)
@@ -124,23 +126,77 @@ def test_a_jump_of_policy_0_between_two_buckets_that_keep_it_is_closed_in_on(
     found, asked = explored(step(threshold, {0: 8, 1: 8, 2: 12}, {0: 8, 1: 12, 2: 8}))
     assert closed_in(found, threshold, 0.5)
     assert threshold > 400 or around(found, threshold) == (threshold, threshold + 1)
-    assert all(bucket.policy == 0 for bucket in found.values())
-    assert len(asked) <= 12 + 12
+    assert all(bucket.candidate == "policy 0" for bucket in found.values())
+    assert len(asked) <= 12 + 12 + LOOKS
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 2047))
 def test_the_count_at_which_a_winner_becomes_hopeless_is_found_exactly(threshold: int) -> None:
     found, _ = explored(step(threshold, {0: 10, 1: 7, 2: 9}, {0: 10, 1: 99, 2: 9}))
-    assert (found[threshold].policy, found[threshold + 1].policy) == (1, 2)
+    assert (found[threshold].candidate, found[threshold + 1].candidate) == (
+        "policy 1",
+        "policy 2",
+    )
 
 
-def test_where_nothing_differs_only_the_first_buckets_are_measured_small_to_large() -> None:
+def test_where_nothing_differs_only_the_first_buckets_are_kept_small_to_large() -> None:
     found, asked = explored(lambda num_tokens: {0: 10, 1: 8, 2: 11})
-    assert asked == POWERS
-    assert {b.policy for b in found.values()} == {1}
-    _, asked = explored(lambda num_tokens: {0: 10, 1: 10, 2: 12}, wanted=(5, 50))
-    assert asked == [1, 5, 50, 2048]
+    assert asked[:12] == POWERS
+    assert list(found) == POWERS
+    assert {b.candidate for b in found.values()} == {"policy 1"}
+    found, _ = explored(lambda num_tokens: {0: 10, 1: 10, 2: 12}, wanted=(5, 50))
+    assert list(found) == [1, 5, 50, 2048]
+
+
+def test_where_neighbours_agree_a_short_look_between_them_at_an_odd_count() -> None:
+    measured = Measured(lambda num_tokens: {0: 10, 1: 8, 2: 11})
+    explore(DOMAIN, (), RULE, measured, lambda: True)
+    looked = measured.asked[12:]
+    assert len(looked) == LOOKS
+    assert all(n % 2 for n in looked)
+    assert set(measured.rounds[12:]) == {LOOK_ROUNDS}
+    for low, high in pairwise(POWERS[1:]):
+        assert [low < n < high for n in looked].count(True) == 1
+
+
+def test_what_can_be_captured_is_all_that_is_looked_at() -> None:
+    sizes = [1, 2, 4, *range(8, 513, 8)]
+    _, asked = explored(lambda num_tokens: {0: 10, 1: 8, 2: 11}, domain=sizes)
+    assert set(asked) <= set(sizes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(5.0, 10.5), st.sampled_from((0, 1)))
+def test_a_window_of_half_an_octave_is_found_though_both_ends_agree(
+    start: float, outside: int
+) -> None:
+    """Policy 2 is a fifth faster from 2**start to a little over half an octave above."""
+    low, high = 2.0**start, 2.0 ** (start + 0.55)
+    usual = {0: 10.0, 1: 10.0, 2: 12.0} | {outside: 9.0}
+
+    def us(num_tokens: int) -> Times:
+        return {0: 10.0, 1: 10.0, 2: 8.0} if low <= num_tokens <= high else usual
+
+    found, _ = explored(us)
+    counts = sorted(found)
+    inside = [n for n in DOMAIN if low <= n <= high]
+    served = [found[counts[bucket_of(n, counts)]].candidate == "policy 2" for n in inside]
+    assert sum(served) >= 0.8 * len(inside) - 1
+
+
+def test_buckets_that_are_known_are_built_upon_and_not_measured_again() -> None:
+    us = step(100, {0: 10, 1: 7, 2: 10}, {0: 10, 1: 10, 2: 7})
+    known, _ = explored(us)
+    again = Measured(us)
+    found = explore(DOMAIN, (), RULE, again, lambda: True, known)
+    assert found == known
+    # All that is done again are looks, which leave nothing behind.
+    assert set(again.rounds) <= {LOOK_ROUNDS}
+    fewer = {n: b for n, b in known.items() if n not in (64, 128)}
+    again = Measured(us)
+    explore(DOMAIN, (), RULE, again, lambda: True, fewer)
+    assert again.asked[:2] == [64, 128]
 
 
 times = st.fixed_dictionaries({p: st.sampled_from((5.0, 9.0, 10.0, 10.1, 40.0)) for p in (0, 1, 2)})
@@ -157,10 +213,14 @@ def test_it_ends_and_only_ever_measures_counts_of_the_domain(
 ) -> None:
     measured = Measured(lambda n: wild[n % len(wild)], lambda n: noise if n % 2 else 1.0)
     found = explore(domain, (), RULE, measured, lambda: True)
-    assert set(found) == set(measured.asked) <= set(domain)
+    assert set(found) <= set(measured.asked) <= set(domain)
+    # What is not kept was looked at, and once.
+    for count in set(measured.asked) - set(found):
+        assert measured.rounds_of(count) == [LOOK_ROUNDS]
     # A count is sketched once, and each time it is gone on with it gets twice the rounds.
     for count in found:
         rounds = measured.rounds_of(count)
+        rounds = rounds[rounds[0] == LOOK_ROUNDS :]
         assert rounds[0] == SKETCH_ROUNDS
         assert rounds[1:] == [min(2 * r, RULE.max_rounds) for r in rounds[:-1]]
         assert len(rounds) == len(set(rounds))
@@ -209,9 +269,9 @@ def test_the_wider_of_two_gaps_that_lose_alike_costs_more() -> None:
 def test_the_worst_of_several_fills_decides_what_a_gap_costs() -> None:
     measured = Measured(lambda n: {0: 10, 1: 8} if n == 4 else {0: 10, 1: 12})
     same, differs = measured(4, 12).fills[0], measured(8, 12).fills[0]
-    low = Bucket(4, 1, "", (same, same))
-    assert gap_cost(low, Bucket(8, 1, "", (same, same)), RULE) == 0
-    cost = gap_cost(low, Bucket(8, 1, "", (same, differs)), RULE)
+    low = Bucket(4, "policy 1", "", (same, same))
+    assert gap_cost(low, Bucket(8, "policy 1", "", (same, same)), RULE) == 0
+    cost = gap_cost(low, Bucket(8, "policy 1", "", (same, differs)), RULE)
     assert cost == pytest.approx(0.25 * math.log(2))
 
 
@@ -224,7 +284,7 @@ def test_doubts_are_settled_the_most_promising_first_until_they_are_or_promise_t
     found = explore((1, 4, 16, 64, 256), (1, 4, 16, 64, 256), RULE, measured, lambda: True)
     assert sorted(set(measured.asked[5:]), key=measured.asked[5:].index) == [16, 64, 4]
     assert measured.rounds_of(1) == measured.rounds_of(256) == [SKETCH_ROUNDS]
-    assert [found[n].policy for n in (16, 64)] == [1, 1]
+    assert [found[n].candidate for n in (16, 64)] == ["policy 1"] * 2
     assert max(measured.rounds_of(16)) < max(measured.rounds_of(64))
 
 
@@ -237,22 +297,22 @@ def test_a_doubt_without_promise_is_not_worth_more_rounds() -> None:
 
 
 def test_a_rival_that_cannot_gain_over_the_chosen_policy_is_no_doubt() -> None:
-    chosen = PolicyResult(1, Standing.FASTER, 8.0, 0.20, 0.15, 0.25)
-    base = PolicyResult(0, Standing.REFERENCE, 10.0, 0.0)
+    chosen = Result("policy 1", Standing.FASTER, 8.0, 0.20, 0.15, 0.25)
+    base = Result("policy 0", Standing.BASELINE, 10.0, 0.0)
 
     def verdict(high: float) -> Verdict:
-        rival = PolicyResult(2, Standing.UNSETTLED, 8.1, 0.19, 0.10, high)
-        return Verdict(1, False, SKETCH_ROUNDS, "", (base, chosen, rival))
+        rival = Result("policy 2", Standing.UNSETTLED, 8.1, 0.19, 0.10, high)
+        return Verdict("policy 1", False, SKETCH_ROUNDS, "", (base, chosen, rival))
 
     assert promised(verdict(0.24), RULE) == 0.0
     assert 0.0 < promised(verdict(0.35), RULE) < 0.05
 
 
 def unsure(num_tokens: int, gain: float, high: float) -> Bucket:
-    base = PolicyResult(0, Standing.REFERENCE, 10.0, 0.0)
-    rival = PolicyResult(1, Standing.UNSETTLED, 9.0, gain, 2 * gain - high, high)
-    verdict = Verdict(0, False, SKETCH_ROUNDS, "", (base, rival))
-    return Bucket(num_tokens, 0, "", (Fill(1.0, verdict),))
+    base = Result("policy 0", Standing.BASELINE, 10.0, 0.0)
+    rival = Result("policy 1", Standing.UNSETTLED, 9.0, gain, 2 * gain - high, high)
+    verdict = Verdict("policy 0", False, SKETCH_ROUNDS, "", (base, rival))
+    return Bucket(num_tokens, "policy 0", "", (Fill(1.0, verdict),))
 
 
 @quick

@@ -1,4 +1,4 @@
-"""race(), measure() and check_policies() with made-up samplers that keep a log of every call."""
+"""race() and measure() with made-up samplers that keep a log of every call."""
 
 import math
 import random
@@ -9,19 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from adaptive_moe.kernels import SortKernel, cpu_sort
+from adaptive_moe.kernels import Candidate, policy_candidates
 from adaptive_moe.kernels.contract import SortingInputs
-from adaptive_moe.policy.decision import SWEEPS, Candidate, Rule, Standing, decide
+from adaptive_moe.policy.decision import SWEEPS, Rule, Samples, Standing, decide
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.clocks import Sampler, Train
-from adaptive_moe.tuning.race import (
-    Exclusion,
-    apply_exclusions,
-    check_policies,
-    first_look,
-    measure,
-    race,
-)
+from adaptive_moe.tuning.race import first_look, measure, race
 from adaptive_moe.tuning.routing import Routing, route, sorting_inputs
 
 RULE = Rule()
@@ -34,7 +27,7 @@ class Runs:
     def __init__(self, **times: Iterator[float] | Callable[[], float] | float) -> None:
         self.log: list[int] = []
         self.samplers = {
-            int(name[1:]): self._sampler(int(name[1:]), t) for name, t in times.items()
+            f"policy {name[1:]}": self._sampler(int(name[1:]), t) for name, t in times.items()
         }
 
     def _sampler(self, policy: int, time: Iterator[float] | Callable[[], float] | float) -> Sampler:
@@ -48,10 +41,10 @@ class Runs:
 
     def race(
         self, rounds: int = ROUNDS, spent: Callable[[], bool] = lambda: False
-    ) -> dict[int, Candidate]:
-        looked, _ = first_look([Candidate(p) for p in self.samplers], self.samplers)
+    ) -> dict[int, Samples]:
+        looked, _ = first_look([Samples(name) for name in self.samplers], self.samplers)
         found = race(looked, self.samplers, RULE, rounds, spent)
-        return {candidate.policy: candidate for candidate in found}
+        return dict(enumerate(found))
 
     def rounds(self, live: int) -> list[list[int]]:
         """What ran after the first look, in rounds of `live` policies."""
@@ -124,7 +117,7 @@ def test_of_two_equal_policies_the_noisier_one_has_no_advantage() -> None:
     switched = 0
     for _ in range(60):
         found = Runs(p0=noisy(0.01), p1=noisy(0.08)).race(RULE.max_rounds)
-        switched += decide(list(found.values()), RULE).policy != 0
+        switched += decide(list(found.values()), RULE).candidate != "policy 0"
     assert switched <= 1
 
 
@@ -132,7 +125,7 @@ def test_a_settled_race_ends_and_is_settled_by_the_same_rule_as_the_verdict() ->
     runs = Runs(p0=10.0, p1=8.0, p2=10.0)
     found = runs.race()
     verdict = decide(list(found.values()), RULE)
-    assert (verdict.policy, verdict.settled) == (1, True)
+    assert (verdict.candidate, verdict.settled) == ("policy 1", True)
     assert len(found[0].round_us) < 10
 
 
@@ -151,7 +144,7 @@ def test_the_first_look_drops_the_hopeless_and_never_runs_them_again() -> None:
 def test_policy_0_is_never_dropped_however_slow() -> None:
     found = Runs(p0=900.0, p1=10.0, p2=11.0).race()
     assert found[0].out is None
-    assert decide(list(found.values()), RULE).policy == 1
+    assert decide(list(found.values()), RULE).candidate == "policy 1"
 
 
 @pytest.mark.parametrize("factor", [5.0, 30.0, 1000.0])
@@ -161,13 +154,13 @@ def test_one_stall_at_the_first_look_drops_no_good_policy(factor: float, at: int
     good = iter([8.0 * factor if i == at else 8.0 for i in range(1000)])
     found = Runs(p0=10.0, p1=good, p2=10.0).race()
     assert found[1].out is None
-    assert decide(list(found.values()), RULE).policy == 1
+    assert decide(list(found.values()), RULE).candidate == "policy 1"
 
 
 def test_one_stalled_visit_in_every_tenth_sample_does_not_hide_a_gain() -> None:
     slow = iter([80.0 if i % 10 == 3 else 8.0 for i in range(10_000)])
     found = Runs(p0=10.0, p1=slow).race()
-    assert decide(list(found.values()), RULE).policy == 1
+    assert decide(list(found.values()), RULE).candidate == "policy 1"
 
 
 def raises_after(runs: Runs, policy: int, after: int) -> Sampler:
@@ -183,23 +176,23 @@ def raises_after(runs: Runs, policy: int, after: int) -> Sampler:
 @pytest.mark.parametrize("after", [0, 1, 3, 10])
 def test_a_policy_that_raises_is_out_with_its_reason_and_the_others_go_on(after: int) -> None:
     runs = Runs(p0=10.0, p1=9.0, p2=unsettled(2))
-    runs.samplers[1] = raises_after(runs, 1, after)
+    runs.samplers["policy 1"] = raises_after(runs, 1, after)
     found = runs.race()
     assert found[1].out is Standing.FAILED
     assert found[1].reason == "raised RuntimeError: out of memory"
     assert runs.log.count(1) == after + 1
     assert len(found[2].round_us) == ROUNDS
-    assert decide(list(found.values()), RULE).policy != 1
+    assert decide(list(found.values()), RULE).candidate != "policy 1"
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 10])
 def test_without_policy_0_nothing_is_measured_any_more(after: int) -> None:
     runs = Runs(p0=10.0, p1=unsettled(1), p2=unsettled(2))
-    runs.samplers[0] = raises_after(runs, 0, after)
+    runs.samplers["policy 0"] = raises_after(runs, 0, after)
     found = runs.race()
     assert found[0].out is Standing.FAILED
     verdict = decide(list(found.values()), RULE)
-    assert (verdict.policy, verdict.settled) == (0, True)
+    assert (verdict.candidate, verdict.settled) == ("policy 0", True)
     assert "raised RuntimeError" in verdict.reason
     assert len(runs.log) <= 2 * 3 + 2 + SWEEPS * 3 * (1 + after // SWEEPS)
 
@@ -222,7 +215,7 @@ def test_a_budget_already_spent_gives_no_round_and_no_verdict() -> None:
     found = Runs(p0=10.0, p1=5.0).race(spent=lambda: True)
     assert [c.round_us for c in found.values()] == [(), ()]
     verdict = decide(list(found.values()), RULE)
-    assert (verdict.policy, verdict.settled) == (0, False)
+    assert (verdict.candidate, verdict.settled) == ("policy 0", False)
 
 
 def test_settled_policies_leave_the_rounds() -> None:
@@ -249,7 +242,7 @@ def test_with_nobody_to_race_policy_0_is_not_run_in_vain() -> None:
 
 def test_a_race_goes_on_where_it_was() -> None:
     runs = Runs(p0=10.0, p1=unsettled(1), p2=99.0)
-    looked_at, _ = first_look([Candidate(p) for p in (0, 1, 2)], runs.samplers)
+    looked_at, _ = first_look([Samples(f"policy {p}") for p in (0, 1, 2)], runs.samplers)
     first = race(looked_at, runs.samplers, RULE, 6, lambda: False)
     looked = len(runs.log)
     again = race(first, runs.samplers, RULE, 10, lambda: False)
@@ -263,7 +256,7 @@ def test_a_race_goes_on_where_it_was() -> None:
     assert whole.log == runs.log
 
 
-# measure() and check_policies(): kernels that fail
+# measure(): prepared and run
 
 
 SHAPE = SortingShape(8, 2, 16)
@@ -300,8 +293,8 @@ class CountingClock:
         return sample
 
 
-def kernel(sort: Callable[..., tuple[torch.Tensor, ...]]) -> SortKernel:
-    return SortKernel("made up", sort, CPU)
+def kernel(sort: Callable[..., tuple[torch.Tensor, ...]]) -> tuple[Candidate, ...]:
+    return policy_candidates(sort)
 
 
 def test_each_sample_runs_the_whole_train_with_the_policy_as_ninth_argument() -> None:
@@ -313,25 +306,29 @@ def test_each_sample_runs_the_whole_train_with_the_policy_as_ninth_argument() ->
 
     train = [inputs(3), inputs(4)]
     clock = CountingClock({0: 10.0, 1: 8.0, 2: 10.0})
-    fresh = [Candidate(p) for p in (0, 1, 2)]
+    fresh = [Samples(f"policy {p}") for p in (0, 1, 2)]
     found = measure(kernel(sort), train, clock, fresh, RULE, ROUNDS, lambda: False)
-    assert decide(found, RULE).policy == 1
+    assert decide(found, RULE).candidate == "policy 1"
     assert seen[:6] == [(0, 3), (0, 4), (1, 3), (1, 4), (2, 3), (2, 4)]
 
 
 def test_a_policy_that_cannot_be_prepared_is_out_and_the_others_are_measured() -> None:
     clock = CountingClock({0: 10.0, 2: 8.0}, refuses=1)
-    fresh = [Candidate(p) for p in (0, 1, 2)]
+    fresh = [Samples(f"policy {p}") for p in (0, 1, 2)]
     found = measure(kernel(lambda *a: ()), [inputs()], clock, fresh, RULE, ROUNDS, lambda: False)
     assert found[1].out is Standing.FAILED
     assert "cannot be captured" in found[1].reason
-    assert decide(found, RULE).policy == 2
+    assert decide(found, RULE).candidate == "policy 2"
 
 
 def test_a_policy_that_is_out_is_neither_prepared_nor_run() -> None:
     ran: list[object] = []
     clock = CountingClock({0: 10.0, 2: 9.0})
-    candidates = [Candidate(0), Candidate(1, (), Standing.WRONG, "wrong"), Candidate(2)]
+    candidates = [
+        Samples("policy 0"),
+        Samples("policy 1", (), Standing.WRONG, "wrong"),
+        Samples("policy 2"),
+    ]
     sort = lambda *a: ran.append(a[8])  # noqa: E731
     measure(kernel(sort), [inputs()], clock, candidates, RULE, ROUNDS, lambda: False)  # type: ignore[arg-type]
     assert {policy for policy, _ in clock.prepared} == {0, 2}
@@ -340,7 +337,7 @@ def test_a_policy_that_is_out_is_neither_prepared_nor_run() -> None:
 
 def test_what_is_hopeless_is_only_prepared_for_a_look_and_the_rest_for_calls_that_long() -> None:
     clock = CountingClock({0: 10.0, 1: 80.0, 2: 8.0})
-    fresh = [Candidate(p) for p in (0, 1, 2)]
+    fresh = [Samples(f"policy {p}") for p in (0, 1, 2)]
     sort = kernel(lambda *a: ())  # type: ignore[arg-type, return-value]
     found = measure(sort, [inputs()], clock, fresh, RULE, 2, lambda: False)
     look = [(policy, math.inf) for policy in (0, 1, 2)]
@@ -354,45 +351,29 @@ def test_what_is_hopeless_is_only_prepared_for_a_look_and_the_rest_for_calls_tha
 def test_a_policy_that_is_settled_is_not_prepared_for_more_rounds() -> None:
     clock = CountingClock({0: 10.0, 1: 9.0, 2: 10.0})
     settled, open_still = (9.0, 9.1, 8.9, 9.0) * 4, (14.0, 7.0) * 8
-    before = [Candidate(0, (10.0,) * 16), Candidate(1, open_still), Candidate(2, (12.0,) * 16)]
+    before = [
+        Samples("policy 0", (10.0,) * 16),
+        Samples("policy 1", open_still),
+        Samples("policy 2", (12.0,) * 16),
+    ]
     assert decide(before, RULE).results[2].standing is Standing.SLOWER
     sort = kernel(lambda *a: ())  # type: ignore[arg-type, return-value]
     measure(sort, [inputs()], clock, before, RULE, 17, lambda: False)
     assert [policy for policy, _ in clock.prepared] == [0, 1]
-    done = [Candidate(0, (10.0,) * 16), Candidate(1, settled), Candidate(2, (12.0,) * 16)]
+    done = [
+        Samples("policy 0", (10.0,) * 16),
+        Samples("policy 1", settled),
+        Samples("policy 2", (12.0,) * 16),
+    ]
     measure(sort, [inputs()], clock, done, RULE, 17, lambda: False)
     assert len(clock.prepared) == 2
 
 
-def test_right_policies_are_not_excluded() -> None:
-    assert check_policies(kernel(cpu_sort.moe_sorting), inputs(), accumulate=True) == {}
-
-
-def test_wrong_and_raising_policies_are_excluded_each_with_its_reason() -> None:
-    def sort(*arguments: object) -> tuple[torch.Tensor, ...]:
-        if arguments[8] == 1:
-            raise RuntimeError("no such kernel")
-        outputs = cpu_sort.moe_sorting(*arguments)  # type: ignore[arg-type]
-        if arguments[8] == 2:
-            outputs[4].fill_(1.0)
-        return outputs
-
-    assert check_policies(kernel(sort), inputs(), accumulate=True) == {
-        1: Exclusion(Standing.FAILED, "raised RuntimeError: no such kernel"),
-        2: Exclusion(Standing.WRONG, "moe_buf is not zeroed"),
-    }
-
-
-def test_an_output_left_unwritten_is_seen_though_memory_tends_to_be_zero() -> None:
-    def sort(*arguments: object) -> tuple[torch.Tensor, ...]:
-        outputs = cpu_sort.moe_sorting(*arguments)  # type: ignore[arg-type]
-        found = torch.empty_like(outputs[4])
-        return (*outputs[:4], found if found.isnan().all() else found.zero_())
-
-    assert set(check_policies(kernel(sort), inputs(), accumulate=True)) == {0, 1, 2}
-
-
-def test_exclusions_mark_candidates_and_keep_what_they_measured() -> None:
-    candidates = [Candidate(0, (1.0,)), Candidate(1, (1.0,)), Candidate(2)]
-    marked = apply_exclusions(candidates, {1: Exclusion(Standing.WRONG, "broken")})
-    assert marked == [candidates[0], Candidate(1, (1.0,), Standing.WRONG, "broken"), candidates[2]]
+def test_a_second_pass_knows_how_long_a_call_takes_and_looks_at_nobody() -> None:
+    clock = CountingClock({0: 10.0, 1: 80.0, 2: 8.0})
+    fresh = [Samples("policy 0"), Samples("policy 1")]
+    sort = kernel(lambda *a: ())
+    found = measure(sort, [inputs()], clock, fresh, RULE, 9, lambda: False, call_us=10.0)
+    assert clock.prepared == [(0, 10.0), (1, 10.0)]
+    # Eight times slower is no reason to drop it unheard: it was faster once.
+    assert decide(found, RULE).results[1].standing is Standing.SLOWER

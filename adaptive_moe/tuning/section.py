@@ -1,0 +1,212 @@
+"""One situation of one calibration: its buckets, explored in one pass and confirmed in a second.
+
+The second pass comes after the first of every situation and prepares everything anew: it shares
+neither the moment nor a captured graph with the first.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from adaptive_moe.policy.buckets import first_buckets
+from adaptive_moe.policy.decision import Rule, Samples, Standing, Verdict, confirm, decide
+from adaptive_moe.policy.evidence import Bucket, Fill
+from adaptive_moe.policy.losses import combine, loss_us
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.tuning.clocks import Clock
+from adaptive_moe.tuning.explore import explore
+from adaptive_moe.tuning.inputs import Inputs
+from adaptive_moe.tuning.race import measure, measure_again, second
+from adaptive_moe.tuning.rightness import Exclusion, Rightness
+
+logger = logging.getLogger("adaptive_moe")
+
+
+@dataclass
+class Measured:
+    """What was sampled in one bucket: both passes, each by fill.
+
+    seconds: what the first pass took. saves: us a call that its winner saves, 0.0 without one.
+    """
+
+    first: list[list[Samples]]
+    second: list[list[Samples]] = field(default_factory=list)
+    seconds: float = 0.0
+    saves: float = 0.0
+
+
+class Section:
+    """Measures the counts of `domain` in one situation.
+
+    wanted: counts to begin with. kept: settled buckets of an earlier calibration, which are not
+    measured again. now: seconds, but for those of checking. told(num_tokens): called before each
+    step.
+    """
+
+    def __init__(
+        self,
+        situation: Situation,
+        domain: Sequence[int],
+        wanted: Sequence[int],
+        kept: Mapping[int, Bucket],
+        inputs: Inputs,
+        rightness: Rightness,
+        clock: Callable[[], Clock],
+        rule: Rule,
+        now: Callable[[], float],
+        told: Callable[[int], None],
+    ) -> None:
+        self.situation, self.domain, self.wanted, self.kept = situation, domain, wanted, kept
+        self.inputs, self.rightness, self.rule = inputs, rightness, rule
+        self.now, self.told = now, told
+        self.candidates = rightness.kernel.candidates
+        self.measured: dict[int, Measured] = {}
+        # The clock is made when first needed: it takes memory, and all may be known already.
+        self.clock = cache(clock)
+        self._buckets: list[int] = []
+
+    @property
+    def grid(self) -> list[int]:
+        """The counts measured in any case."""
+        return [n for n in first_buckets(self.domain, self.wanted) if n not in self.kept]
+
+    def check(self) -> None:
+        """Check the grid before any clock runs: who is wrong at its last count is out at all."""
+        for num_tokens in self.grid:
+            self.rightness.check(self.situation, num_tokens)
+
+    def explore(self, deadline: float) -> None:
+        """The first pass: the grid, looks between, and refinement, until the deadline less what
+        confirming will take."""
+        ahead = len(self.grid)
+
+        def left() -> float:
+            return deadline - self.now() - self.reserve()
+
+        def measure_bucket(num_tokens: int, rounds: int) -> Bucket:
+            nonlocal ahead
+            ahead -= 1
+            # A noisy bucket may take its share and as much again, never what later ones need.
+            slot = self.now() + 2.0 * left() / (max(ahead, 0) + 2)
+            self._go_on(num_tokens, rounds, slot)
+            return self._presumed(num_tokens)
+
+        self._buckets = sorted(
+            explore(
+                *(self.domain, self.wanted, self.rule, measure_bucket),
+                has_time=lambda: left() > 0.0,
+                known=self.kept,
+            )
+        )
+
+    def reserve(self) -> float:
+        """Seconds that confirming will take: a winner once more what its bucket took."""
+        return sum(bucket.seconds for bucket in self.measured.values() if bucket.saves)
+
+    def confirm(self, deadline: float) -> None:
+        """The second pass: every bucket with a winner, those first that save most."""
+        winners = [n for n in self._buckets if n in self.measured and self.measured[n].saves]
+        winners.sort(key=lambda n: -self.measured[n].saves)
+        for left, num_tokens in zip(range(len(winners), 0, -1), winners, strict=True):
+            slot = self.now() + 2.0 * (deadline - self.now()) / (left + 1)
+            self._again(num_tokens, slot)
+
+    def buckets(self) -> tuple[Bucket, ...]:
+        """What the samples decide, with everything known by now about each candidate."""
+        return tuple(
+            self.kept[n] if n in self.kept else self._bucket(n, self._verdicts(n))
+            for n in self._buckets
+        )
+
+    def _go_on(self, num_tokens: int, rounds: int, deadline: float) -> None:
+        """The first pass of one bucket, brought to `rounds` rounds if the deadline allows."""
+        self.told(num_tokens)
+        fills = self.inputs.fills(self.situation, num_tokens)
+        if num_tokens not in self.measured:
+            self.rightness.check(self.situation, num_tokens)
+            fresh = [Samples(candidate.name) for candidate in self.candidates]
+            self.measured[num_tokens] = Measured([fresh for _ in fills])
+        bucket, begun = self.measured[num_tokens], self.now()
+        bucket.first = [
+            self._race(num_tokens, fill, samples, rounds, deadline)
+            for fill, samples in zip(fills, bucket.first, strict=True)
+        ]
+        bucket.seconds += self.now() - begun
+        verdicts = self._first(num_tokens)
+        won = [v for v in verdicts if v.candidate != v.baseline.candidate]
+        bucket.saves = max((loss_us(v, v.baseline.candidate) for v in won), default=0.0)
+
+    def _again(self, num_tokens: int, deadline: float) -> None:
+        """The second pass of one bucket: the baseline, and whoever was FASTER in the first."""
+        self.told(num_tokens)
+        bucket, second_pass = self.measured[num_tokens], []
+        fills = self.inputs.fills(self.situation, num_tokens)
+        for fill, verdict in zip(fills, self._first(num_tokens), strict=True):
+            faster = [r.candidate for r in verdict.results if r.standing is Standing.FASTER]
+            names = [verdict.baseline.candidate, *faster]
+            raced = [Samples(name) for name in names]
+            if faster:
+                raced = measure_again(
+                    self.candidates,
+                    self.inputs.train(self.situation, num_tokens, fill),
+                    self.clock(),
+                    names,
+                    self.rule,
+                    spent=lambda: self.now() > deadline,
+                    call_us=min(r.median_us for r in verdict.results if r.median_us),
+                )
+            self._exclude_failed(raced, num_tokens)
+            second_pass.append(raced)
+        bucket.second = second_pass
+
+    def _race(
+        self,
+        num_tokens: int,
+        fill: float,
+        samples: Sequence[Samples],
+        rounds: int,
+        deadline: float,
+    ) -> list[Samples]:
+        shape = self.inputs.coverage.shape
+        logger.debug("%s at %d tokens, %s", shape.describe(), num_tokens, self.situation.value)
+        raced = measure(
+            self.candidates,
+            self.inputs.train(self.situation, num_tokens, fill),
+            self.clock(),
+            self.rightness.without_excluded(samples),
+            self.rule,
+            rounds,
+            spent=lambda: self.now() > deadline,
+        )
+        self._exclude_failed(raced, num_tokens)
+        return raced
+
+    def _exclude_failed(self, raced: Sequence[Samples], num_tokens: int) -> None:
+        for one in raced:
+            if one.out is Standing.FAILED:
+                self.rightness.exclude(one.candidate, Exclusion(one.out, one.reason), num_tokens)
+
+    def _first(self, num_tokens: int) -> list[Verdict]:
+        """The verdicts of the first pass alone, by fill."""
+        samples = self.measured[num_tokens].first
+        return [decide(self.rightness.without_excluded(one), self.rule) for one in samples]
+
+    def _verdicts(self, num_tokens: int) -> list[Verdict]:
+        """The verdicts of both passes, by fill."""
+        first, rule = self._first(num_tokens), second(self.rule)
+        samples = self.measured[num_tokens].second
+        again = [decide(self.rightness.without_excluded(one), rule) for one in samples]
+        return [
+            confirm(verdict, again[place] if again else None, self.rule)
+            for place, verdict in enumerate(first)
+        ]
+
+    def _presumed(self, num_tokens: int) -> Bucket:
+        """The bucket as it will be if its winner is confirmed: what exploring goes by."""
+        return self._bucket(num_tokens, self._first(num_tokens))
+
+    def _bucket(self, num_tokens: int, verdicts: Sequence[Verdict]) -> Bucket:
+        fills = self.inputs.fills(self.situation, num_tokens)
+        parts = tuple(Fill(f, verdict) for f, verdict in zip(fills, verdicts, strict=True))
+        return Bucket(num_tokens, *combine(verdicts, self.rule.margin), parts)
