@@ -115,14 +115,19 @@ def start() -> dict[str, Any]:
     gpu_worker.kernel_warmup(worker)
     from adaptive_moe.engines import process
 
-    tables = {t.evidence.shape.block_size: t for t in process.current().tables.values()}
+    tables = {t.evidence.coverage.shape.block_size: t for t in process.current().tables.values()}
     calls = [forward(count) for count in (1, 8, 32, 33, 512, MAX_TOKENS)]
     return {
         "blocks": sorted(tables),
         "policies": [int(call.policy) for call in calls],
-        "expected": [tables[call.block_size].policy(call.num_tokens) for call in calls],
-        "eager": process.counts().eager,
+        "expected": [chosen(tables[call.block_size], call.num_tokens) for call in calls],
+        "answered": process.counts().chosen + process.counts().baseline,
     }
+
+
+def chosen(table: Any, num_tokens: int) -> int:
+    """The policy that the table has for that many tokens."""
+    return int(table.candidate(num_tokens).removeprefix("policy "))
 
 
 def start_rank(how: str, rank: int, size: int, method: str, folder: str) -> dict[str, Any]:
@@ -144,7 +149,7 @@ def start_rank(how: str, rank: int, size: int, method: str, folder: str) -> dict
 
     before = len(aiter.sort.calls)
     gpu_worker.kernel_warmup(worker)
-    tables = {t.evidence.shape.block_size: t for t in process.current().tables.values()}
+    tables = {t.evidence.coverage.shape.block_size: t for t in process.current().tables.values()}
     result = {
         "world": dist.get_process_group_ranks(dist.group.WORLD),
         "sorts": len(aiter.sort.calls) - before,
