@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_moe import models
 from adaptive_moe.models import (
     ModelError,
     find_model,
     hub_config,
+    known,
     known_models,
     model_from_config,
 )
@@ -150,7 +150,7 @@ def test_hugging_face_ids_of_known_models(model_id, name):
 
 
 def test_each_id_names_one_model():
-    ids = [alias for facts in models._facts().values() for alias in models._ids(facts)]
+    ids = [alias for facts in known._facts().values() for alias in known._ids(facts)]
     assert len(ids) == len({alias.lower() for alias in ids}) > 16
 
 

@@ -89,7 +89,7 @@ def _on_kernel(args: argparse.Namespace, name: str, settings: Settings, *, quiet
     with Progress(settings.budget_s, quiet=quiet) as progress:
         table = calibrate(
             *(sorts, coverage, plan),
-            earlier=earlier and earlier.table.evidence,
+            earlier=earlier.table.evidence if earlier else None,
             progress=progress,
         )
     return Stored(key.request, table)

@@ -9,6 +9,7 @@ from adaptive_moe.settings import MAX_TOKENS, parse_buckets, read_for_serving
 from adaptive_moe.shape import DTYPES, SortingShape
 
 if TYPE_CHECKING:
+    from adaptive_moe.models import Model
     from adaptive_moe.policy.coverage import Coverage
 
 KERNELS = ("auto", "aiter", "triton", "cpu")
@@ -82,6 +83,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--tp", type=int, default=1, metavar="N", help="tensor parallelism: ranks a layer [1]"
     )
     engine.add_argument(
+        "--inter", type=int, metavar="N", help="hidden columns of an expert [the model's]"
+    )
+    engine.add_argument(
         "--quant",
         choices=QUANTS,
         help="the experts' weights, which AITER's block sizes depend on [the config's]",
@@ -90,8 +94,6 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 def shape_from(args: argparse.Namespace) -> SortingShape:
     """The one shape that the options name; UsageError where they name none or several."""
-    from adaptive_moe.models import find_model, model_from_config
-
     numbers = (args.experts, args.topk, args.hidden)
     given = [args.model is not None, args.config is not None, any(n is not None for n in numbers)]
     if sum(given) != 1:
@@ -100,11 +102,8 @@ def shape_from(args: argparse.Namespace) -> SortingShape:
             "or --experts, --topk and --hidden"
         )
     block_size = 32 if args.block_size is None else args.block_size
-    if args.model is not None:
-        model = find_model(args.model, fuse_shared=args.fuse_shared)
-        shape = model.shape(block_size, args.dtype)
-    elif args.config is not None:
-        model = model_from_config(args.config, fuse_shared=args.fuse_shared)
+    model = model_from(args)
+    if model is not None:
         shape = model.shape(block_size, args.dtype)
     elif None in numbers:
         raise UsageError("--experts, --topk and --hidden belong together: give all three")
@@ -114,6 +113,17 @@ def shape_from(args: argparse.Namespace) -> SortingShape:
         dtype = args.dtype or "bfloat16"
         shape = SortingShape(args.experts, args.topk, args.hidden, dtype, block_size)
     return replace(shape, local_experts=args.local_experts, num_local_tokens=args.padded)
+
+
+def model_from(args: argparse.Namespace) -> "Model | None":
+    """The model of --model or --config; None where only numbers are given. ModelError."""
+    from adaptive_moe.models import find_model, model_from_config
+
+    if args.model is not None:
+        return find_model(args.model, fuse_shared=args.fuse_shared)
+    if args.config is not None:
+        return model_from_config(args.config, fuse_shared=args.fuse_shared)
+    return None
 
 
 def max_tokens_from(args: argparse.Namespace, *, on_cpu: bool) -> int:

@@ -16,11 +16,10 @@ from dataclasses import replace
 from typing import Any
 
 from adaptive_moe.engines.counters import Counters
-from adaptive_moe.engines.entries import grown, left_alone
+from adaptive_moe.engines.entries import Entries, Entry, grown, left_alone
 from adaptive_moe.engines.reading import OddCallError, extras, read, seen_call
 from adaptive_moe.engines.seam import Layer
 from adaptive_moe.engines.seen import Key, SeenCall, is_rounded
-from adaptive_moe.engines.wrapper import Entries, Entry
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -33,6 +32,7 @@ class RareCalls:
     """Notes what is seen, and makes entries for what has no table.
 
     lock: held while a layer's entries change. engine_policy: as in AiterHook.
+    capture_query: gives what says whether the current stream is being captured.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class RareCalls:
         lock: threading.RLock,
         counters: Counters,
         engine_policy: int,
-        is_capturing: Callable[[], bool],
+        capture_query: Callable[[], Callable[[], bool]],
     ) -> None:
         self.seen: dict[Key, SeenCall] = {}
         self.asked = threading.local()
@@ -48,7 +48,7 @@ class RareCalls:
         self._lock = lock
         self._counters = counters
         self._engine_policy = engine_policy
-        self._is_capturing = is_capturing
+        self._capture_query = capture_query
         self._failures = 0
 
     def answer(self, layer: Layer, values: tuple[Any, ...], call: Any = None) -> Any:
@@ -91,7 +91,7 @@ class RareCalls:
             entry = layer.entries.get(key)
             if entry is not None and num_tokens < len(entry.array):
                 # Only this question can have failed; or another thread made the entry just now.
-                self._is_capturing()
+                self._capture_query()()
                 self._counters.unknown.add()
                 return None, False
             is_baseline = self._is_baseline(named["dispatch_policy"])

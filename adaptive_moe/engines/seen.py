@@ -2,6 +2,7 @@
 
 import contextvars
 import enum
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -108,15 +109,33 @@ class SeenCall:
         values = {
             variable.name: value
             for variable, value in self.context.items()
-            if isinstance(value, bool | int | str | enum.Enum)
+            if isinstance(value, bool | int | str | enum.Enum) and not _is_torchs(variable)
         }
         return ",".join(f"{name}={values[name]}" for name in sorted(values))
+
+
+def _is_torchs(variable: "contextvars.ContextVar[Any]") -> bool:
+    """Settings of torch's compiler are ContextVars too, and differ from one start to the next; no
+    sort reads them. They are named after their module, or mean nothing until they are set."""
+    if variable.name.startswith("torch."):
+        return True
+    unset = getattr(sys.modules.get("torch.utils._config_module"), "_UNSET_SENTINEL", None)
+    return unset is not None and _default(variable) is unset
+
+
+def _default(variable: "contextvars.ContextVar[Any]") -> Any:
+    try:
+        return contextvars.Context().run(variable.get)
+    except LookupError:
+        return None
 
 
 def is_rounded(outputs: Sequence[Any], num_tokens: int, key: Key) -> bool | None:
     """Is sorted_ids rounded up to whole blocks? None where this batch cannot tell, or it has
     another length."""
-    exact = num_tokens * key.topk + key.num_experts * key.block_size - key.topk
-    rounded = -(-exact // key.block_size) * key.block_size
+    from adaptive_moe.kernels.contract import buffer_length  # imports torch
+
+    call = (num_tokens, key.topk, key.num_experts, key.block_size)
+    exact, rounded = (buffer_length(*call, rounded=whole) for whole in (False, True))
     length: int = outputs[0].shape[0]
     return {exact: False, rounded: True}.get(length) if exact != rounded else None

@@ -23,16 +23,20 @@ import triton
 from adaptive_moe.kernels.contract import buffer_length
 from adaptive_moe.kernels.triton_kernels import count_kernel, sort_kernel
 
-ONE_SHOT_CHUNK = 64  # entries that one-shot places at once, each compared with every other
-CHUNK = 128  # the same for multi-phase
-MAX_CHUNKS = 128  # programs that place; of multi-phase each reads the counts of all
-PADS = 8  # programs that write padding
-ONE_SHOT_TILE = 512  # entries counted at once
-COUNT_TILE = 512  # the same for multi-phase
-SCAN_TILE = 4096  # counts read at once in the second phase
+# Tuned on an H100 (calibration/bench_triton_kernels.py).
+# Entries that one-shot places at once, each compared with every other, and that it counts at once.
+# Counting a tile takes longer the more bins there are, so with many it is done in smaller ones.
+FEW_BINS = 128
+ONE_SHOT_FEW_BINS = (32, 512)
+ONE_SHOT_MANY_BINS = (64, 256)
+MULTI_PHASE = (128, 512)  # the same
+MAX_CHUNKS = 256  # programs that place
+MAX_ROWS = 64  # of counts, each of as few chunks as that allows; every program reads them all
+PADS = 32  # programs that write padding
+SCAN_TILE = 4096  # counts read at once
 FILL_TILE = 2048  # elements of the output buffer zeroed at once
-EARLY_FILLS = 1024  # tiles of it that the first phase zeroes, which take no longer than counting
-MAX_FILLS = 8192  # programs that zero it
+# Up to MANY_TILES of them are left to FEW_FILLS programs: more would crowd those that place.
+FEW_FILLS, MANY_TILES, MAX_FILLS = 64, 2048, 65536
 NUM_WARPS = 4
 
 _BUFFER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -124,25 +128,30 @@ def moe_sorting(
     large = size * moebuf_dtype.itemsize >= 1 << 31
     variant = (device, moebuf_dtype, large, expert_mask is None, num_local_tokens is None, bins)
     tiles = -(-size // FILL_TILE)
-    if dispatch_policy == 1 or (not dispatch_policy and num_tokens <= one_shot_tokens(num_experts)):
-        counts, chunk, tile = None, ONE_SHOT_CHUNK, ONE_SHOT_TILE
-        chunks = max(1, min(-(-entries // chunk), MAX_CHUNKS))
-    else:
-        chunk, tile = CHUNK, COUNT_TILE
-        chunks = max(1, min(-(-entries // chunk), MAX_CHUNKS))
-        counts = torch.empty(chunks * bins, dtype=torch.int32, device=device)
+    fills = min(tiles, FEW_FILLS if tiles <= MANY_TILES else MAX_FILLS)
+    one_shot = dispatch_policy == 1 or (
+        dispatch_policy == 0 and num_tokens <= one_shot_tokens(num_experts)
+    )
+    chunk, count_tile = MULTI_PHASE
+    if one_shot:
+        chunk, count_tile = ONE_SHOT_FEW_BINS if bins <= FEW_BINS else ONE_SHOT_MANY_BINS
+    chunks = max(1, min(-(-entries // chunk), MAX_CHUNKS))
+    counts, group = None, 1
+    if not one_shot:
+        group = -(-chunks // MAX_ROWS)
+        groups = -(-chunks // group)
+        counts = torch.empty(groups * bins, dtype=torch.int32, device=device)
         _launch(
-            count_kernel, chunks + min(tiles, EARLY_FILLS), (2, *variant),
-            (topk_ids, counts, moe_buf, num_local_tokens, num_tokens, topk, num_experts, shape[1],
-             chunks, bins, CHUNK, COUNT_TILE, FILL_TILE, EARLY_FILLS),
+            count_kernel, groups, (2, *variant),
+            (topk_ids, counts, num_local_tokens, num_tokens, topk, num_experts, chunks, group,
+             bins, chunk, count_tile),
         )  # fmt: skip
-        tiles = max(0, tiles - EARLY_FILLS)
     _launch(
-        sort_kernel, chunks + PADS + min(tiles, MAX_FILLS), (counts is None, *variant),
+        sort_kernel, chunks + PADS + fills, (1 if one_shot else 3, *variant),
         (topk_ids, topk_weights, counts, sorted_ids, sorted_weights, sorted_expert_ids,
          num_valid_ids, moe_buf, expert_mask, num_local_tokens, num_tokens, topk, num_experts,
-         block_size, shape[1], chunks, PADS, bins, chunk, tile, SCAN_TILE // bins, FILL_TILE,
-         EARLY_FILLS),
+         block_size, shape[1], chunks, group, PADS, bins, chunk, count_tile, SCAN_TILE // bins,
+         FILL_TILE),
     )  # fmt: skip
     return sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf
 

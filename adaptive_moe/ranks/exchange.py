@@ -1,7 +1,6 @@
 """One exchange: every rank's message goes to the leader, one decision comes back to all.
 
 Only the leader, the group's first rank, opens exchanges, and only what is open is joined:
-
     1  The leader takes the next number, a count kept in the store, abandons what a leader before it
        left open, and writes the number to `open`.
     2  Every other rank waits for an exchange that is open, sets its own key in it to its message,
@@ -10,18 +9,16 @@ Only the leader, the group's first rank, opens exchanges, and only what is open 
     4  The outcome is a key set once, by compare-and-set: by the leader to "decided", or by a rank
        that waited for it in vain to why there is none. An exchange with an outcome is over: nobody
        joins it, and who can read the outcome ends like everybody else.
-
-No rank counts its own arrivals, so a missed or additional call, a restarted rank or leader and a
+Nobody counts its own arrivals, so a missed or additional call, a restarted rank or leader and a
 store that an earlier run left behind cost one exchange at most: the next is open to all.
 
-A rank that comes late is told from one that is early by looking twice. `look`, as its warm-up
-begins, finds the number that is over already; the next one is this rank's. If that is over too by
-the time it has measured, the rank is late: it reads the outcome and goes, instead of waiting for an
-exchange that may never come or bringing old news to the next. In between it measures for as long as
-it said at the first look: whoever waits, waits for the longest that any rank has said.
+A late rank is told from an early one by looking twice. `look`, as its warm-up begins, finds the
+number that is over already; the next is this rank's. If that is over too once it has measured, it
+is late: it reads the outcome and goes, instead of waiting for an exchange that may never come, or
+bringing old news to the next. `look` also says how long it may measure; all wait for the longest.
 
-Nothing waits without a limit or holds what another needs. The caller's thread is never the one that
-talks to the store: it leaves an exchange behind whose store does not answer.
+Nothing waits without a limit or holds what another needs, and the caller's thread never talks to
+the store: it leaves an exchange behind whose store does not answer.
 """
 
 import math

@@ -119,12 +119,16 @@ def _stacks(
     summaries: Sequence[Summary], situation: int, common: Sequence[str], texts: Sequence[str]
 ) -> Iterator[_Stack]:
     """The ranks' sections of one situation: those that measured the same rows together."""
-    groups: dict[tuple[bytes, bytes], list[tuple[Section, Ints, list[int]]]] = {}
+    groups: dict[tuple[bytes, bytes], list[tuple[Section, Ints, list[int] | slice]]] = {}
     # A text's place, backwards: the first of two is the larger, and no text at all the least.
     places = {text: len(texts) - i for i, text in enumerate(texts)} | {"": 0}
     for summary in summaries:
         section = summary.sections[situation]
-        columns = [summary.candidates.index(name) for name in common]
+        if not len(section.tokens):
+            continue
+        columns: list[int] | slice = slice(None)
+        if summary.candidates != tuple(common):
+            columns = [summary.candidates.index(name) for name in common]
         place = np.array([places[text] for text in summary.texts], np.int64)
         key = (section.tokens.tobytes(), section.fraction.tobytes())
         groups.setdefault(key, []).append((section, place, columns))
@@ -211,8 +215,6 @@ def _keys(stack: _Stack) -> list[Row]:
 
 def _vetoes(stack: _Stack, rows: Sequence[Row], texts: Sequence[str]) -> Ints:
     """The marks that these ranks set at rows they did not measure, [rows, candidates]."""
-    if not len(stack.tokens):
-        return np.zeros((len(rows), stack.marks.shape[2]), np.int64)
     wanted = np.array(rows)
     # The smallest count not below, else the last (policy/buckets.py); there, the fill that is next.
     place = np.minimum(np.searchsorted(stack.tokens, wanted[:, 0]), len(stack.tokens) - 1)

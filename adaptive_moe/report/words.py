@@ -14,7 +14,9 @@ _MEANINGS = {
     "policy 0": "AITER's rule",
     "policy 1": "one-shot",
     "policy 2": "multi-phase",
-    "policy True": "multi-phase, said as a bool",
+    # What became of a 0 and a 2 where AITER's schema made a bool of it.
+    "policy False": "AITER's rule",
+    "policy True": "multi-phase",
 }
 _SITUATIONS = {
     Situation.GRAPH: "graph replay",
