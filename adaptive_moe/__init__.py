@@ -46,8 +46,8 @@ __all__ = [
 ]
 
 
-if sys.version_info < (3, 10):
-    raise ImportError("adaptive_moe needs Python 3.10 or newer, this is %d.%d" % sys.version_info[:2])
+if sys.version_info < (3, 10):  # noqa: UP036  run from a checkout
+    raise ImportError("adaptive_moe needs Python 3.10 or newer, not " + sys.version.split()[0])
 
 
 def __getattr__(name: str) -> object:

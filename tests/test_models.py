@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_moe import models
 from adaptive_moe.models import (
     ModelError,
     find_model,
     hub_config,
+    known,
     known_models,
     model_from_config,
 )
@@ -51,6 +51,17 @@ def test_every_known_model_has_a_source_and_a_valid_shape():
     for model in found.values():
         assert model.source.startswith("https://")
         assert isinstance(model.shape(), SortingShape)
+
+
+def test_known_models_have_what_a_step_needs():
+    for name, model in known_models().items():
+        assert model.moe_intermediate_size > 0, name
+        before, after = model.attention
+        assert before >= after > 0, name
+    # Mixtral: 32 heads and twice 8 key and value heads of 128; an expert of 14,336.
+    mixtral = find_model("mixtral-8x7b")
+    assert (mixtral.moe_intermediate_size, mixtral.attention) == (14336, (48 * 128, 32 * 128))
+    assert find_model("deepseek-v3-fused").attention == find_model("deepseek-v3").attention
 
 
 def test_an_unknown_model_lists_what_would_work():
@@ -139,7 +150,7 @@ def test_hugging_face_ids_of_known_models(model_id, name):
 
 
 def test_each_id_names_one_model():
-    ids = [alias for facts in models._facts().values() for alias in models._ids(facts)]
+    ids = [alias for facts in known._facts().values() for alias in known._ids(facts)]
     assert len(ids) == len({alias.lower() for alias in ids}) > 16
 
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptive_moe.kernels.sorts import REGISTRY
 from adaptive_moe.settings import (
     ENGINE_VARIABLE,
     NEUTRAL_VARIABLE,
@@ -12,6 +13,8 @@ from adaptive_moe.settings import (
     Mode,
     Settings,
     SettingsError,
+    misspelt,
+    read_for_serving,
     read_settings,
 )
 
@@ -28,18 +31,18 @@ class TestDispatchPolicy:
         settings = read_settings({name: value})
         assert (settings.mode, settings.fixed_policy) == (Mode.FIXED, int(value))
 
-    @pytest.mark.parametrize("value", ["", "  "])
-    def test_empty_is_off(self, name, value):
+    @pytest.mark.parametrize("value", ["", "  ", "off", "OFF", "none", "False"])
+    def test_off_and_empty_are_off(self, name, value):
         assert read_settings({name: value}) == Settings()
 
-    @pytest.mark.parametrize("value", ["3x", "-1", "auto,2", "1.0", "256", "²", "0x1", "on"])
+    @pytest.mark.parametrize("value", ["3x", "-1", "auto,2", "1.0", "256", "²", "0x1", "on", "no"])
     def test_anything_else_is_one_error_that_says_what_to_give(self, name, value):
         with pytest.raises(SettingsError) as refused:
             read_settings({name: value})
         text = str(refused.value)
         assert name in text
         assert repr(value) in text
-        assert "auto, or an integer from 0 to 255" in text
+        assert "auto, an integer from 0 to 255, or off" in text
 
 
 def test_unset_is_off():
@@ -70,6 +73,16 @@ def test_both_names_in_conflict_are_told_apart():
         ("ADAPTIVE_MOE_REPORT", "report.json", "report", "report.json"),
         ("ADAPTIVE_MOE_RECALIBRATE", "1", "recalibrate", True),
         ("ADAPTIVE_MOE_RECALIBRATE", "off", "recalibrate", False),
+        ("ADAPTIVE_MOE_BUSY_FROM", "1", "busy_from", 1),
+        ("ADAPTIVE_MOE_SORTS", "policies", "sorts", ("policies",)),
+        ("ADAPTIVE_MOE_SORTS", "AITER", "sorts", ("policies", "ck", "opus", "flydsl")),
+        ("ADAPTIVE_MOE_SORTS", "all", "sorts", ("policies", *REGISTRY)),
+        (
+            "ADAPTIVE_MOE_SORTS",
+            "triton  one-shot, policies",
+            "sorts",
+            ("policies", "triton one-shot"),
+        ),
     ],
 )
 def test_accepted(name, value, field, expected):
@@ -93,6 +106,11 @@ def test_accepted(name, value, field, expected):
         ("ADAPTIVE_MOE_BUCKETS", "1;4"),
         ("ADAPTIVE_MOE_LOG_DETAIL", "loud"),
         ("ADAPTIVE_MOE_RECALIBRATE", "maybe"),
+        ("ADAPTIVE_MOE_BUSY_FROM", "0"),
+        ("ADAPTIVE_MOE_BUSY_FROM", "always"),
+        ("ADAPTIVE_MOE_BUSY_FROM", "1048577"),
+        ("ADAPTIVE_MOE_SORTS", "policies,"),
+        ("ADAPTIVE_MOE_SORTS", "oppus"),
     ],
 )
 def test_refused_by_name_value_and_what_is_accepted(name, value):
@@ -115,15 +133,85 @@ def test_every_variable_of_the_table_is_read():
     assert {variable.name for variable in VARIABLES} == Watched.asked
 
 
-@given(st.text(alphabet="auto012345-+., x", max_size=6))
+@given(st.text(alphabet="autof012345-+., x", max_size=6))
 def test_any_text_is_off_auto_an_integer_or_an_error(value):
     try:
         settings = read_settings({ENGINE_VARIABLE: value})
     except SettingsError:
-        assert value.strip().lower() != "auto"
+        assert value.strip().lower() not in ("auto", "off")
         assert not value.strip().isdigit() or int(value) > 255
     else:
         word = value.strip().lower()
-        expected = {"": Mode.OFF, "auto": Mode.AUTO}.get(word, Mode.FIXED)
+        expected = {"": Mode.OFF, "off": Mode.OFF, "auto": Mode.AUTO}.get(word, Mode.FIXED)
         assert settings.mode is expected
         assert settings.fixed_policy == (int(word) if expected is Mode.FIXED else None)
+
+
+# A server starts whatever the environment holds
+
+
+BAD = {
+    ENGINE_VARIABLE: "3x",
+    NEUTRAL_VARIABLE: "-1",
+    "ADAPTIVE_MOE_BUDGET_S": "fast",
+    "ADAPTIVE_MOE_MARGIN": "1%",
+    "ADAPTIVE_MOE_BUCKETS": "8,4",
+    "ADAPTIVE_MOE_BUSY_FROM": "0",
+    "ADAPTIVE_MOE_SORTS": "fastest",
+    "ADAPTIVE_MOE_RECALIBRATE": "maybe",
+    "ADAPTIVE_MOE_LOG_DETAIL": "loud",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_is_one_sentence_and_the_default_and_the_others_count(name):
+    good = {ENGINE_VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "3", "ADAPTIVE_MOE_MARGIN": "0.2"}
+    settings, problems = read_for_serving({**good, name: BAD[name]})
+    (problem,) = problems
+    variable = next(v for v in VARIABLES if v.name == name)
+    assert f"{name}={BAD[name]!r}" in problem
+    assert variable.accepts in problem
+    assert problem.endswith(f"it counts as {variable.default}")
+    without = {other: value for other, value in good.items() if other != name}
+    assert settings == read_settings(without)
+
+
+def test_everything_bad_at_once_is_off_and_one_sentence_each():
+    settings, problems = read_for_serving(BAD)
+    assert settings == Settings()
+    assert len(problems) == len(BAD)
+
+
+def test_two_names_that_differ_are_said_and_the_engines_own_counts():
+    both = {ENGINE_VARIABLE: "1", NEUTRAL_VARIABLE: "auto"}
+    settings, (problem,) = read_for_serving(both)
+    assert (settings.mode, settings.fixed_policy) == (Mode.FIXED, 1)
+    assert "disagree" in problem
+    assert problem.endswith("the first of them counts")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("ADAPTIVE_MOE_BUGET_S", "ADAPTIVE_MOE_BUDGET_S"),
+        ("ADAPTIVE_MOE_DISPACH_POLICY", "ADAPTIVE_MOE_DISPATCH_POLICY"),
+        ("ADAPTIVE_MOE_SORT", "ADAPTIVE_MOE_SORTS"),
+    ],
+)
+def test_a_misspelt_name_is_told_what_is_meant(name, meant):
+    settings, problems = read_for_serving({ENGINE_VARIABLE: "auto", name: "1"})
+    assert settings == Settings(mode=Mode.AUTO)
+    (problem,) = problems
+    assert problem.startswith(f"{name} is not a variable")
+    assert problem.endswith(f"did you mean {meant}?")
+
+
+def test_names_of_others_are_not_ours_to_judge():
+    assert misspelt({"ADAPTIVE_SOMETHING": "1", "VLLM_MOE": "2", NEUTRAL_VARIABLE: "auto"}) == ()
+
+
+@given(st.dictionaries(st.sampled_from([v.name for v in VARIABLES]), st.text(max_size=8)))
+def test_reading_for_serving_never_raises(environ):
+    settings, problems = read_for_serving(environ)
+    if not problems:
+        assert settings == read_settings(environ)

@@ -11,7 +11,8 @@ from importlib import import_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from argparse import Namespace
+    from collections.abc import Callable, Sequence
 
 # command -> its module here, and what it does.
 COMMANDS = {
@@ -42,7 +43,7 @@ def main(argv: "Sequence[str] | None" = None) -> int:
     name = next((word for word in words if word in COMMANDS), None)
     _print_any_path()
     try:
-        code = _run(_parser(name), words)
+        code = _run(words)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -58,8 +59,20 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         return _end(name, str(error), 1)
 
 
-def _parser(asked: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class LazyParser(argparse.ArgumentParser):
+    """A parser that adds its options when it is asked to parse, and not before."""
+
+    fill: "Callable[[LazyParser], None] | None" = None
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        if self.fill is not None:
+            fill, self.fill = self.fill, None
+            fill(self)
+        return super().parse_known_args(args, namespace)
+
+
+def _parser() -> LazyParser:
+    parser = LazyParser(
         prog="adaptive-moe",
         description="Measures which MoE sorting dispatch policy is fastest for each token count.",
         epilog="adaptive-moe COMMAND --help says more. Begin with: adaptive-moe doctor",
@@ -68,15 +81,22 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (module, what) in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
-        if name == asked:
-            found = import_module(f"adaptive_moe.cli.{module}")
-            found.add_options(command)
-            command.set_defaults(run=found.run)
+        command.fill = _filler(module)
     return parser
 
 
-def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    args = parser.parse_args(words)
+def _filler(module: str) -> "Callable[[LazyParser], None]":
+    def fill(parser: LazyParser) -> None:
+        found = import_module(f"adaptive_moe.cli.{module}")
+        found.add_options(parser)
+        parser.set_defaults(run=found.run)
+
+    return fill
+
+
+def _run(words: "list[str]") -> int:
+    parser = _parser()
+    args: Namespace = parser.parse_args(words)
     if args.version:
         from adaptive_moe import __version__
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptive_moe.disk.write import replace_file
+
 STDOUT = "-"
 
 
@@ -57,30 +59,13 @@ def write(path: str, content: bytes) -> None:
     if _is_special(path):  # a device or a pipe is written to, not replaced
         Path(path).write_bytes(content)
         return
-    temporary = None
+    place = Path(os.path.realpath(path))  # a link keeps pointing at what it points at
     try:
-        place = Path(os.path.realpath(path))  # a link keeps pointing at what it points at
         place.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(".tmp", ".adaptive-moe-", place.parent)
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-        os.replace(temporary, place)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-        raise
+        replace_file(place, content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), path) from error
 
 
 def _is_special(path: str) -> bool:
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -11,54 +11,60 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adaptive_moe.policy.buckets import check_domain
-from adaptive_moe.policy.decision import Rule, Standing, combine
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.policy.decision import Rule, Standing, Verdict, conclude
 from adaptive_moe.policy.environment import Environment, describe_environment
+from adaptive_moe.policy.evidence import SCHEMA, Calibration
+from adaptive_moe.policy.losses import combine
 from adaptive_moe.policy.plain import from_plain, to_plain
-from adaptive_moe.policy.table import SCHEMA, Bucket, PolicyTable
-from adaptive_moe.shape import SortingShape
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.table import PolicyTable
 
 if TYPE_CHECKING:
     from adaptive_moe.kernels import SortKernel
     from adaptive_moe.tuning.calibrator import Plan
 
-# Raise when the same samples would be taken, judged or interpolated differently than before.
-DECISION_VERSION = 2
+# Raise when the same samples would be taken or judged differently than before.
+DECISION_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Request:
     """The part of a key that a calibration does not record itself.
 
-    capture_sizes  token counts captured into graphs, empty where calls are timed eagerly only
-    first          token counts measured first, empty for the default grid
+    engine    who asked, and its version, such as `vllm 0.33.0`; it decides what runs around a sort
+    first     token counts measured first, empty for the default grid
+    decision  DECISION_VERSION of who measured
     """
 
-    decision: int
-    capture_sizes: tuple[int, ...]
-    first: tuple[int, ...]
+    engine: str
+    first: tuple[int, ...] = ()
+    decision: int = DECISION_VERSION
 
 
 @dataclass(frozen=True)
 class Key:
     """Everything that can change the answer. The budget is not in it: it changes how much is
-    settled, not what is true, and a table measured at leisure may serve a hurried start."""
+    settled, not what is true, and a table measured at leisure may serve a hurried start.
+
+    kernel identifies by content what lies below the seam (kernels/); coverage holds the baseline
+    and the caller's context.
+    """
 
     request: Request
     environment: Environment
     kernel: str
-    policies: tuple[int, ...]
-    shape: SortingShape
-    max_tokens: int
+    candidates: tuple[str, ...]
+    coverage: Coverage
     rule: Rule
     schema: int
 
     def file_name(self) -> str:
-        """Such as `256x8-7168-bfloat16-b32-amd-instinct-mi300x-0123456789abcdef.json`."""
-        shape = self.shape
+        """Such as `256x8-7168-bfloat16-b32-vllm-0.33.0-amd-mi300x-0123456789abcdef.json`."""
+        shape = self.coverage.shape
         words = (
             f"{shape.num_experts}x{shape.topk}-{shape.model_dim}-{shape.dtype}-b{shape.block_size}"
-            f"-{self.environment.device}"
+            f"-{self.request.engine}-{self.environment.device}"
         )
         readable = re.sub(r"[^a-z0-9_.]+", "-", words.lower()).strip("-.")[:100]
         text = json.dumps(to_plain(self), sort_keys=True)
@@ -80,9 +86,8 @@ class Stored:
             self.request,
             found.environment,
             found.kernel,
-            found.policies,
-            found.shape,
-            found.max_tokens,
+            found.candidates,
+            found.coverage,
             found.rule,
             found.schema,
         )
@@ -106,37 +111,60 @@ class Stored:
             plain = json.loads(request)
         except RecursionError:
             raise ValueError("the JSON is nested too deeply") from None
-        stored = cls(from_plain(Request, plain, "request"), PolicyTable.from_json(calibration))
-        try:
-            stored._check()
-        except ArithmeticError as error:  # such as a gain of all the time there is
-            raise ValueError(f"its measurements are impossible: {error}") from None
-        return stored
+        table = PolicyTable.from_json(calibration)
+        check(table.evidence)
+        return cls(from_plain(Request, plain, "request"), table)
 
-    def _check(self) -> None:
-        found = self.table.evidence
-        if bool(found.graph) != bool(self.request.capture_sizes):
-            raise ValueError("graph buckets and capture sizes do not belong together")
-        for bucket in (*found.eager, *found.graph):
-            if not _supported(bucket, found.policies):
+
+def key_for(kernel: "SortKernel", coverage: Coverage, plan: "Plan", engine: str) -> Key:
+    """The key of what `calibrate(kernel, coverage, plan)` would measure here and now, for an engine
+    such as `vllm 0.33.0`."""
+    return Key(
+        Request(engine, tuple(plan.first)),
+        describe_environment(kernel.device),
+        kernel.name,
+        tuple(candidate.name for candidate in kernel.candidates),
+        coverage.on(kernel.device.type),
+        plan.rule,
+        SCHEMA,
+    )
+
+
+def check(found: Calibration) -> None:
+    """Raise ValueError where the evidence does not lead to the table it is said to have made, or
+    belongs to other token counts than its coverage."""
+    for situation in Situation:
+        counts, buckets = found.coverage.counts(situation), found.section(situation)
+        if situation is Situation.GRAPH and bool(counts) != bool(buckets):
+            raise ValueError("graph buckets and captured sizes do not belong together")
+        for bucket in buckets:
+            if bucket.num_tokens not in counts:
                 raise ValueError(
-                    f"policy {bucket.policy} at {bucket.num_tokens} tokens is not what its own "
+                    f"{bucket.num_tokens} tokens ({situation.value}) are not in its coverage"
+                )
+            for result in (r for verdict in bucket.verdicts for r in verdict.results):
+                if not (result.gain or 0.0) < 1.0 or not (result.median_us or 1.0) > 0.0:
+                    raise ValueError(f"its measurements are impossible: {result}")
+            fits = bool(bucket.fills) and all(_supported(v, found) for v in bucket.verdicts)
+            if not fits or combine(bucket.verdicts)[0] != bucket.candidate:
+                raise ValueError(
+                    f"{bucket.candidate} at {bucket.num_tokens} tokens is not what its own "
                     "measurements support"
                 )
 
 
-def key_for(kernel: "SortKernel", shape: SortingShape, plan: "Plan") -> Key:
-    """The key of what `calibrate(kernel, shape, plan)` would measure here and now."""
-    captured = plan.capture_sizes if kernel.device.type != "cpu" else ()
-    return Key(
-        Request(DECISION_VERSION, check_domain("capture_sizes", captured), tuple(plan.first)),
-        describe_environment(kernel.device),
-        kernel.name,
-        kernel.policies,
-        shape,
-        plan.max_tokens,
-        plan.rule,
-        SCHEMA,
+def _supported(verdict: Verdict, found: Calibration) -> bool:
+    """Is the verdict's candidate the one that its results lead to?"""
+    results = verdict.results
+    sure = (
+        r.gain_low is not None and r.gain_low > found.rule.margin
+        for r in results
+        if r.standing is Standing.FASTER
+    )
+    return (
+        tuple(r.candidate for r in results) == found.candidates
+        and all(sure)
+        and conclude(results, verdict.rounds).candidate == verdict.candidate
     )
 
 
@@ -152,16 +180,6 @@ def differences(theirs: object, ours: object, where: str = "here") -> list[str]:
 
 def _hash_line(body: str) -> str:
     return f'{{"sha256": "{hashlib.sha256(body.encode("utf-8", "replace")).hexdigest()}",\n'
-
-
-def _supported(bucket: Bucket, policies: tuple[int, ...]) -> bool:
-    """Is the bucket's policy the one its own verdicts lead to?"""
-    for fill in bucket.fills:
-        results = fill.verdict.results
-        faster = {r.policy for r in results if r.standing is Standing.FASTER}
-        if tuple(r.policy for r in results) != policies or fill.verdict.policy not in {0, *faster}:
-            return False
-    return bool(bucket.fills) and combine([f.verdict for f in bucket.fills])[0] == bucket.policy
 
 
 def _flat(plain: object, name: str = "") -> dict[str, object]:

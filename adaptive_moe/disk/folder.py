@@ -1,14 +1,14 @@
 """Calibrations on disk: one JSON file for each environment and shape, shared by any processes.
 
-What a file holds, and when it is believed, is in stored.py; here is which folder, which files are
-ours to believe (regular ones, of this user or root, of a sane size), and how they get there.
+What a file holds, and when it is believed, is in file.py; here is which folder, which files are
+ours to believe (regular ones, of this user or root, of a sane size), and which tables are kept.
 Anything else is a miss with one log line that names the file and why: measuring again is always
 safe, so nothing here raises into a warm-up.
 
-There are no locks. A file is written beside its place, flushed, and renamed over it: a reader sees
-the old file or the new one, never half of one. Processes that measured the same thing overwrite
-each other with tables that are equally good, and the last one wins. A process that is killed leaves
-at most a `.tmp` file that nobody reads; a later write removes it.
+There are no locks. A reader sees the old file or the new one, never half of one (write.py).
+Processes that measured the same thing overwrite each other with tables that are equally good, and
+the last one wins. A process that is killed leaves at most a `.tmp` file that nobody reads; a later
+write removes it.
 """
 
 import errno
@@ -16,13 +16,12 @@ import logging
 import os
 import re
 import stat
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from adaptive_moe.disk.file import Key, Stored, differences, key_for
+from adaptive_moe.disk.write import remove_stale, replace_file
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import Settings
 
@@ -32,11 +31,16 @@ logger = logging.getLogger("adaptive_moe")
 
 # A table of a hundred buckets has 0.2 MiB; what is larger is not read, let alone parsed.
 MAX_FILE_BYTES = 4 << 20
-# A write takes milliseconds: a temporary file this old belongs to nobody any more.
-STALE_AFTER_S = 3600.0
-
 FILE_NAME = re.compile(r"[a-z0-9_.-]{1,120}-[0-9a-f]{16}\.json")
-TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".adaptive-moe-", ".tmp"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A stored table. unfinished: it left something unsettled that the budget asked for now, larger
+    than its own, may settle: measure with `earlier=table.evidence` to go on from there."""
+
+    table: PolicyTable
+    unfinished: bool
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ class Store:
     recalibrate: bool = False
     quiet: bool = False
 
-    def load(self, key: Key) -> PolicyTable | None:
-        """The table for exactly this key, or None (a miss), with a line in the log."""
+    def load(self, key: Key, budget_s: float = 0.0) -> Loaded | None:
+        """The table for exactly this key, or None (a miss), with a line in the log. budget_s: what
+        measuring it now might take, in seconds."""
         path = self.folder / key.file_name()
         if not self.usable:
             return None
@@ -60,6 +65,8 @@ class Store:
             return None
         try:
             stored = read_file(path)
+            if not stored.table.sound:
+                raise ValueError("a candidate failed or was wrong in it")
         except FileNotFoundError:
             logger.debug("nothing stored in %s yet", path)
             return None
@@ -71,20 +78,25 @@ class Store:
             logger.warning("%s is not used, measuring again: it is for another %s", path, fields)
             return None
         found = stored.table.evidence
+        unfinished = budget_s > found.budget_s and not stored.table.settled
         self._say(
-            "%s: table from %s, measured %s on %s (%s, torch %s)",
-            *(found.shape.describe(), path, found.created),
+            "%s: table from %s, measured %s on %s (%s, torch %s)%s",
+            *(found.coverage.describe(), path, found.created),
             *(found.environment.device, found.environment.runtime or "CPU"),
             found.environment.torch,
+            f"; going on from its {found.budget_s:g} s with {budget_s:g} s" if unfinished else "",
         )
-        return stored.table
+        return Loaded(stored.table, unfinished)
 
     def publish(self, tables: Mapping[Key, PolicyTable]) -> int:
-        """Keep these tables; how many are on disk now. The first failure is warned about and the
-        last thing tried: a disk that is full or read-only stays so for the next shape."""
+        """Keep those of these tables that are sound; how many are on disk now. The first failure is
+        warned about and the last thing tried: a disk that is full or read-only stays so."""
         kept = 0
         for key, table in tables.items() if self.usable else ():
             path, stored = self.folder / key.file_name(), Stored(key.request, table)
+            if not table.sound:
+                logger.debug("%s is not written: a candidate failed or was wrong", path)
+                continue
             if stored.key != key:
                 fields = ", ".join(differences(stored.key, key))
                 self._say("%s is not written: the ranks' table has another %s", path, fields)
@@ -150,23 +162,8 @@ def write_file(path: Path, stored: Stored) -> None:
     if _holds(path, content):
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _remove_stale(path.parent)
-    descriptor, temporary = tempfile.mkstemp(TEMPORARY_SUFFIX, TEMPORARY_PREFIX, path.parent)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        _remove(Path(temporary))
-        raise
-    # Without this the rename itself may not survive a power cut.
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    remove_stale(path.parent)
+    replace_file(path, content, mode=0o600)
 
 
 def stored_files(folder: Path) -> list[Path]:
@@ -174,11 +171,6 @@ def stored_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if FILE_NAME.fullmatch(p.name))
-
-
-def temporary_files(folder: Path) -> list[Path]:
-    """What killed processes left behind, or others are writing right now."""
-    return sorted(folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"))
 
 
 def _believed(path: Path) -> bytes:
@@ -212,22 +204,6 @@ def _holds(path: Path, content: bytes) -> bool:
         return _believed(path) == content
     except (OSError, ValueError):
         return False
-
-
-def _remove_stale(folder: Path) -> None:
-    for path in temporary_files(folder):
-        try:
-            if time.time() - path.lstat().st_mtime > STALE_AFTER_S:
-                _remove(path)
-        except FileNotFoundError:
-            pass  # its writer has just renamed it
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError as error:
-        logger.debug("%s stays behind: %s", path, error)
 
 
 def _ours(facts: os.stat_result) -> bool:

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 class Counter:
@@ -28,42 +28,49 @@ class Counter:
 
 @dataclass(frozen=True)
 class Counts:
-    """Calls of the seam since it was installed, by what happened to their policy.
+    """Calls of the seam since it was installed, by what became of them. A captured call is counted
+    when it is captured; replays never come by.
 
-    graph, eager  the table's, from its graph and its eager array. A captured call is counted when
-                  it is captured; replays never come by
-    fixed         the integer the variable names
-    own           the caller's own non-zero policy, respected
-    passed        nothing to choose: flat, output_aux, or an empty batch
-    unknown       no table for that shape (yet): AITER's own choice
-    failed        our own failure: AITER's own choice
+    chosen     a candidate other than the baseline answered, as the table says
+    baseline   the baseline answered, as the table says
+    fixed      the integer the variable names was passed
+    own        the caller's own policy, neither 0 nor the engine's default: respected
+    passed     nothing to choose: flat, output_aux, or an empty batch
+    odd        arguments we cannot read (symbolic sizes, no tensor): went through as they came
+    unknown    no table for that shape (yet): the baseline answered
+    fell_back  another sort raised, and the baseline answered the same call
+    failed     our own failure: the baseline answered
     """
 
-    graph: int
-    eager: int
+    chosen: int
+    baseline: int
     fixed: int
     own: int
     passed: int
+    odd: int
     unknown: int
+    fell_back: int
     failed: int
 
     @property
     def total(self) -> int:
-        return sum(
-            (self.graph, self.eager, self.fixed, self.own, self.passed, self.unknown, self.failed)
-        )
+        # A call that fell back was counted as chosen before.
+        ways: list[int] = [getattr(self, field.name) for field in fields(self)]
+        return sum(ways) - self.fell_back
 
 
 class Counters:
     """One Counter for each field of Counts."""
 
     def __init__(self) -> None:
-        self.graph = Counter()
-        self.eager = Counter()
+        self.chosen = Counter()
+        self.baseline = Counter()
         self.fixed = Counter()
         self.own = Counter()
         self.passed = Counter()
+        self.odd = Counter()
         self.unknown = Counter()
+        self.fell_back = Counter()
         self.failed = Counter()
 
     def read(self) -> Counts:

@@ -1,11 +1,11 @@
-"""The seam: `aiter.fused_moe.moe_sorting`, wrapped so that its dispatch policy is the one measured.
+"""The hook at AITER's seam, `aiter.fused_moe.moe_sorting`: each call is answered by the candidate
+that was measured for it, and everything else by the baseline, argument for argument.
 
-The wrapper changes the ninth argument, the policy, and nothing else; AITER's own function is called
-exactly once a call whatever happens here. A call costs a dict lookup on the sort's shape, one
-question to the GPU runtime (is this stream being captured?) and one array index.
+AITER's own function is called exactly once a call whatever happens here, unless another sort
+answers in its place. What each call costs is in wrapper.py, what happens rarely in rare.py.
 
     hook = AiterHook(read_settings())
-    hook.install(aiter.fused_moe)      # from now on shapes are seen, and run as AITER chooses
+    hook.install(aiter.fused_moe)      # from now on shapes are seen, and run as they came
     ... a first forward ...
     warm_up(hook, max_tokens=16384)    # warm_up.py measures the shapes seen, and sets their tables
     hook.uninstall()
@@ -14,68 +14,35 @@ question to the GPU runtime (is this stream being captured?) and one array index
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from adaptive_moe.engines.counters import Counters, Counts
-from adaptive_moe.engines.seam import Layer, Pick
-from adaptive_moe.kernels import POLICIES
-from adaptive_moe.kernels.aiter import ConfigCall, seam_problem
+from adaptive_moe.engines.entries import entry_for, unanswered
+from adaptive_moe.engines.rare import RareCalls
+from adaptive_moe.engines.seam import Layer
+from adaptive_moe.engines.seen import Key, SeenCall
+from adaptive_moe.engines.wrapper import Entries, Entry, fixed, measured
+from adaptive_moe.kernels import POLICIES, SortKernel
+from adaptive_moe.kernels.aiter import meaning_of, seam_problem
+from adaptive_moe.kernels.live import Live, live_kernel
+from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import Mode, Settings
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["AiterHook", "Key", "SeenCall"]
 
 logger = logging.getLogger("adaptive_moe")
 
-# Far more shapes than a model has; a caller that varies without end must not fill the memory.
-MAX_SEEN = 256
-
 IsCapturing = Callable[[], bool]
-
-
-class Key(NamedTuple):
-    """What of a call changes the sort's cost, as the call spells it. Plain tuples compare equal to
-    it, and are what the hot path builds."""
-
-    num_experts: int
-    topk: int
-    model_dim: int
-    dtype: "torch.dtype"
-    block_size: int
-    has_expert_mask: bool
-    has_num_local_tokens: bool
-    accumulate: bool
-
-    def describe(self) -> str:
-        return (
-            f"{self.num_experts} experts, topk {self.topk}, dim {self.model_dim}, "
-            f"{str(self.dtype).removeprefix('torch.')}, block {self.block_size}"
-        )
-
-
-@dataclass(frozen=True)
-class SeenCall:
-    """A shape as it was seen at the seam.
-
-    num_tokens: the largest batch; config: how AITER's chooser was asked just before, if it was.
-    """
-
-    key: Key
-    num_tokens: int
-    device: "torch.device"
-    expert_mask: "torch.Tensor | None"
-    config: ConfigCall | None
+Observer = Callable[[Entry, PolicyTable], Entry]
 
 
 class AiterHook:
-    """The policy choice at AITER's seam in this process. All methods are safe from any thread.
+    """The choice at AITER's seam in this process. All methods are safe from any thread.
 
-    engine_policy is what the engine passes where its user chose nothing: like 0, it gives way to a
-    measured policy, and is what runs where nothing was measured.
-    tables is replaced whole, never changed in place: the hot path reads it without a lock.
+    engine_policy is what the engine passes where its user chose nothing. It and 0 are baselines:
+    policies to measure against. Any other is the caller's own choice and is left alone.
     """
 
     def __init__(
@@ -87,16 +54,17 @@ class AiterHook:
     ) -> None:
         self.settings = settings
         self.engine_policy = engine_policy
-        self.tables: Mapping[Key, PolicyTable] = {}
-        self.seen: dict[Key, SeenCall] = {}
-        self.warmed_up = False
         # One warm-up at a time; a second waits, and then finds the tables there.
         self.warming = threading.Lock()
-        self._is_capturing = is_capturing
-        self._counters = Counters()
-        self._layer: Layer | None = None
         self._lock = threading.RLock()
-        self._asked = threading.local()
+        self._counters = Counters()
+        self._is_capturing = is_capturing
+        self._rare = RareCalls(self._lock, self._counters, engine_policy, self._capture_query)
+        self._layer: Layer | None = None
+        self._tables: Mapping[Key, PolicyTable] = {}
+        self._sorts: dict[Key, Mapping[str, Callable[..., Any]]] = {}
+        self._off: set[str] = set()
+        self._observer: Observer | None = None
 
     def install(self, module: ModuleType) -> bool:
         """Wrap the seam of `module`; False, with one warning, where it is not the seam we know.
@@ -107,16 +75,24 @@ class AiterHook:
         with self._lock:
             if self._layer is not None:
                 self._layer.active = self._layer.is_reached_from(module)
+                self._renew()
                 if self._layer.active:
+                    self._rare.forgive()
                     return True
             problem = seam_problem(module)
             if problem is not None:
                 logger.warning("nothing is changed: %s", problem)
                 return False
-            self._warn_of_policy()
-            layer = Layer(module, self._asked)
-            layer.put(self._pick(layer))
-            self._layer = layer
+            self._layer = layer = Layer(module, self._rare.asked)
+            policy = self.settings.fixed_policy
+            if self.settings.mode is Mode.FIXED and policy is not None:
+                if policy not in POLICIES:
+                    logger.warning("policy %d is %s", policy, meaning_of(policy))
+                layer.put(fixed(layer, policy, self._counters))
+            else:
+                self._renew()
+                ask = self._capture_query()
+                layer.put(measured(layer, self._rare.answer, self._broke, ask))
             return True
 
     def uninstall(self) -> None:
@@ -128,139 +104,114 @@ class AiterHook:
 
     @property
     def layer(self) -> Layer | None:
-        """The layer that is in place and picks policies, or None."""
+        """The layer that is in place and chooses, or None."""
         layer = self._layer
         return layer if layer is not None and layer.active else None
 
+    @property
+    def seen(self) -> Mapping[Key, SeenCall]:
+        """What came by, whether it has a table or not, with the largest batch so far."""
+        return self._rare.seen
+
+    @property
+    def warmed_up(self) -> bool:
+        """Set it when a warm-up is over: shapes first seen from then on are warned of."""
+        return self._rare.warmed_up
+
+    @warmed_up.setter
+    def warmed_up(self, over: bool) -> None:
+        self._rare.warmed_up = over
+
+    @property
+    def tables(self) -> Mapping[Key, PolicyTable]:
+        """The tables in use. Replaced whole, never changed in place."""
+        return self._tables
+
     def set_tables(self, tables: Mapping[Key, PolicyTable]) -> None:
-        """Add tables for these shapes; calls under way finish with the ones they found."""
+        """Add tables for these keys; calls under way finish with the ones they found. A candidate
+        that nothing here answers to (kernel() makes known who does) is the baseline."""
         with self._lock:
-            self.tables = {**self.tables, **tables}
+            self._tables = {**self._tables, **tables}
+            missing = {n for k, t in tables.items() for n in unanswered(t, self._sorts.get(k, {}))}
+            self._renew()
+        for name in sorted(missing):
+            logger.warning("nothing here sorts as %r: the baseline serves in its place", name)
+
+    def drop_tables(self) -> None:
+        """Forget all tables: the baseline serves, until others are set."""
+        with self._lock:
+            self._tables = {}
+            self._renew()
+
+    def kernel(self, seen: SeenCall, key: Key, coverage: Coverage) -> SortKernel:
+        """Who may answer such calls, to be measured: the baseline, AITER's policies, and the sorts
+        that the settings admit. key: the seen one, or that of the same layer at other counts.
+
+        Run what measures it by seen.as_called(). RuntimeError where the hook is not in place.
+        """
+        layer = self.layer
+        if layer is None:
+            raise RuntimeError("adaptive_moe is not active in this process: install() it first")
+        extras = dict(seen.extras)
+        if key.accumulate != seen.key.accumulate:
+            extras["accumulate"] = key.accumulate
+        live = Live(
+            module=layer.module,
+            seam=layer.seam,
+            device=seen.device,
+            baseline=seen.baseline,
+            extras=extras,
+            rounded=seen.rounded,
+            num_outputs=seen.num_outputs,
+        )
+        kernel, sorts = live_kernel(live, coverage, self.settings.sorts)
+        with self._lock:
+            self._sorts[key] = sorts
+            self._renew()
+        return kernel
+
+    def observe(self, observer: Observer | None) -> None:
+        """Until it is None again, calls are answered by what the observer makes of each table's
+        entry, which answers alike: for counting while an engine starts, at no cost afterwards."""
+        with self._lock:
+            self._observer = observer
+            self._renew()
 
     def counts(self) -> Counts:
         """What happened to the calls so far."""
         return self._counters.read()
 
-    def _pick(self, layer: Layer) -> Pick:
-        if self.settings.mode is Mode.FIXED:
-            return self._pick_fixed(layer, self.settings.fixed_policy)
-        return self._pick_measured(layer)
+    def _capture_query(self) -> IsCapturing:
+        return self._is_capturing or capture_query()
 
-    def _pick_fixed(self, layer: Layer, policy: int | None) -> Pick:
-        counters = self._counters
+    def _renew(self) -> None:
+        """Give the layer the entries of the tables; those of other keys are made when called."""
+        layer = self._layer
+        if layer is not None:
+            found: dict[tuple[Any, ...], Entry] = {
+                key: entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
+                for key, table in self._tables.items()
+                if layer.active
+            }
+            if self._observer is not None:
+                found = {
+                    k: self._observer(found[k], t) for k, t in self._tables.items() if k in found
+                }
+            layer.entries = Entries(found)
 
-        def pick(topk_ids: Any, *others: Any) -> Any:
-            asked, unsorted = others[6], others[8]
-            if not layer.active:
-                return asked
-            try:
-                if unsorted or not topk_ids.shape[0]:
-                    counters.passed.add()
-                    return asked
-                counters.fixed.add()
-                return policy
-            except Exception as error:
-                return self._failed(layer, error, asked)
-
-        return pick
-
-    def _pick_measured(self, layer: Layer) -> Pick:
-        """The hot path, in one function because each call of another one costs as much as the
-        look-up. A call adds to one counter, as the last thing that can fail."""
-        counters, is_capturing = self._counters, self._is_capturing or capture_query()
-        count_graph, count_eager = counters.graph.add, counters.eager.add
-        engine_policy = self.engine_policy
-
-        def pick(
-            topk_ids: Any,
-            num_experts: Any,
-            model_dim: Any,
-            dtype: Any,
-            block_size: Any,
-            expert_mask: Any,
-            num_local_tokens: Any,
-            asked: Any,
-            accumulate: Any,
-            unsorted: Any,
-        ) -> Any:
-            if not layer.active:
-                return asked
-            try:
-                num_tokens, topk = topk_ids.shape
-                if unsorted or not num_tokens:
-                    counters.passed.add()
-                    return asked
-                if asked and asked != engine_policy:
-                    counters.own.add()
-                    return asked
-                masked, padded = expert_mask is not None, num_local_tokens is not None
-                # AITER allocates moe_buf for masked calls whatever accumulate says.
-                zeroed = masked or accumulate
-                key = (num_experts, topk, model_dim, dtype, block_size, masked, padded, zeroed)
-                table = self.tables.get(key)  # type: ignore[call-overload]
-                if table is None:
-                    self._note(Key(*key), topk_ids, expert_mask)
-                    counters.unknown.add()
-                    return asked
-                captured = is_capturing()
-                array = table.graph if captured else table.eager
-                policy = array[num_tokens] if num_tokens < len(array) else array[-1]
-                count_graph() if captured else count_eager()
-                return policy
-            except Exception as error:
-                return self._failed(layer, error, asked)
-
-        return pick
-
-    def _failed(self, layer: Layer, error: Exception, asked: Any) -> Any:
-        """Whatever goes wrong on our side must not cost a serving call: the caller's own policy."""
-        self._counters.failed.add()
-        self._stand_aside(layer, error)
-        return asked
-
-    def _note(self, key: Key, topk_ids: "torch.Tensor", expert_mask: "torch.Tensor | None") -> None:
-        """Remember a shape without a table. Holds references only: engines account for memory when
-        they first run the model, which is when this happens."""
-        num_tokens = topk_ids.shape[0]
+    def _broke(self, sort: Any, error: Exception) -> None:
+        """That sort raised while serving: it is off in this process, whatever it was to answer."""
+        self._counters.fell_back.add()
         with self._lock:
-            known = self.seen.get(key)
-            if known is not None:
-                if known.num_tokens < num_tokens:
-                    self.seen[key] = replace(known, num_tokens=num_tokens)
+            names = {n for sorts in self._sorts.values() for n, s in sorts.items() if s is sort}
+            if names <= self._off:
                 return
-            if len(self.seen) >= MAX_SEEN:
-                return
-            args, kwargs = getattr(self._asked, "last", ((), {}))
-            config = ConfigCall(args[1:], tuple(kwargs.items())) if args else None
-            self.seen[key] = SeenCall(key, num_tokens, topk_ids.device, expert_mask, config)
-        if self.warmed_up:
-            logger.warning(
-                "sorting %d tokens of %s was first seen after warm-up: AITER's own policy serves "
-                "it until the next warm_up()",
-                num_tokens,
-                key.describe(),
-            )
-
-    def _stand_aside(self, layer: Layer, error: Exception) -> None:
-        with self._lock:
-            first, layer.active = layer.active, False
-        if first:
-            logger.warning(
-                "stepping aside in this process, AITER runs as it is: choosing a policy raised "
-                "%s: %s",
-                type(error).__name__,
-                error,
-            )
-
-    def _warn_of_policy(self) -> None:
-        fixed = self.settings.fixed_policy
-        if fixed is not None and fixed not in POLICIES:
-            logger.warning(
-                "policy %d is not one AITER names: it knows %s and takes any other as 2, "
-                "multi-phase; give one of them, or auto",
-                fixed,
-                ", ".join(map(str, POLICIES)),
-            )
+            self._off |= names
+            self._renew()
+        logger.warning(
+            "%s is off in this process and the baseline serves in its place: it raised %s: %s",
+            *(", ".join(sorted(names)), type(error).__name__, error),
+        )
 
 
 def capture_query() -> IsCapturing:

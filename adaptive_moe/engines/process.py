@@ -2,52 +2,78 @@
 
 import functools
 import logging
+import multiprocessing
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from adaptive_moe.engines import telling
 from adaptive_moe.engines.counters import Counters, Counts
+from adaptive_moe.engines.coverage import Chooser
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.engines.on_import import when_imported
 from adaptive_moe.engines.warm_up import WarmUp
 from adaptive_moe.engines.warm_up import warm_up as warm_up_hook
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
 from adaptive_moe.ranks.agreement import open_channel
-from adaptive_moe.settings import Mode, Settings, SettingsError, read_settings
+from adaptive_moe.settings import (
+    ENGINE_VARIABLE,
+    NEUTRAL_VARIABLE,
+    OFF,
+    Mode,
+    Settings,
+    read_for_serving,
+)
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
 logger = logging.getLogger("adaptive_moe")
 
+PLAIN = "plain"
+
 _lock = threading.RLock()
 _hook: AiterHook | None = None
+_engine = PLAIN
 _wanted = False
+_starting = False
+_said: set[str] = set()
 
 
-def install(settings: Settings | None = None, *, engine_policy: int = 0) -> bool:
-    """Choose AITER's sorting policy in this process from now on; False where there is no AITER.
+def install(
+    settings: Settings | None = None, *, engine_policy: int = 0, engine: str = PLAIN
+) -> bool:
+    """Choose AITER's sort in this process from now on; False, with a line that says why, where
+    nothing will be chosen.
 
     Wraps the seam now where `aiter.fused_moe` is imported, else as soon as it is; AITER itself is
-    not imported. Without `settings` the environment decides, and no variable set means `auto`.
-    engine_policy is what the engine passes when its user chose nothing, if that is not 0.
-    Installing again with the same settings changes nothing. Raises SettingsError.
+    not imported. Installing again with the same settings changes nothing.
+
+    Args:
+        settings: by default what the environment says, and `auto` where it says nothing.
+        engine_policy: what the engine passes when its user chose nothing, if that is not 0.
+        engine: its name and version, a part of what a stored table is good for.
     """
-    global _hook, _wanted  # noqa: PLW0603
+    global _hook, _wanted, _engine  # noqa: PLW0603
     found = find_aiter()
     if found.problem is not None:
         logger.warning("nothing is changed: %s", found.problem)
         return False
     settings = settings or _settings_or_auto()
+    if settings.mode is Mode.OFF:
+        logger.warning("nothing is changed: the environment switches adaptive_moe off")
+        return False
     with _lock:
         if _hook is not None and (_hook.settings, _hook.engine_policy) != (settings, engine_policy):
             _hook.uninstall()
             _hook = None
         _hook = _hook or AiterHook(settings, engine_policy=engine_policy)
-        _wanted = True
+        _engine, _wanted = engine, True
     when_imported(MODULE, _install)
     return True
 
@@ -66,21 +92,67 @@ def warm_up(
     capture_sizes: Sequence[int] = (),
     *,
     agree: "bool | dist.ProcessGroup" = False,
+    busy_from: int | None = None,
+    padding_rows: bool = False,
+    pooled: int = 1,
+    choosers: Sequence[Chooser] = (),
 ) -> WarmUp:
     """Calibrate every shape seen since install(), for batches up to max_tokens; call it after a
-    first forward and before capturing the sizes named. See engines/warm_up.py.
+    first forward and before capturing the sizes named. Call it again for larger batches or other
+    sizes: the tables grow.
 
-    agree: end with the same tables as all ranks of torch.distributed, or as those of one group.
-    Every one of them must then call this equally often; the others wait for one that does not, up
-    to three minutes, and then run without tables. A rank that has nothing to calibrate calls it
-    too, even without AITER.
+    Args:
+        max_tokens: the largest batch to expect, in tokens.
+        capture_sizes: token counts that will be captured into graphs.
+        agree: end with the same tables as all ranks of torch.distributed, or as those of one group.
+            Every one of them must then call this equally often, also without AITER or a MoE layer;
+            the others wait for one that does not, and then run without tables.
+        busy_from: from so many tokens on, eager calls meet a busy device (1: always). By default
+            above the largest captured size, or from 2,048 on where nothing is captured.
+        padding_rows: may rows of topk_ids be -1?
+        pooled: ranks whose tokens reach the sort together.
+        choosers: for layers whose block_size AITER does not pick; see engines/coverage.py.
+
+    Returns what was set, and a sentence for each shape that has no table. Raises ValueError for a
+    max_tokens below 1.
     """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens!r} is not accepted: give 1 or more tokens")
     connect = None
     if agree is not False:
         connect = functools.partial(open_channel, None if agree is True else agree)
     # Without install() there is nothing to measure, but other ranks may wait.
     hook = current() or AiterHook(Settings())
-    return warm_up_hook(hook, max_tokens, capture_sizes, connect=connect)
+    made = warm_up_hook(
+        hook,
+        max_tokens,
+        capture_sizes,
+        busy_from=busy_from,
+        pooled=pooled,
+        padding_rows=padding_rows,
+        choosers=choosers,
+        engine=_engine,
+        connect=connect,
+    )
+    if hook is current():
+        telling.after_warm_up(hook, _engine, made, captures_next=_starting)
+    return made
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around the part of an engine's start that warms up and then captures: after it, it is said
+    which candidates the captured calls took."""
+    global _starting  # noqa: PLW0603
+    _starting = True
+    try:
+        yield
+    finally:
+        _starting = False
+        try:
+            telling.after_capture()
+        except Exception:
+            logger.exception("what was captured could not be told")
 
 
 def counts() -> Counts:
@@ -94,22 +166,46 @@ def current() -> AiterHook | None:
     return _hook
 
 
+def asked_for() -> Settings | None:
+    """What the environment asks a plugin for; None for nothing. What it cannot mean is said once,
+    by an engine's first process."""
+    settings = _read_settings(speaks=is_first_process())
+    return None if settings.mode is Mode.OFF else settings
+
+
+def named(engine: str) -> str:
+    """Name and version of an installed engine."""
+    try:
+        return f"{engine} {metadata.version(engine)}"
+    except metadata.PackageNotFoundError:  # run from its sources
+        return f"{engine} (version unknown)"
+
+
+def is_first_process() -> bool:
+    """Not one that multiprocessing started: engines load plugins in all of theirs."""
+    return multiprocessing.parent_process() is None
+
+
 def _install(module: ModuleType) -> None:
     with _lock:
         if _wanted and _hook is not None:
             _hook.install(module)
 
 
-def asked_for() -> Settings | None:
-    """What the environment asks a plugin for; None for nothing, and for nonsense, which is said."""
-    try:
-        settings = read_settings(os.environ)
-    except SettingsError as error:
-        logger.error("%s", error)
-        return None
-    return None if settings.mode is Mode.OFF else settings
-
-
 def _settings_or_auto() -> Settings:
-    settings = read_settings(os.environ)
-    return replace(settings, mode=Mode.AUTO) if settings.mode is Mode.OFF else settings
+    settings = _read_settings(speaks=True)
+    words = (
+        os.environ.get(name, "").strip().lower() for name in (ENGINE_VARIABLE, NEUTRAL_VARIABLE)
+    )
+    if settings.mode is Mode.OFF and not any(word in OFF for word in words):
+        return replace(settings, mode=Mode.AUTO)
+    return settings
+
+
+def _read_settings(*, speaks: bool) -> Settings:
+    settings, problems = read_for_serving(os.environ)
+    for problem in problems:
+        if speaks and problem not in _said:
+            _said.add(problem)
+            logger.warning("%s", problem)
+    return settings

@@ -1,31 +1,38 @@
 """The SGLang plugin (entry-point group `sglang.srt.plugins`), run in every process of SGLang.
 
-With neither variable set it returns at once. SGLang passes AITER a policy of its own, 2 unless its
-user set SGLANG_AITER_MOE_SORTING_DISPATCH_POLICY. A user's choice wins. SGLang's own default gives
-way to what was measured, and stays where nothing was.
+With no variable of ours set it returns at once. SGLang 0.5.22 and later pass AITER a policy of
+their own, 2 unless the user set SGLANG_AITER_MOE_SORTING_DISPATCH_POLICY; earlier ones pass none. A
+user's choice wins. SGLang's own default is the baseline: it gives way to what was measured to be
+faster, and stays everywhere else.
 
 SGLang runs no model before it captures its first graph, so that is when calibration runs: between
-the eager runs of the first capture, which show the shapes, and the capture itself. SGLang's
-small-batch sort sits below the seam; it is measured, and keeps working, as part of AITER.
+the eager runs of a first capture, which show the shapes, and the capture itself. Where nothing is
+captured, a dummy batch shows them: the one that SGLang itself has for tuning kernels, run where
+every rank has just come by, before serving. SGLang's small-batch sort sits below the seam; it is
+measured, and keeps working, as part of AITER.
 
 Ranks agree over the tensor-parallel group of the graph backend. SGLang itself makes all of that
-group wait for each other right before each of those eager runs, so they surely all come by here:
-at the first capture of all, whatever they saw, and later at one that shows them new shapes.
+group wait for each other right before each of those eager runs, so they surely all come by here: at
+the first capture of each of its graph runners, whatever they saw and whatever became of us there.
 
-Read in SGLang 0.5.23.
+Read in SGLang 0.5.20 to 0.5.23.
 """
 
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 logger = logging.getLogger("adaptive_moe")
 
-# As in settings.py, which is only imported when one of them is set.
-VARIABLES = ("ADAPTIVE_MOE_DISPATCH_POLICY", "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY")
+# As in settings.py, which is only imported when something is set.
+VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
+PREFIX = "ADAPTIVE_MOE_"
 SGLANG_VARIABLE = "SGLANG_AITER_MOE_SORTING_DISPATCH_POLICY"
 
 _BACKENDS = "sglang.srt.model_executor.runner_backend"
@@ -34,11 +41,14 @@ BACKENDS = {
     f"{_BACKENDS}.breakable_cuda_graph_backend": "BreakableCudaGraphBackend",
     f"{_BACKENDS}.tc_piecewise_cuda_graph_backend": "TcPiecewiseCudaGraphBackend",
 }
+MODEL_RUNNER = "sglang.srt.model_executor.model_runner"
+# Enough to show the model's layers; their sorts at other counts are asked of AITER.
+DUMMY_REQUESTS = 32
 
 
 def register() -> None:
     """Entry point. Never raises: without us SGLang starts as it would have."""
-    if not any(os.environ.get(name) for name in VARIABLES):
+    if not any(os.environ[n] for n in os.environ if n == VARIABLE or n.startswith(PREFIX)):
         return
     try:
         _register()
@@ -63,18 +73,21 @@ def _register() -> None:
             chosen,
         )
         return
-    if not process.install(settings, engine_policy=_engine_policy()):
+    engine = process.named("sglang")
+    if not process.install(settings, engine_policy=_engine_policy(), engine=engine):
         return
     if settings.mode is Mode.AUTO:
         for module, name in BACKENDS.items():
             when_imported(module, functools.partial(_wrap_capture, name))
+        when_imported(MODEL_RUNNER, _wrap_model_runner)
 
 
 def _engine_policy() -> int:
-    """What SGLang passes when its user chose nothing."""
+    """What SGLang passes when its user chose nothing; versions without the variable pass none."""
     from sglang.srt.environ import envs
 
-    return int(getattr(envs, SGLANG_VARIABLE).get())
+    field = getattr(envs, SGLANG_VARIABLE, None)
+    return 0 if field is None else int(field.get())
 
 
 def _wrap_capture(name: str, module: ModuleType) -> None:
@@ -83,7 +96,7 @@ def _wrap_capture(name: str, module: ModuleType) -> None:
     if original is None:
         logger.warning(
             "this SGLang has no %s.capture_one, so nothing will be calibrated with that graph "
-            "backend and SGLang's own policy stays: use SGLang 0.5.23",
+            "backend and the baseline stays: use SGLang 0.5.20 to 0.5.23",
             name,
         )
         return
@@ -103,9 +116,9 @@ def _wrap_capture(name: str, module: ModuleType) -> None:
             if post_warmup_hook is not None:
                 post_warmup_hook()
             try:
-                _warm_up(self)
+                _before_capture(self)
             except Exception:
-                logger.exception("warm-up failed; SGLang's own policy stays for what has no table")
+                logger.exception("warm-up failed; the baseline stays for what has no table")
 
         return original(self, shape_key, forward_fn, capture_inputs, after_eager_run)
 
@@ -113,34 +126,140 @@ def _wrap_capture(name: str, module: ModuleType) -> None:
     backend.capture_one = capture_one  # type: ignore[union-attr]
 
 
-# Shapes there were at the latest warm-up: it runs again only when a capture shows new ones. As many
-# on all ranks of a group, since they run the same layers.
-_seen_before: int | None = None
+# Graph backends that were warmed up for. Each rank has as many, in the same order.
+_came: "WeakSet[Any]" = WeakSet()
+# Shapes there were at the latest warm-up.
+_seen_before = 0
 
 
-def _warm_up(backend: Any) -> None:
-    global _seen_before  # noqa: PLW0603
+def _before_capture(backend: Any) -> None:
+    """With the other ranks at a backend's first capture, for whatever reason this one may have to
+    stay away; a rank without others also whenever a capture shows it new shapes."""
     from adaptive_moe.engines import process
 
     hook = process.current()
-    if hook is None or len(hook.seen) == _seen_before:
+    group = _cpu_group(getattr(backend, "_tp_group", None))
+    shows_new = hook is not None and len(hook.seen) != _seen_before
+    if backend in _came and (group is not None or not shows_new):
         return
-    _seen_before = len(hook.seen)
-    max_tokens, capture_sizes = _counts(backend)
-    group = getattr(getattr(backend, "_tp_group", None), "cpu_group", None)
-    process.warm_up(max_tokens, capture_sizes, agree=False if group is None else group)
+    _came.add(backend)
+    runner = getattr(backend, "_cuda_graph_runner", None)
+    _warm_up(group, _capture_sizes(getattr(runner, "captured_req_width", 1)))
 
 
-def _counts(backend: Any) -> tuple[int, tuple[int, ...]]:
-    """The largest batch, and the token counts SGLang captures: decode graphs count requests, of
-    one token each unless it speculates."""
-    from sglang.srt.runtime_context import get_exec, max_prefill_buffer_tokens
+def _wrap_model_runner(module: ModuleType) -> None:
+    """`init_cuda_graphs` comes by on every rank, before serving, whether or not graphs are captured
+    in it."""
+    runner = getattr(module, "ModelRunner", None)
+    original = getattr(runner, "init_cuda_graphs", None)
+    if original is None:
+        logger.warning(
+            "this SGLang has no ModelRunner.init_cuda_graphs, so nothing will be calibrated with "
+            "--disable-cuda-graph and the baseline stays there: use SGLang 0.5.20 to 0.5.23"
+        )
+        return
+    if hasattr(original, "warms_up_adaptive_moe"):
+        return
+
+    @functools.wraps(original)
+    def init_cuda_graphs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from adaptive_moe.engines import process
+
+        with process.starting():
+            result = original(self, *args, **kwargs)
+        try:
+            _after_graphs(self)
+        except Exception:
+            logger.exception("warm-up failed; the baseline stays for what has no table")
+        return result
+
+    init_cuda_graphs.warms_up_adaptive_moe = True  # type: ignore[attr-defined]
+    runner.init_cuda_graphs = init_cuda_graphs  # type: ignore[union-attr]
+
+
+def _after_graphs(model_runner: Any) -> None:
+    """Where nothing was captured, nothing has run so far."""
+    graphs = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner")
+    captured = any(getattr(model_runner, name, None) is not None for name in graphs)
+    if captured or getattr(model_runner, "is_draft_worker", False):
+        return
+    try:
+        _show_shapes(model_runner.eager_runner)
+    # The other ranks come to the exchange all the same.
+    except Exception as error:
+        logger.warning("no dummy batch could show the model's shapes: %r", error)
+    _warm_up(_cpu_group(getattr(model_runner, "tp_group", None) or _tensor_parallel()), ())
+
+
+def _show_shapes(runner: Any) -> None:
+    """One small decode batch of SGLang's own making, as it has it for tuning kernels: all ranks run
+    it, and it neither needs nor leaves a request."""
+    model_runner = runner.model_runner
+    speculates = model_runner.spec_algorithm.is_speculative()
+    width = model_runner.decode_num_tokens_per_req() if speculates else 1
+    # A multiple of the ranks that share attention, as SGLang's own largest batch is.
+    batch_size = min(DUMMY_REQUESTS * runner.attn_tp_size, runner._eager_max_bs)
+    canary = getattr(model_runner, "canary_manager", None)
+    run_ctx = canary.with_active_single_forward_manager(0) if canary is not None else nullcontext()
+    with getattr(runner, "model_context", nullcontext)():
+        buffers = runner._alloc_dummy_decode_buffers(batch_size, num_tokens_per_req=width)
+        runner._dummy_run(batch_size=batch_size, buffers=buffers, run_ctx=run_ctx)
+
+
+def _warm_up(group: Any, capture_sizes: tuple[int, ...]) -> None:
+    global _seen_before  # noqa: PLW0603
+    from sglang.srt.runtime_context import max_prefill_buffer_tokens
+
+    from adaptive_moe.engines import process
+
+    hook = process.current()
+    _seen_before = 0 if hook is None else len(hook.seen)
+    process.warm_up(
+        max_tokens=max(max_prefill_buffer_tokens(), *capture_sizes, 1),
+        capture_sizes=capture_sizes,
+        agree=False if group is None else group,
+        pooled=_pooled(),
+        padding_rows=_has_padding_rows(),
+    )
+
+
+def _capture_sizes(width: int) -> tuple[int, ...]:
+    """The token counts SGLang captures: decode graphs count requests, of `width` tokens each."""
+    from sglang.srt.runtime_context import get_exec
 
     sizes: set[int] = set()
     phases = get_exec().graph.cuda_graph_config
     if phases is not None:
-        width = getattr(getattr(backend, "_cuda_graph_runner", None), "captured_req_width", 1)
         sizes.update(size * width for size in phases.decode.bs or ())
         if phases.prefill.backend != "disabled":
             sizes.update(phases.prefill.bs or ())
-    return max(max_prefill_buffer_tokens(), *sizes, 1), tuple(sorted(sizes))
+    return tuple(sorted(sizes))
+
+
+def _pooled() -> int:
+    """Attention ranks with batches of their own whose tokens SGLang gathers before the experts."""
+    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.utils.common import require_mlp_tp_gather
+
+    if not require_mlp_tp_gather():
+        return 1
+    parallel = get_parallel()
+    ranks = getattr(parallel, "num_dp_ranks", None)
+    return int(parallel.dp_size if ranks is None else ranks)
+
+
+def _has_padding_rows() -> bool:
+    """On ROCm SGLang gives rows of padding the id 0, but for one router that writes -1."""
+    return any(name.endswith(".dsv41.vl_routing") for name in sys.modules)
+
+
+def _tensor_parallel() -> Any:
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().tp_group
+
+
+def _cpu_group(coordinator: Any) -> Any:
+    """The group's gloo side, or None where there is just this rank."""
+    alone = getattr(coordinator, "world_size", 1) < 2
+    return None if alone else getattr(coordinator, "cpu_group", None)

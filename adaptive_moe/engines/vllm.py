@@ -1,8 +1,8 @@
 """The vLLM plugin (entry-point group `vllm.general_plugins`), run in every process of vLLM.
 
-With neither variable set it returns at once; this module itself imports nothing heavier than
-logging. Else vLLM's own parser of the variable learns the word `auto`, the seam is wrapped as soon
-as vLLM imports AITER, and calibration runs inside vLLM's kernel_warmup: on every rank, after the
+With no variable of ours set it returns at once; this module itself imports nothing heavier than
+logging. Else vLLM's own parser of its variable learns our words, the seam is wrapped as soon as
+vLLM imports AITER, and calibration runs inside vLLM's kernel_warmup: on every rank, after the
 memory profile and the KV cache, before graphs are captured.
 
 Ranks agree over torch.distributed's default group: all ranks of the engine and, where data-parallel
@@ -15,7 +15,6 @@ Read in vLLM 0.22.1, 0.23.0, 0.27.1 and 0.33.0.
 
 import functools
 import logging
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -24,15 +23,19 @@ from typing import Any
 
 logger = logging.getLogger("adaptive_moe")
 
-# As in settings.py, which is only imported when one of them is set.
-VARIABLES = ("VLLM_ROCM_AITER_MOE_DISPATCH_POLICY", "ADAPTIVE_MOE_DISPATCH_POLICY")
+# As in settings.py, which is only imported when something is set.
+VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
+PREFIX = "ADAPTIVE_MOE_"
+WORDS = ("auto", "off", "none", "false", "")
 PLUGIN = "adaptive_moe"
 KERNEL_WARMUP = "vllm.model_executor.warmup.kernel_warmup"
+WORKER = "vllm.v1.worker.gpu_worker"
+INT4 = "vllm.model_executor.layers.fused_moe.fused_flydsl_moe"
 
 
 def register() -> None:
     """Entry point. Never raises: without us vLLM starts as it would have."""
-    if not any(os.environ.get(name) for name in VARIABLES):
+    if not any(os.environ[n] for n in os.environ if n == VARIABLE or n.startswith(PREFIX)):
         return
     try:
         _register()
@@ -41,14 +44,14 @@ def register() -> None:
 
 
 def plugin_problem(environ: Mapping[str, str]) -> str | None:
-    """Why vLLM would not load this plugin although the environment asks for `auto`; or None."""
+    """Why vLLM would not load this plugin although its variable holds a word of ours; or None."""
     allowed = environ.get("VLLM_PLUGINS")
-    asked = environ.get(VARIABLES[0], "")
-    if allowed is None or PLUGIN in allowed.split(",") or asked.strip().lower() != "auto":
+    asked = environ.get(VARIABLE)
+    if allowed is None or PLUGIN in allowed.split(",") or asked is None or not _is_ours(asked):
         return None
     return (
         f"VLLM_PLUGINS={allowed!r} leaves {PLUGIN} out, and vLLM alone cannot read "
-        f"{VARIABLES[0]}={asked!r} (ValueError: invalid literal for int()): add {PLUGIN} to "
+        f"{VARIABLE}={asked!r} (ValueError: invalid literal for int()): add {PLUGIN} to "
         "VLLM_PLUGINS, or unset the variable"
     )
 
@@ -60,23 +63,31 @@ def _register() -> None:
     from adaptive_moe.settings import Mode
 
     _log_as_vllm()
-    _teach_envs()
+    if VARIABLE in os.environ and _is_ours(os.environ[VARIABLE]):
+        _teach_envs()
     settings = process.asked_for()
     if settings is None:
         return
     found = find_aiter()
     if found.problem is not None:
         # Each of vLLM's processes comes by here; the first one speaks for them.
-        if multiprocessing.parent_process() is None:
+        if process.is_first_process():
             logger.warning("the dispatch policy has no effect here: %s", found.problem)
         return
-    process.install(settings)
+    process.install(settings, engine=process.named("vllm"))
     if settings.mode is Mode.AUTO:
         when_imported(KERNEL_WARMUP, _wrap_kernel_warmup)
+        when_imported(WORKER, _wrap_worker)
+        when_imported(INT4, _watch_int4)
+
+
+def _is_ours(text: str) -> bool:
+    return text.strip().lower() in WORDS
 
 
 def _teach_envs() -> None:
-    """Every reader of the variable in vLLM goes through this table of parsers."""
+    """Every reader of the variable in vLLM goes through this table of parsers. Only a word of ours
+    is read here; for anything else vLLM's own parser answers, or raises, as without us."""
     from vllm import envs
 
     parsers: dict[str, Callable[[], Any]] | None = getattr(envs, "environment_variables", None)
@@ -84,28 +95,28 @@ def _teach_envs() -> None:
         logger.warning(
             "this vLLM has no vllm.envs.environment_variables, so it cannot be taught the word "
             "auto: set ADAPTIVE_MOE_DISPATCH_POLICY=auto instead of %s",
-            VARIABLES[0],
+            VARIABLE,
         )
         return
-    parsers[VARIABLES[0]] = policy_for_vllm
+    original = parsers.get(VARIABLE)
+    if hasattr(original, "reads_adaptive_moe"):  # plugins may be loaded twice
+        return
 
+    def parse() -> Any:
+        if _is_ours(os.environ.get(VARIABLE, "")) or original is None:
+            return 0  # AITER's own choice, where nothing was measured
+        return original()
 
-def policy_for_vllm() -> int:
-    """What vLLM reads: the integer that was set, and 0, AITER's own choice, for `auto` or nothing.
-
-    Raises SettingsError, a ValueError as vLLM's own parser would, for what is not accepted.
-    """
-    from adaptive_moe.settings import read_settings
-
-    return read_settings(os.environ).fixed_policy or 0
+    parse.reads_adaptive_moe = True  # type: ignore[attr-defined]
+    parsers[VARIABLE] = parse
 
 
 def _wrap_kernel_warmup(module: ModuleType) -> None:
     original = getattr(module, "kernel_warmup", None)
     if original is None:
         logger.warning(
-            "this vLLM has no kernel_warmup, so nothing will be calibrated and AITER's own policy "
-            "stays: use a vLLM from 0.22.1 to 0.33.0, or call adaptive_moe.warm_up() yourself"
+            "this vLLM has no kernel_warmup, so nothing will be calibrated and the baseline stays: "
+            "use a vLLM from 0.22.1 to 0.33.0, or call adaptive_moe.warm_up() yourself"
         )
         return
     if hasattr(original, "warms_up_adaptive_moe"):  # plugins may be loaded twice
@@ -121,7 +132,7 @@ def _wrap_kernel_warmup(module: ModuleType) -> None:
         try:
             _warm_up(worker)
         except Exception:
-            logger.exception("warm-up failed; AITER's own policy stays where nothing was measured")
+            logger.exception("warm-up failed; the baseline stays where nothing was measured")
         return result
 
     kernel_warmup.warms_up_adaptive_moe = True  # type: ignore[attr-defined]
@@ -133,6 +144,33 @@ def _wrap_kernel_warmup(module: ModuleType) -> None:
             held["kernel_warmup"] = kernel_warmup
 
 
+def _wrap_worker(module: ModuleType) -> None:
+    """Around what calls kernel_warmup, and then captures."""
+    worker = getattr(module, "Worker", None)
+    original = getattr(worker, "compile_or_warm_up_model", None)
+    if original is None or hasattr(original, "tells_of_adaptive_moe"):
+        return
+
+    @functools.wraps(original)
+    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from adaptive_moe.engines import process
+
+        with process.starting():
+            return original(self, *args, **kwargs)
+
+    compile_or_warm_up_model.tells_of_adaptive_moe = True  # type: ignore[attr-defined]
+    worker.compile_or_warm_up_model = compile_or_warm_up_model  # type: ignore[union-attr]
+
+
+_int4: list[Any] = []
+
+
+def _watch_int4(module: ModuleType) -> None:
+    from adaptive_moe.engines.vllm_int4 import Int4Chooser
+
+    _int4[:] = [Int4Chooser(module)]
+
+
 def _warm_up(worker: Any) -> None:
     from adaptive_moe.engines import process
 
@@ -141,7 +179,30 @@ def _warm_up(worker: Any) -> None:
         max_tokens=config.scheduler_config.max_num_batched_tokens,
         capture_sizes=config.compilation_config.cudagraph_capture_sizes or (),
         agree=True,
+        pooled=_pooled(config.parallel_config),
+        padding_rows=_has_padding_rows(),
+        choosers=_int4,
     )
+
+
+def _pooled(config: Any) -> int:
+    """Data-parallel ranks whose tokens are gathered before the sort: all of them where vLLM has no
+    all-to-all kernels for it, which is what `allgather_reducescatter` means, and without expert
+    parallelism. Its ranks pad captured batches to one size."""
+    gathers = config.all2all_backend in ("allgather_reducescatter", "naive")
+    if gathers or not config.enable_expert_parallel:
+        return int(config.data_parallel_size)
+    return 1
+
+
+def _has_padding_rows() -> bool:
+    """vLLM marks rows of padding by ids of -1 in some routings, where this is on. Which routing a
+    layer has cannot be told at the sort."""
+    from vllm import envs
+
+    known: Mapping[str, Callable[[], Any]] = getattr(envs, "environment_variables", {})
+    asks = known.get("VLLM_MOE_SKIP_PADDING")
+    return asks is not None and bool(asks())
 
 
 def _log_as_vllm() -> None:

@@ -4,7 +4,6 @@ Read in ROCm/aiter from v0.1.5 to main of 2026-08-22: `aiter.fused_moe.moe_sorti
 nine parameters, `dispatch_policy` being the ninth, while those after it differ by version.
 """
 
-import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -12,15 +11,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-from adaptive_moe.kernels import SortKernel, policy_candidates
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 MODULE = "aiter.fused_moe"
 SEAM = "moe_sorting"
+# What the seam calls under Opus and CK, since v0.1.11; others have put theirs in its place.
+IMPLEMENTATION = "_moe_sorting_impl"
 LEADING = (
     "topk_ids",
     "topk_weights",
@@ -33,11 +29,17 @@ LEADING = (
     "dispatch_policy",
 )
 
+# Parameters after the ninth that have been; which of them there are differs by version.
+KNOWN = ("return_local_topk_ids", "accumulate", "flat", "output_aux", "output")
+# Those that make AITER leave out the sort, or the policy.
+UNSORTED = ("flat", "output_aux")
+# Those that are a tensor to write to.
+BUFFERS = ("output",)
+
 # AMD's package has been called both; PyPI's unrelated one is called the second.
 _DISTRIBUTIONS = ("amd-aiter", "aiter")
 # What the rest of AITER's names for "the second stage reduces by itself" have been.
 REDUCES = ("stage2_uses_route_reduce", "is_flydsl_stage2_reduce")
-FLAGS = ("_USE_CK_MOE_SORTING", "_USE_FLYDSL_MOE_SORTING", "_USE_OPUS_MOE_SORTING")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def find_aiter() -> AiterInstall:
         return AiterInstall("", "", "AITER is not installed (no module named aiter)")
     folders = list(spec.submodule_search_locations or [])
     location = folders[0] if folders else str(spec.origin)
-    version = _version()
+    version = installed_version()
     if not any((Path(folder) / "fused_moe.py").is_file() for folder in folders):
         problem = (
             f"the installed `aiter` {version} at {location} has no fused_moe: it is PyPI's "
@@ -77,7 +79,8 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _version() -> str:
+def installed_version() -> str:
+    """As the package metadata says; a source checkout may have none, or an old one."""
     for name in _DISTRIBUTIONS:
         try:
             return metadata.version(name)
@@ -111,29 +114,11 @@ def seam_problem(module: ModuleType) -> str | None:
     return None
 
 
-def backend(module: ModuleType) -> str:
-    """Which implementation is behind the seam: ck, the only one at first and the default until
-    2026, opus, or flydsl. The module's flags say so, as AITER reads them at each call."""
-    ck, flydsl, opus = (getattr(module, flag, None) for flag in FLAGS)
-    if ck is None:
-        return "opus" if opus else "ck"
-    return "ck" if ck else "flydsl" if flydsl else "opus"
-
-
-def live_kernel(
-    module: ModuleType,
-    seam: Callable[..., Any],
-    device: "torch.device",
-    accumulate: bool,
-    baseline: object = 0,
-) -> SortKernel:
-    """AITER's own sort, to be measured. `seam` is the unwrapped function: measuring it must neither
-    be counted nor steered. `accumulate` is what the caller passes, where this AITER knows it."""
-    moe_sorting = seam
-    if not accumulate:
-        moe_sorting = functools.partial(seam, accumulate=False)
-    name = f"aiter {_version()} {backend(module)}"
-    return SortKernel(name, device, policy_candidates(moe_sorting, baseline))
+def meaning_of(policy: int) -> str:
+    """What AITER does with a policy, in words. It compares with 0 and 1 and knows no others."""
+    return {0: "AITER's own choice, by what fits", 1: "one-shot", 2: "multi-phase"}.get(
+        policy, "no policy of AITER's, which takes it as 2, multi-phase"
+    )
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,16 @@ expert_mask int32 [num_experts], 0 where another rank has the expert, or None; n
 int32 [1], how many rows are real, or None for all M.
 
 Outputs, with L = num_local_tokens or M:
-    sorted_ids         int32 [M*topk + num_experts*block_size - topk]: `(slot << 24) | token`,
-                       grouped by expert in expert order, token-ascending within an expert; each
-                       group is padded to a multiple of block_size with `(topk << 24) | L`
+    sorted_ids         int32 [buffer_length(...)]: `(slot << 24) | token`, grouped by expert in
+                       expert order, token-ascending within an expert; each group is padded to a
+                       multiple of block_size with `(topk << 24) | L`
     sorted_weights     float32, same length: the weight of each entry that is not padding
     sorted_expert_ids  int32 [ceil(len / block_size)]: one expert a block, as the local index where
                        expert_mask hides experts
     num_valid_ids      int32 [2]: entries that are defined (padding included), and L
     moe_buf            [M, model_dim] zeros, or an empty placeholder where the caller reduces itself
-Only the first num_valid_ids[0] entries (and their blocks) are defined.
+Only the first num_valid_ids[0] entries (and their blocks) are defined. Ids that are no expert, such
+as the -1 of the rows that engines pad a batch with, are dropped like those of hidden experts.
 
 Source: ROCm/aiter, `aiter/fused_moe.py` and `csrc/include/moe_sorting_opus.h`, main of 2026-08-22.
 Its kernels write L into padding entries where its Python reference writes M; consumers test only
@@ -29,6 +30,17 @@ from torch import Tensor
 
 TOKEN_BITS = 24
 TOKEN_MASK = (1 << TOKEN_BITS) - 1
+
+
+def buffer_length(
+    num_tokens: int, topk: int, num_experts: int, block_size: int, *, rounded: bool
+) -> int:
+    """Entries to allocate for sorted_ids and sorted_weights: enough for whatever the routing is.
+
+    rounded: up to whole blocks, as AITER allocates since ROCm/aiter#5573 (v0.1.22.post1).
+    """
+    length = num_tokens * topk + num_experts * block_size - topk
+    return -(-length // block_size) * block_size if rounded else length
 
 
 @dataclass(frozen=True)
@@ -175,17 +187,18 @@ def check_contract(
         return [f"returned {type(outputs).__name__}, not the five outputs"]
     sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf = outputs[:5]
     num_rows, topk = inputs.topk_ids.shape
-    length = num_rows * topk + inputs.num_experts * inputs.block_size - topk
+    # Longer buffers are right, too: a consumer goes by num_valid_ids and must only not overrun.
+    length = buffer_length(num_rows, topk, inputs.num_experts, inputs.block_size, rounded=False)
     blocks = -(-length // inputs.block_size)
     problems = [
-        f"{name} is {given.dtype} {list(given.shape)}, not {dtype} {[size]}"
+        f"{name} is {given.dtype} {list(given.shape)}, not {dtype} of {size} elements or more"
         for name, given, dtype, size in (
             ("sorted_ids", sorted_ids, torch.int32, length),
             ("sorted_weights", sorted_weights, torch.float32, length),
             ("sorted_expert_ids", sorted_expert_ids, torch.int32, blocks),
             ("num_valid_ids", num_valid_ids, torch.int32, 2),
         )
-        if given.dtype != dtype or list(given.shape) != [size]
+        if given.dtype != dtype or given.ndim != 1 or len(given) < size
     ]
     problems += _check_moe_buf(inputs, moe_buf, accumulate)
     if problems or (right is not None and _equal(right, outputs, inputs)):
@@ -203,7 +216,7 @@ def check_contract(
     counts = torch.bincount(ids[real], minlength=inputs.num_experts)
     group_blocks = -(-counts // inputs.block_size)
     total = int(group_blocks.sum()) * inputs.block_size
-    if num_valid_ids.tolist() != [total, local_tokens]:
+    if num_valid_ids[:2].tolist() != [total, local_tokens]:
         return [f"num_valid_ids is {num_valid_ids.tolist()}, not {[total, local_tokens]}"]
 
     block_experts = torch.repeat_interleave(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptive_moe.kernels.contract import TOKEN_BITS
+from adaptive_moe.kernels.contract import TOKEN_BITS, buffer_length
 
 # AITER's one-shot keeps its counters in a compute unit's 64 KiB of LDS; ours sorts 12 bytes an
 # entry and is meant to stay within a core's own cache the same way.
@@ -35,8 +35,10 @@ def moe_sorting(
     dispatch_policy: int = 0,
     *,
     accumulate: bool = True,
+    rounded: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sort routed tokens by expert; arguments and outputs as contract.py has them.
+    """Sort routed tokens by expert; arguments and outputs as contract.py has them, `rounded` as its
+    `buffer_length` has it.
 
     Any dispatch_policy but 0 and 1 is multi-phase, as in AITER. Raises ValueError for tensors that
     are not int32/float32 [M, topk] on the CPU.
@@ -56,7 +58,7 @@ def moe_sorting(
     rank = _one_shot if dispatch_policy == 1 else _multi_phase
     order, destination, counts = rank(keys, num_experts, block_size)
 
-    length = num_rows * topk + num_experts * block_size - topk
+    length = buffer_length(num_rows, topk, num_experts, block_size, rounded=rounded)
     group_blocks = (counts + (block_size - 1)) // block_size
     total = int(group_blocks.sum()) * block_size
     sorted_ids = torch.empty(length, dtype=torch.int32)

@@ -53,7 +53,8 @@ def _reader(kind: Any) -> _Reader:
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         return _optional_reader(_reader(next(a for a in arguments if a is not type(None))))
     if typing.get_origin(kind) is tuple:
-        return _tuple_reader(_reader(arguments[0]))
+        any_length = arguments[-1] is Ellipsis
+        return _tuple_reader(_reader(arguments[0]), None if any_length else len(arguments))
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return _enum_reader({member.value: member for member in kind})
     return _SCALARS[kind]
@@ -81,10 +82,15 @@ def _optional_reader(inner: _Reader) -> _Reader:
     return read
 
 
-def _tuple_reader(item: _Reader) -> _Reader:
+def _tuple_reader(item: _Reader, length: int | None) -> _Reader:
+    """Of items of one kind; length: None for any."""
+    wanted = f"a list of at most {MAX_ITEMS}" if length is None else f"a list of {length}"
+
     def read(value: Any, where: str) -> Any:
         if not isinstance(value, list) or len(value) > MAX_ITEMS:
-            raise _misfit(where, f"a list of at most {MAX_ITEMS}", value)
+            raise _misfit(where, wanted, value)
+        if length is not None and len(value) != length:
+            raise _misfit(where, wanted, value)
         return tuple(item(one, f"{where}[{i}]") for i, one in enumerate(value))
 
     return read

@@ -1,76 +1,93 @@
-"""One table from what several ranks measured of the same shape. Pure, and the same in any order.
+"""One table from what several ranks measured of the same coverage. Pure, and the same in any order.
 
-All ranks wait for the slowest, so a policy's time in a bucket is the slowest rank's, and it is
-judged against policy 0's slowest. An interval's pessimistic end is merged the same way. It keeps
-its confidence: whichever rank truly is the slowest, only that rank's own bound has to hold. (The
-optimistic end, which says when something is tied, becomes a little less sure with many ranks.)
-
-Trust is not averaged: a policy that is wrong, failed, or far slower on one rank is out on all, and
-where one rank did not measure, the others do not speak for it, and policy 0 stays.
+All ranks wait for the slowest, so a candidate is worth what the rank is sure of that gains least by
+it: of its standings, gains and both ends of its interval, the worst that any rank measured. Nothing
+else is computed. No rank's time is compared with another's, and none is guessed where nothing was
+measured: each gain is of one rank's own rounds, and a jump on one rank cannot lift a candidate that
+another one saw losing. The lower end keeps its confidence: wherever the candidate is worst, only
+that rank's own bound has to hold. Worst-of is the same in any order, and merging what was merged
+changes nothing. What follows from it is judged by decision.conclude, as a single rank's evidence.
 
 Refinement puts buckets where a rank's own samples ask for them, so ranks measure different counts.
-The merged table has the union. At a count that a rank did not measure, it speaks with the bucket
-that serves that count in its own table: what it would have applied alone. Only the time of policy 0
-is taken from between its neighbours, or that rank would look slow for having measured further up.
+The merged table has the union. At a count, those who measured it vote; the others may only veto: by
+the bucket that serves that count in their own table, a candidate that is out there, or surely
+slower than the baseline, is out.
+
+Ranks that were offered different candidates merge those that all were offered: whoever was not
+offered one may have a reason, such as an AITER in which it is not safe.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_moe.disk.file import differences
-from adaptive_moe.policy.buckets import bucket_of
-from adaptive_moe.policy.decision import TIE_MARGINS, PolicyResult, Rule, Standing, Verdict, combine
+from adaptive_moe.policy.decision import OUT, Result, Standing, conclude
 from adaptive_moe.policy.environment import Environment
+from adaptive_moe.policy.evidence import Bucket, Calibration, Fill
+from adaptive_moe.policy.losses import combine
 from adaptive_moe.policy.plain import from_plain
-from adaptive_moe.policy.table import Bucket, Calibration, Fill, PolicyTable
-from adaptive_moe.ranks.summary import OUT, WORSE, Section, Subject, Summary, max_buckets, parse
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.ranks.summary import ORDER, Section, Subject, Summary, max_rows, parse
 
-# Merged numbers are rounded, so that merging what was merged before changes nothing: 0.1 ns, and
-# a millionth of policy 0's time.
-_US_DIGITS, _GAIN_DIGITS = 4, 6
+VETOED = "slower on another rank, in the bucket that serves this count"
+
 # Ranks merged in one step: as fast as any larger number, in a few MiB.
 _GROUP = 256
-_HOPELESS = "far slower than the fastest at the first look of some rank"
+_TEXTS = 1 << 16  # a standing and a text in one number: see `_marks`
+_UNSETTLED, _SLOWER, _HOPELESS = (
+    _TEXTS * ORDER.index(s) for s in (Standing.UNSETTLED, Standing.SLOWER, Standing.HOPELESS)
+)
+_NEVER = np.iinfo(np.int32).max
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Row = tuple[int, float]
 
 
 class DisagreementError(ValueError):
     """The summaries do not answer the same question; the text says in which field."""
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """Sections that measured the same rows, stacked: arrays as in Section, [k, ...] for k ranks,
+    with the common candidates only. marks: standing and reason in one number, the worst largest."""
+
+    tokens: NDArray[np.int32]
+    fraction: Floats
+    rounds: NDArray[np.int32]
+    marks: Ints
+    numbers: Floats
+
+
 def merge(summaries: Sequence[Summary]) -> PolicyTable:
     """The table that all these ranks run. Raises DisagreementError, or ValueError for a summary
     that no table could have given."""
     subject = _common_subject(summaries)
-    fills, policies = len(subject.fractions), len(subject.policies)
-    wanted = (fills, policies)
-    for summary in summaries:
-        shapes = {section.standing.shape[1:] for section in summary.sections}
-        if shapes != {wanted} or len(summary.sections) != 1 + subject.has_graph:
-            raise ValueError(f"a summary of {shapes} fills and policies for {wanted}")
-    most = max_buckets(1 + subject.has_graph, fills, policies)
-    reasons = _reasons(summaries, subject)
-    parts = [
-        _merge_section([s.sections[i] for s in summaries], subject, reasons, most)
-        for i in range(1 + subject.has_graph)
-    ]
+    order = min(s.candidates for s in summaries)
+    common = tuple(c for c in order if all(c in s.candidates for s in summaries))
+    texts = sorted({VETOED, *(text for s in summaries for text in s.texts if text)})
+    parts = {
+        situation.value: _merge_section(list(_stacks(summaries, i, common, texts)), common, texts)
+        for i, situation in enumerate(Situation)
+    }
     return PolicyTable(
         Calibration(
             schema=subject.schema,
-            shape=subject.shape,
+            coverage=subject.coverage,
             kernel=subject.kernel,
-            policies=subject.policies,
+            candidates=common,
             environment=_environment(summaries),
             rule=subject.rule,
-            max_tokens=subject.max_tokens,
+            budget_s=min(s.budget_s for s in summaries),
             created=max(s.created for s in summaries),
             seconds=max(s.seconds for s in summaries),
-            eager=parts[0],
-            graph=parts[1] if subject.has_graph else (),
+            **parts,
         )
     )
 
@@ -98,136 +115,134 @@ def _environment(summaries: Sequence[Summary]) -> Environment:
     return Environment(**merged)  # type: ignore[arg-type]
 
 
-def _reasons(summaries: Sequence[Summary], subject: Subject) -> dict[int, str]:
-    return {
-        policy: min(words)
-        for policy in subject.policies
-        if (words := [s.reasons[str(policy)] for s in summaries if str(policy) in s.reasons])
-    }
+def _stacks(
+    summaries: Sequence[Summary], situation: int, common: Sequence[str], texts: Sequence[str]
+) -> Iterator[_Stack]:
+    """The ranks' sections of one situation: those that measured the same rows together."""
+    groups: dict[tuple[bytes, bytes], list[tuple[Section, Ints, list[int] | slice]]] = {}
+    # A text's place, backwards: the first of two is the larger, and no text at all the least.
+    places = {text: len(texts) - i for i, text in enumerate(texts)} | {"": 0}
+    for summary in summaries:
+        section = summary.sections[situation]
+        if not len(section.tokens):
+            continue
+        columns: list[int] | slice = slice(None)
+        if summary.candidates != tuple(common):
+            columns = [summary.candidates.index(name) for name in common]
+        place = np.array([places[text] for text in summary.texts], np.int64)
+        key = (section.tokens.tobytes(), section.fraction.tobytes())
+        groups.setdefault(key, []).append((section, place, columns))
+    for group in groups.values():
+        for first in range(0, len(group), _GROUP):
+            some = group[first : first + _GROUP]
+            yield _Stack(
+                some[0][0].tokens,
+                some[0][0].fraction,
+                np.stack([s.rounds for s, _, _ in some]),
+                np.stack([_marks(s, place)[:, columns] for s, place, columns in some]),
+                np.stack([s.numbers[:, :, columns] for s, _, columns in some]),
+            )
+
+
+def _marks(section: Section, place: Ints) -> Ints:
+    return section.standing.astype(np.int64) * _TEXTS + place[section.reason]
 
 
 def _merge_section(
-    sections: Sequence[Section], subject: Subject, reasons: dict[int, str], most: int
+    stacks: Sequence[_Stack], common: Sequence[str], texts: Sequence[str]
 ) -> tuple[Bucket, ...]:
-    counts = _counts(sections, most)
-    size = (len(counts), len(subject.fractions))
-    rounds = np.full(size, np.iinfo(np.int32).max, np.int32)
-    standing = np.zeros((*size, len(subject.policies)), np.uint8)
-    base_us, slowest_us = np.zeros(size), np.full((3, *standing.shape), -np.inf)
-    for group in _alike(sections):
-        known = group[0].tokens.tolist()
-        serving = [bucket_of(count, known) for count in counts]
-        times = _base_us(group, counts)
-        np.maximum(base_us, times.max(axis=0), out=base_us)
-        rounds = np.minimum(rounds, np.stack([s.rounds[serving] for s in group]).min(axis=0))
-        worst = np.stack([s.standing[serving] for s in group]).max(axis=0)
-        np.maximum(standing, worst, out=standing)
-        # Not measured is nan, and nan stays: one silent rank silences the merged bucket.
-        ratios = 1.0 - np.stack([s.gains[:, serving] for s in group])
-        ratios *= times[:, np.newaxis, :, :, np.newaxis]
-        np.maximum(slowest_us, ratios.max(axis=0), out=slowest_us)
-    gains = (1.0 - slowest_us / slowest_us[:1, :, :, :1]).round(_GAIN_DIGITS).tolist()
-    base = base_us.round(_US_DIGITS).tolist()
-    found = []
-    for i, count in enumerate(counts):
-        parts = []
-        for f, fraction in enumerate(subject.fractions):
-            results = [
-                _result(policy, base[i][f], [g[i][f][p] for g in gains], standing[i, f, p], reasons)
-                for p, policy in enumerate(subject.policies)
-            ]
-            parts.append(Fill(fraction, conclude(results, int(rounds[i, f]), subject.rule)))
-        policy, reason = combine([part.verdict for part in parts])
-        found.append(Bucket(count, policy, reason, tuple(parts)))
-    return tuple(found)
+    rows = _rows(stacks, max_rows(len(common)))
+    if not rows:
+        return ()
+    size = (len(rows), len(common))
+    rounds, marks = np.full(len(rows), _NEVER), np.zeros(size, np.int64)
+    median_us, gains = np.full(size, -np.inf), np.full((3, *size), np.inf)
+    for stack in stacks:
+        votes = stack.rounds > 0
+        here = np.array([rows.get(row, -1) for row in _keys(stack)], np.intp)
+        known, at = here >= 0, here[here >= 0]
+        voted = votes[:, known, np.newaxis]
+        count = np.where(votes, stack.rounds, _NEVER).min(axis=0)
+        rounds[at] = np.minimum(rounds[at], count[known])
+        worst = np.where(voted, stack.marks[:, known], 0).max(axis=0)
+        marks[at] = np.maximum(marks[at], worst)
+        numbers = stack.numbers[:, :, known]
+        times = np.where(voted & ~np.isnan(numbers[:, 0]), numbers[:, 0], -np.inf).max(axis=0)
+        median_us[at] = np.maximum(median_us[at], times)
+        # Not measured is nan, and nan stays: whoever votes must have timed the candidate, too.
+        least = np.where(voted[:, np.newaxis], numbers[:, 1:], np.inf).min(axis=0)
+        gains[:, at] = np.minimum(gains[:, at], least)
+        np.maximum(marks, _vetoes(stack, list(rows), texts), out=marks)
+    unmeasured = rounds == _NEVER
+    rounds[unmeasured] = 0
+    marks[unmeasured, 1:] = np.maximum(marks[unmeasured, 1:], _UNSETTLED)
+    buckets: dict[int, list[Fill]] = {}
+    for i, (num_tokens, fraction) in enumerate(rows):
+        results = [
+            _result(name, int(marks[i, p]), float(median_us[i, p]), gains[:, i, p].tolist(), texts)
+            for p, name in enumerate(common)
+        ]
+        verdict = conclude(results, int(rounds[i]))
+        buckets.setdefault(num_tokens, []).append(Fill(fraction, verdict))
+    return tuple(
+        Bucket(num_tokens, *combine([fill.verdict for fill in fills]), tuple(fills))
+        for num_tokens, fills in buckets.items()
+    )
 
 
-def _counts(sections: Sequence[Section], most: int) -> list[int]:
-    """Every count that some rank measured; where that is too many, the ends and the commonest."""
-    votes: Counter[int] = Counter()
-    for section in sections:
-        votes.update(section.tokens.tolist())
-    counts = sorted(votes)
-    if len(counts) > most:
-        inner = sorted(counts[1:-1], key=lambda count: (-votes[count], count))
-        counts = sorted([counts[0], counts[-1], *inner[: most - 2]])
-    return counts
+def _rows(stacks: Sequence[_Stack], most: int) -> dict[Row, int]:
+    """Every row that some rank measured, in order; where that is too many, the rows of both ends
+    and of the commonest counts."""
+    votes: Counter[Row] = Counter()
+    for stack in stacks:
+        votes.update(dict.fromkeys(_keys(stack), len(stack.rounds)))
+    rows = sorted(votes)
+    if len(rows) > most:
+        counts: Counter[int] = Counter()
+        for row in rows:
+            counts[row[0]] += votes[row]
+        ends = (rows[0][0], rows[-1][0])
+        fills = max(Counter(num_tokens for num_tokens, _ in rows).values())
+        ranked = sorted(counts, key=lambda n: (n not in ends, -counts[n], n))
+        kept = set(ranked[: most // fills])
+        rows = [row for row in rows if row[0] in kept]
+    return {row: i for i, row in enumerate(rows)}
 
 
-def _alike(sections: Sequence[Section]) -> Iterator[list[Section]]:
-    """Groups that measured the same counts, small enough to stack: one step merges a group."""
-    groups: dict[bytes, list[Section]] = {}
-    for section in sections:
-        groups.setdefault(section.tokens.tobytes(), []).append(section)
-    for group in groups.values():
-        for first in range(0, len(group), _GROUP):
-            yield group[first : first + _GROUP]
+def _keys(stack: _Stack) -> list[Row]:
+    return list(zip(stack.tokens.tolist(), stack.fraction.tolist(), strict=True))
 
 
-def _base_us(group: Sequence[Section], counts: Sequence[int]) -> NDArray[np.float64]:
-    """Policy 0's time of each rank at each count: measured, or from between its neighbours."""
-    known = group[0].tokens
-    above = np.minimum(np.searchsorted(known, counts), len(known) - 1)
-    below = np.maximum(above - 1, 0)
-    span = np.maximum(known[above] - known[below], 1)
-    down = np.clip((known[above] - counts) / span, 0.0, 1.0)[:, np.newaxis]
-    times = np.stack([section.base_us for section in group])
-    low, high = times[:, below], times[:, above]
-    return np.where((down == 0.0) | np.isnan(low), high, high + down * (low - high))
+def _vetoes(stack: _Stack, rows: Sequence[Row], texts: Sequence[str]) -> Ints:
+    """The marks that these ranks set at rows they did not measure, [rows, candidates]."""
+    wanted = np.array(rows)
+    # The smallest count not below, else the last (policy/buckets.py); there, the fill that is next.
+    place = np.minimum(np.searchsorted(stack.tokens, wanted[:, 0]), len(stack.tokens) - 1)
+    serving = stack.tokens[place][:, np.newaxis] == stack.tokens
+    apart = np.abs(wanted[:, 1, np.newaxis] - stack.fraction)
+    serving_row = np.where(serving, apart, np.inf).argmin(axis=1)
+    marks = np.where(stack.marks >= _SLOWER, stack.marks, 0)
+    vetoed = _HOPELESS + len(texts) - texts.index(VETOED)
+    marks = np.where((marks > 0) & (marks < _HOPELESS), vetoed, marks)[:, serving_row]
+    same = (stack.tokens[serving_row] == wanted[:, 0]) & (
+        stack.fraction[serving_row] == wanted[:, 1]
+    )
+    measured = same & (stack.rounds[:, serving_row] > 0)
+    result: Ints = np.where(measured[:, :, np.newaxis], 0, marks).max(axis=0)
+    return result
 
 
 def _result(
-    policy: int, base_us: float, gains: Sequence[float], worst: int, reasons: dict[int, str]
-) -> PolicyResult:
-    """A policy's merged evidence, with the worst standing it has anywhere (SLOWER for settled);
-    `conclude` has the last word."""
-    standing = WORSE[worst] or Standing.SLOWER
-    if standing in OUT:
-        reason = _HOPELESS if standing is Standing.HOPELESS else reasons.get(policy, "")
-        return PolicyResult(policy, standing, reason=reason)
+    name: str, mark: int, median_us: float, gains: Sequence[float], texts: Sequence[str]
+) -> Result:
+    standing, place = ORDER[mark // _TEXTS], mark % _TEXTS
+    reason = texts[len(texts) - place] if place else ""
+    time_us = median_us if np.isfinite(median_us) else None
+    if standing is Standing.BASELINE:
+        return Result(name, standing, time_us, gain=0.0, reason=reason)
     gain, low, high = gains
-    if math.isnan(gain):
-        return PolicyResult(policy, Standing.UNSETTLED)
-    median_us = round(base_us * (1.0 - gain), _US_DIGITS)
-    end = low if math.isfinite(low) else None
-    return PolicyResult(policy, standing, median_us, gain, end, high)
-
-
-def conclude(results: Sequence[PolicyResult], rounds: int, rule: Rule) -> Verdict:
-    """The verdict that merged results support, by the rules of decision.decide."""
-    reference, *others = results
-    if reference.standing in OUT:
-        reason = f"kept 0: policy 0 itself {reference.reason}"
-        kept = [PolicyResult(r.policy, r.standing, reason=r.reason) for r in results]
-        return Verdict(0, True, rounds, reason, tuple(kept))
-    reference = PolicyResult(0, Standing.REFERENCE, reference.median_us, gain=0.0)
-    others = [replace(r, standing=_standing(r, rounds, rule)) for r in others]
-    merged = (reference, *others)
-    faster = [r for r in others if r.standing is Standing.FASTER]
-    if not faster:
-        settled = all(r.standing is not Standing.UNSETTLED for r in others)
-        words = [f"{r.policy} {r.standing.value}{r.reason and f' ({r.reason})'}" for r in others]
-        reason = f"kept 0: {', '.join(words) or 'it is the only policy'}"
-        return Verdict(0, settled, rounds, reason, merged)
-    best = max(faster, key=lambda r: r.gain or 0.0)
-    settled = not any(
-        r.standing is Standing.UNSETTLED and (r.gain_high or 0.0) > (best.gain or 0.0)
-        for r in others
-    )
-    reason = (
-        f"policy {best.policy} saves {100 * (best.gain or 0.0):.1f}% "
-        f"(at least {100 * (best.gain_low or 0.0):.1f}%)"
-    )
-    return Verdict(best.policy, settled, rounds, reason, merged)
-
-
-def _standing(result: PolicyResult, rounds: int, rule: Rule) -> Standing:
-    gain, low = result.gain, result.gain_low
-    if result.standing in OUT or gain is None or rounds < rule.min_rounds:
-        return result.standing
-    if low is not None and low > rule.margin:
-        return Standing.FASTER
-    # Each rank has settled it, and not all in its favour.
-    if result.standing is Standing.UNSETTLED or gain >= TIE_MARGINS * rule.margin:
-        return Standing.UNSETTLED
-    return Standing.TIED if gain > -TIE_MARGINS * rule.margin else Standing.SLOWER
+    if standing in OUT or not np.isfinite(gain):
+        return Result(name, standing, time_us, reason=reason)
+    # An interval that has no end yet on one rank has none.
+    ends = (low, high) if np.isfinite(low) and np.isfinite(high) else (None, None)
+    return Result(name, standing, time_us, gain, ends[0], ends[1], reason)

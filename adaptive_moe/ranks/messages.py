@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
+from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks.merging import merge
 from adaptive_moe.ranks.summary import (
@@ -21,42 +22,39 @@ from adaptive_moe.ranks.summary import (
     parse,
     summarize,
 )
-from adaptive_moe.shape import SortingShape
 
-FORMAT = 1
-# Far more shapes than a model has, and far more than their tables take.
-_MAX_SHAPES = 256
+FORMAT = 2
+# Far more coverages than a model has, and far more than their tables take.
+_MAX_COVERAGES = 256
 _MAX_DECISION = 256 << 20
 
 
 @dataclass(frozen=True)
 class Decision:
-    """tables: a table's JSON by its shape's; voided: why a shape has none; missing: why a rank's
-    message is (and with it every table)."""
+    """tables: a table's JSON by its coverage's; voided: why a coverage has none; missing: why a
+    rank's message is (and with it every table)."""
 
     tables: dict[str, str] = field(default_factory=dict)
     voided: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def encode_message(
-    tables: Mapping[SortingShape, PolicyTable], failed: Mapping[SortingShape, str]
-) -> bytes:
-    """One rank's message: its tables' summaries, and the shapes it could not calibrate and why."""
-    why = {canonical(shape): text[:200] for shape, text in failed.items()}
+def encode_message(tables: Mapping[Coverage, PolicyTable], failed: Mapping[Coverage, str]) -> bytes:
+    """One rank's message: its tables' summaries, and what it could not calibrate and why."""
+    why = {canonical(coverage): text[:200] for coverage, text in failed.items()}
     parts: dict[str, bytes] = {}
-    for shape, table in tables.items():
+    for coverage, table in tables.items():
         try:
-            parts[canonical(shape)] = encode(summarize(table.evidence))
+            parts[canonical(coverage)] = encode(summarize(table.evidence))
         except ValueError as error:
-            why[canonical(shape)] = f"its table cannot be exchanged: {error}"
+            why[canonical(coverage)] = f"its table cannot be exchanged: {error}"
     header = {"format": FORMAT, "sizes": {name: len(p) for name, p in parts.items()}, "failed": why}
     return b"".join([json.dumps(header).encode(), b"\n", *parts.values()])
 
 
 def decide(messages: Mapping[int, bytes | None]) -> Decision:
     """The decision that every rank will read; None is the message of a rank that sent none."""
-    shapes: dict[str, dict[bytes, Summary]] = {}
+    found: dict[str, dict[bytes, Summary]] = {}
     failed: dict[str, str] = {}
     missing: dict[str, str] = {}
     for rank, message in sorted(messages.items()):
@@ -65,7 +63,7 @@ def decide(messages: Mapping[int, bytes | None]) -> Decision:
                 raise ValueError("did not take part in time")
             parts, why = _read_message(message)
             for name, part in parts.items():
-                known = shapes.setdefault(name, {})
+                known = found.setdefault(name, {})
                 if part not in known:
                     known[part] = decode(part)
         except ValueError as error:
@@ -76,11 +74,11 @@ def decide(messages: Mapping[int, bytes | None]) -> Decision:
     if missing:
         return Decision(missing=missing)
     tables, voided = {}, dict(sorted(failed.items()))
-    for name in sorted(shapes.keys() - voided.keys()):
+    for name in sorted(found.keys() - voided.keys()):
         try:
-            table = merge(list(shapes[name].values()))
-            if canonical(table.evidence.shape) != name:
-                raise ValueError("a table of another shape was sent for it")
+            table = merge(list(found[name].values()))
+            if canonical(table.evidence.coverage) != name:
+                raise ValueError("a table of another coverage was sent for it")
         except (ValueError, ArithmeticError) as error:
             voided[name] = str(error)
             continue
@@ -114,7 +112,7 @@ def _read_message(message: bytes) -> tuple[dict[str, bytes], dict[str, str]]:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError("sent a message of another format: ranks run different versions")
     sizes, failed = header.get("sizes"), header.get("failed")
-    if not _is_texts(failed) or not isinstance(sizes, dict) or len(sizes) > _MAX_SHAPES:
+    if not _is_texts(failed) or not isinstance(sizes, dict) or len(sizes) > _MAX_COVERAGES:
         raise ValueError("sent a message that cannot be read")
     parts, place = {}, 0
     for name, size in sizes.items():

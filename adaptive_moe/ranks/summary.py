@@ -1,7 +1,7 @@
-"""What one rank tells the others about one shape: its evidence as arrays, well below 64 KiB.
+"""What one rank tells the others of one coverage: its evidence as arrays, below 64 KiB.
 
-Not the samples, nor the words: each bucket's time of policy 0 and each policy's gain over it with
-its interval, which is what deciding needs. Arrays, because one rank merges what thousands send.
+Not the samples, nor the verdicts: each candidate's standing, time and gain with its interval, a row
+for each fill of each bucket. Arrays, because one rank merges what thousands send.
 """
 
 import json
@@ -14,20 +14,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_moe.disk.file import DECISION_VERSION
+from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule, Standing
+from adaptive_moe.policy.evidence import Bucket, Calibration
 from adaptive_moe.policy.plain import to_plain
-from adaptive_moe.policy.table import Bucket, Calibration
-from adaptive_moe.shape import SortingShape
+from adaptive_moe.policy.situation import Situation
 
-# Most bytes a rank sends for one shape.
+# Most bytes a rank sends for one coverage.
 MAX_BYTES = 64 * 1024
 # Of those, room for the header and its texts.
-_HEADER_BYTES = 8 * 1024
-_MAX_TEXT = 200
+_HEADER_BYTES = 20 * 1024
+_MAX_TEXT, _MAX_TEXTS = 120, 128
 
-# What the ranks' standings come to is the worst of them; 0 is settled, for or against.
-WORSE = (None, Standing.UNSETTLED, Standing.HOPELESS, Standing.FAILED, Standing.WRONG)
-OUT = WORSE[2:]
+# Of two standings on two ranks, the later one here is that of both: a candidate is faster where all
+# say so, unsettled while nobody has ruled it out, and out where it is out for one.
+ORDER = (
+    Standing.BASELINE,
+    Standing.FASTER,
+    Standing.UNSETTLED,
+    Standing.TIED,
+    Standing.SLOWER,
+    Standing.HOPELESS,
+    Standing.FAILED,
+    Standing.WRONG,
+)
 
 
 @dataclass(frozen=True)
@@ -36,80 +46,70 @@ class Subject:
 
     schema: int
     decision: int
-    shape: SortingShape
+    coverage: Coverage
     kernel: str
-    policies: tuple[int, ...]
     rule: Rule
-    max_tokens: int
-    fractions: tuple[float, ...]
-    has_graph: bool
 
 
 @dataclass(frozen=True)
 class Section:
-    """One call mode's n buckets, with f fills and p policies.
+    """What was measured in one situation: n rows, by token count and fill, for p candidates.
 
-    tokens   int32 [n], rising        rounds  int32 [n, f]
-    base_us  float64 [n, f], policy 0's median; nan where it was not measured
-    gains    float64 [3, n, f, p], the fraction of policy 0's time saved, its lower and its upper
-             bound; nan where not measured
-    standing uint8 [n, f, p], an index into WORSE
+    tokens    int32 [n]
+    fraction  float64 [n], of the rows that are real
+    rounds    int32 [n]
+    standing  uint8 [n, p], an index into ORDER
+    reason    uint8 [n, p], an index into the summary's texts
+    numbers   float64 [4, n, p]: median us, gain and its lower and upper end; nan where not measured
     """
 
     tokens: NDArray[np.int32]
+    fraction: NDArray[np.float64]
     rounds: NDArray[np.int32]
-    base_us: NDArray[np.float64]
-    gains: NDArray[np.float64]
     standing: NDArray[np.uint8]
+    reason: NDArray[np.uint8]
+    numbers: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One rank's evidence for one shape. subject and environment are JSON: they are compared far
-    more often than read. reasons: why a policy is out, by policy, for FAILED and WRONG."""
+    """One rank's evidence for one coverage. subject and environment are JSON: they are compared far
+    more often than read. sections: by situation."""
 
     subject: str
     environment: str
+    candidates: tuple[str, ...]
+    budget_s: float
     created: str
     seconds: float
-    reasons: dict[str, str]
+    texts: tuple[str, ...]
     sections: tuple[Section, ...]
 
 
 def summarize(found: Calibration) -> Summary:
     """The evidence as a summary; ValueError where it is not one table's."""
-    parts = [found.eager, found.graph] if found.graph else [found.eager]
-    fractions = tuple(fill.fraction for fill in found.eager[0].fills)
-    subject = Subject(
-        found.schema,
-        DECISION_VERSION,
-        found.shape,
-        found.kernel,
-        found.policies,
-        found.rule,
-        found.max_tokens,
-        fractions,
-        bool(found.graph),
-    )
-    most = max_buckets(len(parts), len(fractions), len(found.policies))
-    reasons: dict[str, str] = {}
+    subject = Subject(found.schema, DECISION_VERSION, found.coverage, found.kernel, found.rule)
+    texts: dict[str, int] = {"": 0}
+    most = max_rows(len(found.candidates))
     sections = tuple(
-        _section(_thinned(buckets, most), fractions, found.policies, reasons) for buckets in parts
+        _section(_thinned(found.section(s), most), found.candidates, texts) for s in Situation
     )
     return Summary(
         canonical(subject),
         canonical(found.environment),
+        found.candidates,
+        found.budget_s,
         found.created,
         found.seconds,
-        reasons,
+        tuple(texts),
         sections,
     )
 
 
-def max_buckets(sections: int, fills: int, policies: int) -> int:
-    """How many buckets of a section fit into MAX_BYTES."""
-    each = 4 + fills * (4 + 8 + policies * 25)
-    return (MAX_BYTES - _HEADER_BYTES) // (sections * each)
+def max_rows(candidates: int) -> int:
+    """How many rows of one situation fit into MAX_BYTES."""
+    each = 4 + 8 + 4 + candidates * (1 + 1 + 4 * 8)
+    return (MAX_BYTES - _HEADER_BYTES) // (len(Situation) * each)
 
 
 def canonical(value: Any) -> str:
@@ -127,23 +127,11 @@ def parse(text: str | bytes) -> Any:
 
 def encode(summary: Summary) -> bytes:
     """A line of JSON, then the arrays."""
-    n, fills, policies = (0, 0, 0)
-    counts = []
-    for section in summary.sections:
-        n, fills, policies = section.standing.shape
-        counts.append(n)
-    header = {
-        "subject": summary.subject,
-        "environment": summary.environment,
-        "created": summary.created,
-        "seconds": summary.seconds,
-        "reasons": summary.reasons,
-        "sizes": [*counts, fills, policies],
-    }
+    header = {**vars(summary), "sections": [len(s.tokens) for s in summary.sections]}
     arrays = [
         array.astype(array.dtype.newbyteorder("<")).tobytes()
         for s in summary.sections
-        for array in (s.base_us, s.gains, s.tokens, s.rounds, s.standing)
+        for array in (s.fraction, s.numbers, s.tokens, s.rounds, s.standing, s.reason)
     ]
     return b"".join([json.dumps(header).encode(), b"\n", *arrays])
 
@@ -153,92 +141,95 @@ def decode(content: bytes) -> Summary:
     line, _, rest = content.partition(b"\n")
     header = parse(line)
     try:
-        *counts, fills, policies = header["sizes"]
-        summary = Summary(
-            header["subject"],
-            header["environment"],
-            header["created"],
-            header["seconds"],
-            header["reasons"],
-            tuple(_take(rest, counts, fills, policies)),
-        )
+        counts = header.pop("sections")
+        candidates, texts = tuple(header.pop("candidates")), tuple(header.pop("texts"))
+        words = (*candidates, *texts, header["subject"], header["environment"], header["created"])
+        if not all(isinstance(word, str) for word in words) or not 0 < len(texts) <= _MAX_TEXTS:
+            raise ValueError("not a summary: its texts are of another kind")
+        for seconds in (header["seconds"], header["budget_s"]):
+            if not 0 <= seconds < math.inf:
+                raise ValueError("not a summary: its seconds are of another kind")
+        sections = tuple(_take(rest, counts, len(candidates), len(texts)))
+        return Summary(candidates=candidates, texts=texts, sections=sections, **header)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a summary: {type(error).__name__} {error}") from None
-    texts = (summary.subject, summary.environment, summary.created, *summary.reasons.values())
-    if not all(isinstance(text, str) for text in texts) or not 0 <= summary.seconds < math.inf:
-        raise ValueError("not a summary: its texts or seconds are of another kind")
-    return summary
 
 
-def _take(rest: bytes, counts: Sequence[int], fills: int, policies: int) -> list[Section]:
+def _take(rest: bytes, counts: Sequence[int], candidates: int, texts: int) -> list[Section]:
     place = 0
 
     def array(kind: str, *shape: int) -> NDArray[Any]:
         nonlocal place
         size = math.prod(shape)
         # A negative count would mean "all" to numpy.
-        if min(shape) < 1 or size > len(rest):
+        if min(shape) < 0 or size > len(rest):
             raise ValueError(f"not a summary: an array of shape {shape}")
         found = np.frombuffer(rest, kind, size, place).reshape(shape)
         place += found.nbytes
         return found
 
+    if len(counts) != len(Situation) or not candidates:
+        raise ValueError(f"not a summary: {len(counts)} situations, {candidates} candidates")
     sections = []
     for n in counts:
-        base_us, gains = array("<f8", n, fills), array("<f8", 3, n, fills, policies)
-        tokens, rounds = array("<i4", n), array("<i4", n, fills)
-        standing = array("u1", n, fills, policies)
-        rising = tokens[0] >= 1 and bool((np.diff(tokens) > 0).all())
-        real = bool((np.isnan(base_us) | (base_us > 0.0) & np.isfinite(base_us)).all())
-        if not rising or not real or standing.max() >= len(WORSE):
+        fraction, numbers = array("<f8", n), array("<f8", 4, n, candidates)
+        tokens, rounds = array("<i4", n), array("<i4", n)
+        standing, reason = array("u1", n, candidates), array("u1", n, candidates)
+        section = Section(tokens, fraction, rounds, standing, reason, numbers)
+        if n and not _is_real(section, texts):
             raise ValueError("not a summary: token counts, times or standings out of bounds")
-        sections.append(Section(tokens, rounds, base_us, gains, standing))
-    if place != len(rest) or not 1 <= len(sections) <= 2:
+        sections.append(section)
+    if place != len(rest):
         raise ValueError(f"not a summary: {len(rest)} bytes of arrays, {place} expected")
     return sections
 
 
+def _is_real(found: Section, texts: int) -> bool:
+    """Extremes, since one rank looks through thousands of these. nan is what was not measured."""
+    times = found.numbers[0]
+    rising = found.tokens[0] >= 1 and bool((found.tokens[1:] >= found.tokens[:-1]).all())
+    real = found.fraction.min() >= 0.0 and found.fraction.max() <= 1.0 and found.rounds.min() >= 0
+    known = found.standing.max() < len(ORDER) and found.reason.max() < texts
+    return bool(
+        rising and real and known and not (times <= 0.0).any() and not np.isinf(times).any()
+    )
+
+
 def _thinned(buckets: Sequence[Bucket], most: int) -> Sequence[Bucket]:
-    """At most `most` buckets, evenly spaced and with both ends; what remains serves the rest."""
-    if len(buckets) <= most:
+    """At most `most` rows of buckets, evenly spaced and with both ends; what remains serves the
+    rest."""
+    fills = max((len(bucket.fills) for bucket in buckets), default=1)
+    if len(buckets) * fills <= most:
         return buckets
-    if most < 2:
-        raise ValueError("too many policies to exchange")
-    last = len(buckets) - 1
-    return [buckets[round(i * last / (most - 1))] for i in range(most)]
+    kept, last = most // fills, len(buckets) - 1
+    if kept < 2:
+        raise ValueError("too many candidates to exchange")
+    return [buckets[round(i * last / (kept - 1))] for i in range(kept)]
 
 
 def _section(
-    buckets: Sequence[Bucket],
-    fractions: Sequence[float],
-    policies: Sequence[int],
-    reasons: dict[str, str],
+    buckets: Sequence[Bucket], candidates: Sequence[str], texts: dict[str, int]
 ) -> Section:
-    shape = (len(buckets), len(fractions), len(policies))
-    base_us = np.full(shape[:2], np.nan)
-    gains = np.full((3, *shape), np.nan)
-    rounds, standing = np.zeros(shape[:2], np.int32), np.zeros(shape, np.uint8)
-    for i, bucket in enumerate(buckets):
-        if tuple(fill.fraction for fill in bucket.fills) != tuple(fractions):
-            raise ValueError(f"the bucket at {bucket.num_tokens} tokens has other fills")
-        for f, fill in enumerate(bucket.fills):
-            results = fill.verdict.results
-            if tuple(r.policy for r in results) != tuple(policies):
-                raise ValueError(f"the bucket at {bucket.num_tokens} tokens has other policies")
-            rounds[i, f] = fill.verdict.rounds
-            base_us[i, f] = results[0].median_us or np.nan
-            for p, result in enumerate(results):
-                if result.standing in WORSE:
-                    standing[i, f, p] = WORSE.index(result.standing)
-                if result.standing in OUT:
-                    if result.standing is not Standing.HOPELESS:
-                        text, name = result.reason[:_MAX_TEXT], str(result.policy)
-                        reasons[name] = min(reasons.get(name, text), text)
-                elif result.gain is not None:
-                    # An interval without an end is stored as None; time saved is at most all.
-                    low = -np.inf if result.gain_low is None else result.gain_low
-                    high = 1.0 if result.gain_high is None else result.gain_high
-                    gains[:, i, f, p] = result.gain, low, high
-    gains[:, :, :, 0] = np.where(np.isnan(base_us), np.nan, 0.0)
-    tokens = np.array([bucket.num_tokens for bucket in buckets], np.int32)
-    return Section(tokens, rounds, base_us, gains, standing)
+    rows = [(bucket.num_tokens, fill) for bucket in buckets for fill in bucket.fills]
+    shape = (len(rows), len(candidates))
+    standing, reason = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    numbers = np.full((4, *shape), np.nan)
+    for i, (num_tokens, fill) in enumerate(rows):
+        results = fill.verdict.results
+        if tuple(r.candidate for r in results) != tuple(candidates):
+            raise ValueError(f"the bucket at {num_tokens} tokens has other candidates")
+        for p, result in enumerate(results):
+            text = result.reason[:_MAX_TEXT]
+            if len(texts) < _MAX_TEXTS:
+                texts.setdefault(text, len(texts))
+            standing[i, p], reason[i, p] = ORDER.index(result.standing), texts.get(text, 0)
+            found = (result.median_us, result.gain, result.gain_low, result.gain_high)
+            numbers[:, i, p] = [np.nan if number is None else number for number in found]
+    return Section(
+        np.array([num_tokens for num_tokens, _ in rows], np.int32),
+        np.array([fill.fraction for _, fill in rows], np.float64),
+        np.array([fill.verdict.rounds for _, fill in rows], np.int32),
+        standing,
+        reason,
+        numbers,
+    )

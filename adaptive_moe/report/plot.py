@@ -1,74 +1,217 @@
-"""Time against tokens, a line a policy, the chosen policy as a band. Needs matplotlib."""
+"""Time against tokens, a panel a situation. Needs matplotlib.
 
-from collections.abc import Sequence
+Made for print and for every reader: candidates differ in marker, line and hatch as well as in
+colour (Okabe and Ito's, which colour-blind readers tell apart). Above, the time of each candidate;
+below it, what each saves of the baseline's time with its interval; at the bottom a band with what
+is applied. Hollow markers are unsettled.
+"""
+
+import io
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_moe.policy.table import Bucket, PolicyTable, runs
+from adaptive_moe.policy.decision import Result, Standing
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.report.words import candidate_words, sections, situation_words
 
-COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3")
-NAMES = {0: "0: AITER's rule", 1: "1: one-shot", 2: "2: multi-phase"}
+FORMATS = ("png", "svg")
+# Savings and losses beyond this are drawn at the edge: what matters is near zero.
+MOST_SHOWN = 0.6
+MARGIN_LINE = (0, (1, 2))
 
 
-def draw(table: PolicyTable, path: Path) -> None:
-    """Write a PNG; ValueError saying what to install where matplotlib is missing."""
+@dataclass(frozen=True)
+class Style:
+    """How one candidate is drawn."""
+
+    colour: str
+    marker: str
+    line: str
+    hatch: str
+
+
+# By a candidate's place in the table; the first is the baseline's.
+STYLES = (
+    Style("#000000", "o", "-", ""),
+    Style("#0072B2", "s", "--", "////"),
+    Style("#D55E00", "^", "-.", "\\\\\\\\"),
+    Style("#009E73", "D", ":", "xxxx"),
+    Style("#CC79A7", "v", "-", "----"),
+    Style("#56B4E9", "P", "--", "||||"),
+    Style("#E69F00", "X", "-.", "++++"),
+    Style("#666666", "*", ":", "//||"),
+)
+
+
+def plot_format(path: str) -> str:
+    """`png` or `svg`, by the suffix; svg for standard output. ValueError for another one."""
+    suffix = Path(path).suffix.lower().removeprefix(".") if path != "-" else "svg"
+    if suffix not in FORMATS:
+        raise ValueError(f"{path} is not accepted: give a file that ends in .svg or .png")
+    return suffix
+
+
+def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
+    """The plot of a table as a file's content, the same bytes for the same table.
+
+    Raises:
+        ValueError: matplotlib is missing, with what to install.
+    """
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plot needs matplotlib: pip install 'adaptive-moe[plot]'") from None
+        raise ValueError("plots need matplotlib: pip install 'adaptive-moe[plot]'") from None
     found = table.evidence
-    panels: list[tuple[str, Sequence[Bucket], bytes]] = [("eager calls", found.eager, table.eager)]
-    if found.graph:
-        panels.insert(0, ("graph replay", found.graph, table.graph))
-    figure = Figure(figsize=(6.5 * len(panels), 4.8), layout="constrained")
-    for index, (title, buckets, array) in enumerate(panels):
-        axes: Any = figure.add_subplot(1, len(panels), index + 1)
-        _draw_panel(axes, title, buckets, array, found.policies)
-    figure.suptitle(
-        f"{found.shape.describe()}\n{found.kernel}, {found.environment.device}", fontsize=10
+    measured = list(sections(found))
+    figure = Figure(figsize=(4.4 * len(measured) + 2.2, 5.6), layout="constrained")
+    grid: Any = figure.subplots(
+        3, len(measured), squeeze=False, sharex="col", height_ratios=(3.0, 2.0, 0.35)
     )
-    figure.savefig(path, dpi=130, format="png")
+    for column, situation in zip(grid.T, measured, strict=True):
+        times, savings, band = column
+        _draw_points(times, savings, table, situation)
+        _draw_band(band, table, situation)
+        times.set_title(situation_words(found, situation), fontsize=10)
+    _draw_legend(figure, table)
+    figure.suptitle(
+        f"{found.coverage.describe()}\n{found.kernel}, {found.environment.device}", fontsize=10
+    )
+    out = io.BytesIO()
+    # Text stays text, and nothing depends on the moment or on chance.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "adaptive-moe"}):
+        metadata = {"Date": None} if image_format == "svg" else {}
+        figure.savefig(out, dpi=150, format=image_format, metadata=metadata)
+    return out.getvalue()
 
 
-def _draw_panel(
-    axes: Any, title: str, buckets: Sequence[Bucket], array: bytes, policies: Sequence[int]
-) -> None:
-    from matplotlib.ticker import LogFormatter
+def inline_svg(table: PolicyTable, prefix: str) -> str:
+    """The plot as an <svg> element for a page with several: ids begin with the prefix."""
+    text = draw(table, "svg").decode("utf-8")
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text)
+    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
 
-    top = 0.0
-    for policy in policies:
-        points = [
-            (bucket.num_tokens, result.median_us)
-            for bucket in buckets
-            for result in bucket.fills[0].verdict.results
-            if result.policy == policy and result.median_us is not None
-        ]
-        if points:
-            label = NAMES.get(policy, str(policy))
-            axes.plot(
-                *zip(*points, strict=True), "o-", ms=3, lw=1.3, color=_colour(policy), label=label
-            )
-            top = max(top, *(time for _, time in points))
-    spans = runs(array)
-    for first, last, policy in spans:
-        # Spans meet halfway between counts, so that the band has no gaps.
-        axes.axvspan(first - 0.5, last + 0.5, 0, 0.06, color=_colour(policy), alpha=0.8, lw=0)
-        if first > 1:
-            axes.axvline(first - 0.5, color="grey", lw=0.8, ls=":")
-            axes.annotate(f"{first}", (first, top), fontsize=8, color="grey", ha="left", va="top")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+
+def _draw_points(times: Any, savings: Any, table: PolicyTable, situation: Situation) -> None:
+    from matplotlib.ticker import LogFormatter, PercentFormatter
+
+    found = table.evidence
+    for index, name in enumerate(found.candidates):
+        style = STYLES[index % len(STYLES)]
+        points = list(_points(table, situation, name))
+        if not points:
+            continue
+        counts = [count for count, _, _ in points]
+        line = {"color": style.colour, "ls": style.line, "lw": 1.2}
+        times.plot(counts, [us for _, us, _ in points], **line)
+        for count, us, result in points:
+            _mark(times, count, us, style, result)
+        gains = [(count, r) for count, _, r in points if r.gain is not None]
+        savings.plot([c for c, _ in gains], [_shown(r.gain) for _, r in gains], **line)
+        for count, result in gains:
+            _mark(savings, count, _shown(result.gain), style, result)
+            if result.gain_low is not None and result.gain_high is not None:
+                ends = (_shown(result.gain_low), _shown(result.gain_high))
+                savings.vlines(count, *ends, color=style.colour, lw=1.0)
+    for axes in (times, savings):
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.25, which="both")
+    times.set_yscale("log")
     # Plain numbers: readers look for 512 tokens and 6 us, not for powers.
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.6)))
-    axes.set_xlim(0.9, array and len(array) * 1.05)
+    times.yaxis.set_major_formatter("{x:g}")
+    times.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.6)))
+    times.set_ylabel("us a call")
+    savings.axhline(found.rule.margin, color="grey", lw=0.9, ls=MARGIN_LINE)
+    savings.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    savings.set_ylabel("saved of the baseline's time")
+
+
+def _draw_band(axes: Any, table: PolicyTable, situation: Situation) -> None:
+    """What is applied at each count, with the counts where it changes."""
+    found = table.evidence
+    runs = table.runs(captured=situation is Situation.GRAPH)
+    shown = found.coverage.busy_from - 1 if situation is Situation.IDLE else runs[-1][1]
+    for first, last, name in runs:
+        style = STYLES[found.candidates.index(name) % len(STYLES)]
+        # Spans meet halfway between counts, so that the band has no gaps.
+        axes.axvspan(max(first - 0.5, 0.75), last + 0.5, **_fill(style))
+        if 1 < first <= shown:
+            where = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
+            axes.annotate(str(first), (first, 1.04), fontsize=7, **where)
+    axes.set_yticks([])
+    axes.set_ylim(0, 1)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(0.9, max(shown, 2) * 1.1)
     axes.set_xlabel("tokens")
-    axes.set_ylabel("us a call")
-    axes.set_title(f"{title} (band: policy applied)", fontsize=10)
-    axes.grid(alpha=0.25, which="both")
-    axes.legend(fontsize=8)
+    axes.set_ylabel("applied", rotation=0, ha="right", va="center")
 
 
-def _colour(policy: int) -> str:
-    return COLOURS[policy % len(COLOURS)]
+def _draw_legend(figure: Any, table: PolicyTable) -> None:
+    """Beside the data, a line and a piece of the band a candidate."""
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    found = table.evidence
+    handles: list[Any] = []
+    labels = []
+    for index, name in enumerate(found.candidates):
+        style = STYLES[index % len(STYLES)]
+        line = Line2D([], [], color=style.colour, ls=style.line, marker=style.marker, ms=4.5)
+        handles.append((line, Patch(**_fill(style))))
+        labels.append(candidate_words(name) + (", baseline" if index == 0 else ""))
+    handles.append(Line2D([], [], color="grey", ls="", marker="o", mfc="white"))
+    handles.append(Line2D([], [], color="grey", ls=MARGIN_LINE))
+    figure.legend(
+        handles=handles,
+        labels=[*labels, "hollow: unsettled", f"margin, {found.rule.margin:.1%}"],
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0.6)},
+        handlelength=4.5,
+        loc="outside right upper",
+        fontsize=8,
+        frameon=False,
+        title="line; band: applied",
+        title_fontsize=8,
+    )
+
+
+def _fill(style: Style) -> dict[str, Any]:
+    """The band of a candidate: grey for the baseline, else hatched."""
+    if not style.hatch:
+        return {"facecolor": "#8c8c8c", "edgecolor": "#8c8c8c", "lw": 0.0}
+    return {"facecolor": "white", "edgecolor": style.colour, "hatch": style.hatch, "lw": 0.8}
+
+
+def _points(
+    table: PolicyTable, situation: Situation, name: str
+) -> Iterator[tuple[int, float, Result]]:
+    """(tokens, us, result) where the candidate was timed; its time by its paired rounds, where
+    there are some, so that it agrees with what it saves. The first fill speaks for a bucket."""
+    for bucket in table.evidence.section(situation):
+        verdict = bucket.fills[0].verdict
+        result, base = verdict.result(name), verdict.baseline.median_us
+        if result is None or result.median_us is None:
+            continue
+        paired = base * (1.0 - result.gain) if base and result.gain is not None else 0.0
+        yield bucket.num_tokens, paired or result.median_us, result
+
+
+def _mark(axes: Any, x: float, y: float, style: Style, result: Result) -> None:
+    unsettled = result.standing is Standing.UNSETTLED
+    axes.plot(
+        *([x], [y], style.marker),
+        ms=4.5,
+        mec=style.colour,
+        mfc="white" if unsettled else style.colour,
+    )
+
+
+def _shown(fraction: float | None) -> float:
+    value = fraction or 0.0
+    return math.copysign(min(abs(value), MOST_SHOWN), value)

@@ -1,18 +1,36 @@
-"""What people read: the summary line, the bucket table, why a count gets its policy."""
+"""A table in lines of text: the headline of logs, the bucket table, what to do where much is open.
+
+Whoever prints one takes it from here; the words are those of words.py.
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from adaptive_moe.policy.decision import PolicyResult, Standing
-from adaptive_moe.policy.table import Bucket, Calibration, PolicyTable, runs
+from adaptive_moe.policy.decision import OUT, Standing
+from adaptive_moe.policy.evidence import Bucket, Calibration
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.table import PolicyTable, Run
+from adaptive_moe.report.words import (
+    candidate_words,
+    microseconds,
+    percent,
+    plural,
+    sections,
+    situation_words,
+)
+
+# From this share of unsettled buckets on, a reader is told what to do about it.
+MANY_UNSETTLED = 0.25
 
 
 def summary(table: PolicyTable) -> str:
-    """Such as `policy 1 up to 24 tokens, 2 from 25; 3 buckets tied, kept 0`."""
+    """What is applied, and what became of the buckets that stay with the baseline. Such as
+    `policy 1 (one-shot) up to 24 tokens, policy 0 (AITER's rule) from 25; kept: 3 buckets tied`."""
+    eager = _applied(table.runs())
     if table.graph == table.eager:
-        return _applied(table.eager) + _kept(table.evidence.eager)
-    graph = _applied(table.graph) + _kept(table.evidence.graph)
-    return f"graph: {graph} | eager: {_applied(table.eager)}{_kept(table.evidence.eager)}"
+        return eager + _kept_words(table.evidence)
+    graph = _applied(table.runs(captured=True))
+    return f"graph: {graph} | eager: {eager}{_kept_words(table.evidence)}"
 
 
 def headline(table: PolicyTable, *, measured_now: bool = True) -> str:
@@ -21,124 +39,127 @@ def headline(table: PolicyTable, *, measured_now: bool = True) -> str:
     found = table.evidence
     when = f"{found.seconds:.2f} s" if measured_now else f"as measured {found.created}"
     return (
-        f"{found.shape.describe()} on {found.kernel} ({found.environment.device}): "
-        f"{summary(table)}; gain over policy 0 {_gain_span(found)}; {when}"
+        f"{found.coverage.describe()} on {found.kernel} ({found.environment.device}), baseline "
+        f"{candidate_words(found.coverage.baseline)}: {summary(table)}; {gains(table)}; {when}"
     )
+
+
+def kept(found: Calibration) -> str:
+    """How many buckets stay with the baseline, by why, such as `3 buckets tied`."""
+    words = Counter(_why_kept(b) for b in found.buckets if b.candidate == found.coverage.baseline)
+    return ", ".join(f"{plural(number, 'bucket')} {why}" for why, number in sorted(words.items()))
+
+
+def gains(table: PolicyTable) -> str:
+    """What the buckets save whose winner is applied where they were measured."""
+    found = table.evidence
+    gains = [
+        result.gain
+        for situation in sections(found)
+        for bucket in found.section(situation)
+        if bucket.candidate != found.coverage.baseline
+        and bucket.candidate
+        == table.candidate(bucket.num_tokens, captured=situation is Situation.GRAPH)
+        for verdict in bucket.verdicts
+        if (result := verdict.result(bucket.candidate)) is not None and result.gain is not None
+    ]
+    if not gains:
+        return "saves nothing"
+    low, high = f"{min(gains):.0%}", f"{max(gains):.0%}"
+    span = low if low == high else f"{low} to {high}"
+    return f"saves {span} at {plural(len(gains), 'bucket')}"
 
 
 def bucket_table(table: PolicyTable) -> list[str]:
-    """The evidence as aligned lines: median us of each policy, gain of the choice, verdict."""
+    """The evidence as aligned lines, a block a situation: median us of each candidate (empty where
+    nothing was measured), what the winner saves, rounds, and the verdict in words."""
     found = table.evidence
-    heads = ["tokens", *(f"policy {p} us" for p in found.policies), "gain", "rounds", "verdict"]
     lines: list[str] = []
-    sections = [("graph", found.graph), ("eager", found.eager)]
-    for name, buckets in sections if found.graph else sections[1:]:
-        rows = [heads, *(row for bucket in buckets for row in _rows(bucket, found.policies))]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(heads) - 1)]
-        if found.graph:
-            lines.append(f"{name} calls")
-        for row in rows:
-            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
-            lines.append("  ".join([*cells, row[-1]]))
+    measured = list(sections(found))
+    for situation in measured:
+        if len(measured) > 1:
+            lines.append(situation_words(found, situation))
+        lines += _aligned([bucket_heads(found), *bucket_rows(found, situation)])
     return lines
 
 
-def explain(table: PolicyTable, num_tokens: int, *, captured: bool) -> list[str]:
-    """Why a batch of num_tokens gets its policy, from the bucket that serves it."""
-    policy = table.policy(num_tokens, captured=captured)
-    bucket = table.bucket(num_tokens, captured=captured)
+def bucket_heads(found: Calibration) -> list[str]:
+    """The columns of `bucket_rows`."""
+    return ["tokens", *(f"{name} us" for name in found.candidates), "saves", "rounds", "verdict"]
+
+
+def bucket_rows(found: Calibration, situation: Situation) -> Iterator[list[str]]:
+    """One row of cells a bucket, or a row a fill where a bucket has several."""
+    for bucket in found.section(situation):
+        for fill in bucket.fills:
+            verdict = fill.verdict
+            times = [microseconds(verdict.result(name)) for name in found.candidates]
+            chosen = verdict.result(bucket.candidate)
+            left = bucket.candidate != found.coverage.baseline and chosen is not None
+            tokens = str(bucket.num_tokens)
+            if len(bucket.fills) > 1:
+                tokens += f" ({100 * fill.fraction:.3g}% real)"
+            saves = percent(chosen.gain) if left and chosen else ""
+            yield [tokens, *times, saves, str(verdict.rounds or ""), bucket.reason]
+
+
+def advice(table: PolicyTable) -> list[str]:
+    """What to do where much was left open; nothing where little was."""
     found = table.evidence
-    kind = "graph-captured" if captured else "eager"
-    served = f"measured at {bucket.num_tokens} tokens"
-    if num_tokens > bucket.num_tokens:
-        served += ", the largest measured"
-    elif num_tokens < bucket.num_tokens:
-        served += ", the next bucket up"
-    lines = [
-        f"{num_tokens} tokens, {kind}: policy {policy} ({served})",
-        f"  because {bucket.reason}",
+    unsettled = sum(not _settled(bucket) for bucket in found.buckets)
+    if unsettled < MANY_UNSETTLED * len(found.buckets):
+        return []
+    return [
+        f"{unsettled} of {plural(len(found.buckets), 'bucket')} are unsettled: their times vary "
+        f"too much for {found.budget_s:g} s of measuring, so they stay with the baseline.",
+        "Other work on this machine is the usual cause: calibrate again when it is quiet, or give "
+        f"more time, such as {4 * found.budget_s:g} s (--budget, ADAPTIVE_MOE_BUDGET_S). What is "
+        "settled is not measured again.",
     ]
-    for fill in bucket.fills:
-        if len(bucket.fills) > 1:
-            lines.append(f"  with {100 * fill.fraction:.3g}% of the rows real:")
-        lines += [f"  {_result_line(result)}" for result in fill.verdict.results]
-    lines.append(
-        f"  {found.kernel} on {found.environment.device}, torch {found.environment.torch}, "
-        f"{found.created}; margin {found.rule.margin:.1%}, confidence {found.rule.confidence:.0%}"
-    )
-    return lines
 
 
-def _applied(array: bytes) -> str:
+def _applied(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return f"{candidate_words(runs[0][2])} at every token count"
     pieces = []
-    spans = runs(array)
-    for first, last, policy in spans:
-        if len(spans) == 1:
-            pieces.append(f"policy {policy} at every token count")
-        elif first == 1:
-            pieces.append(f"policy {policy} up to {last} tokens")
-        elif last == len(array) - 1:
-            pieces.append(f"{policy} from {first}")
+    for first, last, name in runs:
+        words = candidate_words(name)
+        if first == 1:
+            pieces.append(f"{words} up to {plural(last, 'token')}")
+        elif (first, last, name) == runs[-1]:
+            pieces.append(f"{words} from {first}")
         else:
-            pieces.append(f"{policy} from {first} to {last}")
+            pieces.append(f"{words} at {first}" if first == last else f"{words} {first} to {last}")
     return ", ".join(pieces)
 
 
-def _kept(buckets: Sequence[Bucket]) -> str:
-    words: Counter[str] = Counter()
-    for bucket in buckets:
-        if bucket.policy == 0:
-            settled = all(fill.verdict.settled for fill in bucket.fills)
-            standings = {r.standing for fill in bucket.fills for r in fill.verdict.results}
-            tied = Standing.TIED in standings
-            words["unsettled" if not settled else "tied" if tied else "best with 0"] += 1
-    if not words:
-        return ""
-    count = ", ".join(f"{n} bucket{'s' if n > 1 else ''} {word}" for word, n in words.items())
-    return f"; {count}, kept 0"
+def _kept_words(found: Calibration) -> str:
+    why = kept(found)
+    return f"; baseline kept: {why}" if why else ""
 
 
-def _gain_span(found: Calibration) -> str:
-    gains = [
-        result.gain
-        for bucket in (*found.graph, *found.eager)
-        for result in _chosen(bucket)
-        if bucket.policy != 0 and result.gain is not None
+def _why_kept(bucket: Bucket) -> str:
+    results = [r for verdict in bucket.verdicts for r in verdict.results]
+    failed = {r.candidate: r.standing for r in results if r.standing in OUT[1:]}
+    if failed:
+        return "where " + ", ".join(
+            f"{name} {'failed' if standing is Standing.FAILED else 'was wrong'}"
+            for name, standing in failed.items()
+        )
+    if not _settled(bucket):
+        return "unsettled"
+    tied = any(r.standing is Standing.TIED for r in results)
+    return "tied" if tied else "where it is fastest"
+
+
+def _settled(bucket: Bucket) -> bool:
+    return all(verdict.settled for verdict in bucket.verdicts)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """All cells but the last right-aligned in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([*(c.rjust(w) for c, w in zip(row[:-1], widths, strict=False)), row[-1]])
+        for row in rows
     ]
-    if not gains:
-        return "none"
-    return f"{min(gains):.0%} to {max(gains):.0%} at {len(gains)} buckets"
-
-
-def _chosen(bucket: Bucket) -> Iterator[PolicyResult]:
-    for fill in bucket.fills:
-        yield from (r for r in fill.verdict.results if r.policy == bucket.policy)
-
-
-def _rows(bucket: Bucket, policies: Sequence[int]) -> Iterator[list[str]]:
-    for fill in bucket.fills:
-        by_policy = {r.policy: r for r in fill.verdict.results}
-        times = [_time(by_policy.get(policy)) for policy in policies]
-        chosen = by_policy.get(bucket.policy)
-        gain = "" if bucket.policy == 0 or chosen is None else f"{chosen.gain or 0.0:.1%}"
-        tokens = str(bucket.num_tokens)
-        if len(bucket.fills) > 1:
-            tokens += f" ({100 * fill.fraction:.3g}% real)"
-        yield [tokens, *times, gain, str(fill.verdict.rounds), bucket.reason]
-
-
-def _time(result: PolicyResult | None) -> str:
-    if result is None:
-        return ""
-    return result.standing.value if result.median_us is None else f"{result.median_us:.1f}"
-
-
-def _result_line(result: PolicyResult) -> str:
-    line = f"policy {result.policy}: {result.standing.value}"
-    if result.median_us is not None:
-        line += f", median {result.median_us:.1f} us"
-    if result.gain is not None and result.standing is not Standing.REFERENCE:
-        low = "-inf" if result.gain_low is None else f"{result.gain_low:.1%}"
-        high = "+inf" if result.gain_high is None else f"{result.gain_high:.1%}"
-        line += f", saves {result.gain:.1%} of policy 0's time (surely {low} to {high})"
-    return line + (f": {result.reason}" if result.reason else "")

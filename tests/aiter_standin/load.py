@@ -7,10 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parent
-VERSIONS = ("v0.1.5", "v0.1.9", "main")
+VERSIONS = ("v0.1.5", "v0.1.9", "main", "september")
 
 
-def load_aiter(version: str = "main") -> ModuleType:
+def load_aiter(version: str = "september") -> ModuleType:
     """`aiter.fused_moe` of the stand-in. Modules of an earlier version are forgotten first."""
     forget_aiter()
     os.environ["AITER_STANDIN"] = version

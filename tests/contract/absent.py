@@ -7,7 +7,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -52,3 +52,10 @@ def make_importable(*packages: str) -> None:
 
     is_torchvision_available()
     sys.meta_path.append(_Finder(packages))
+
+
+def without_image_processors() -> None:
+    """Let them be registered in a transformers that has none, because it looked for torchvision."""
+    import transformers
+
+    transformers.AutoImageProcessor = SimpleNamespace(register=lambda *a, **k: None)

@@ -14,12 +14,17 @@ import functools
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from adaptive_moe.engines.seam import CHOOSER, UNSORTED
 from adaptive_moe.kernels.aiter import FLAGS, LEADING, REDUCES, SEAM
 
 FILE = "aiter/fused_moe.py"
 POLICY_AT = LEADING.index("dispatch_policy")
+# What has come after the policy so far. Another one may change what a sort is.
+LATER = ("return_local_topk_ids", "accumulate", "flat", "output_aux", "output")
+# Which backend runs is an argument of one function, or the other function.
+IMPLEMENTATION, FLYDSL = "_moe_sorting_impl", "_flydsl_moe_sorting"
 
 
 def main() -> int:
@@ -63,7 +68,11 @@ def check(text: str) -> tuple[list[str], list[str]]:
     arguments = functions[SEAM].args
     if arguments.vararg or arguments.kwarg or arguments.kwonlyargs or arguments.posonlyargs:
         problems.append(f"{SEAM} takes other than plain parameters")
-    notes = [f"after the policy: {', '.join(names[len(LEADING) :]) or 'nothing'}"]
+    later = names[len(LEADING) :]
+    notes = [f"after the policy: {', '.join(later) or 'nothing'}"]
+    problems += [
+        f"{SEAM} takes {name}, which nobody looked at" for name in later if name not in LATER
+    ]
 
     calls = calls_of(tree, SEAM)
     if not calls:
@@ -74,12 +83,15 @@ def check(text: str) -> tuple[list[str], list[str]]:
         policy = given.get("dispatch_policy", "its default")
         options = [f"{n}={given[n]}" for n in names[len(LEADING) :] if n in given]
         notes.append(f"{function} line {call.lineno}: policy {policy} {' '.join(options)}".strip())
-        if any(given.get(name) == "True" for name in UNSORTED):
+        if any(given.get(name) == "True" for name in UNSORTED) or sorts_for_aux(given):
             continue  # no sort by policy: the hook leaves it alone
         if policy != "moe_sorting_dispatch_policy":
             problems.append(f"the call at line {call.lineno} passes policy {policy}")
         if len(call.args) <= POLICY_AT and "dispatch_policy" not in given:
             problems.append(f"the call at line {call.lineno} leaves the policy out")
+    found, wrong = backends(functions)
+    notes += [policy_type(functions), *found]
+    problems += wrong
     problems += shadowing(tree)
     problems += asking(tree, functions)
     flags = [flag for flag in FLAGS if f"{flag} =" in text]
@@ -89,6 +101,65 @@ def check(text: str) -> tuple[list[str], list[str]]:
     if "accumulate" in names and not reduces:
         problems.append(f"takes accumulate, but has none of {', '.join(REDUCES)}")
     return notes, problems
+
+
+def sorts_for_aux(given: dict[str, str]) -> bool:
+    """Whether a call is the one for output_aux, a bool at first and a constant later."""
+    return given.get("output_aux", "False") not in ("False", "None")
+
+
+def policy_type(functions: dict[str, ast.FunctionDef]) -> str:
+    """What of an engine's policy arrives: a custom op converts it to what its schema says."""
+    annotations = {
+        ast.unparse(argument.annotation)
+        for function in functions.values()
+        for argument in function.args.args
+        if argument.arg == "moe_sorting_dispatch_policy" and argument.annotation is not None
+    }
+    arrives = "True" if "bool" in annotations else "2"
+    return f"a policy of 2 arrives as {arrives}"
+
+
+def backends(functions: dict[str, ast.FunctionDef]) -> tuple[list[str], list[str]]:
+    """What can be called past the backend flags, and how long the buffers are that it returns."""
+    notes, problems = [], []
+    direct = {IMPLEMENTATION: (*LEADING, "use_opus"), FLYDSL: LEADING[:POLICY_AT]}
+    for name, expected in direct.items():
+        if name not in functions:
+            continue
+        given = tuple(argument.arg for argument in functions[name].args.args)
+        if given[: len(expected)] != expected:
+            problems.append(f"{name} begins with {given[: len(expected)]}, not {expected}")
+    notes.append(f"callable directly: {', '.join(n for n in direct if n in functions) or 'none'}")
+    for name in (*direct, SEAM):
+        length = sorted_length(functions[name]) if name in functions else None
+        if length is None:
+            continue
+        notes.append(f"{name} sorts into {'whole blocks' if length == 544 else 'exact buffers'}")
+        if length not in (516, 544):
+            problems.append(f"{name} allocates {length} sorted_ids, neither 516 nor 544")
+    return notes, problems
+
+
+def sorted_length(function: ast.FunctionDef) -> int | None:
+    """How many sorted_ids it allocates for 2 tokens to 4 of 16 experts in blocks of 32, as its own
+    arithmetic says: 516, or 544 in whole blocks. None if it allocates none."""
+    names = {
+        "topk_ids": SimpleNamespace(numel=lambda: 8, shape=(2, 4), device=None),
+        "torch": SimpleNamespace(empty=lambda size, **_: size[0] if type(size) is tuple else size),
+        "dtypes": SimpleNamespace(i32=None),
+        "device": None,
+        "__builtins__": {"int": int, "min": min, "max": max},
+    }
+    names |= {"M": 2, "topk": 4, "num_experts": 16, "block_size": 32}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                value = eval(compile(ast.Expression(node.value), FILE, "eval"), names)
+            except (NameError, AttributeError, TypeError):
+                continue  # not about lengths
+            names[node.targets[0].id] = value
+    return names.get("sorted_ids")
 
 
 def calls_of(tree: ast.Module, name: str) -> list[tuple[str, ast.Call]]:

@@ -1,13 +1,16 @@
 """Contract tests against real engines: build one environment an engine version, and test in it.
 
     python tests/contract/run.py                         every version below
-    python tests/contract/run.py --newest                the newest vLLM and the newest SGLang
+    python tests/contract/run.py --newest                the newest vLLM and SGLang, and AMD's AITER
     python tests/contract/run.py --engine vllm==0.27.1   one version (may be repeated)
 
 Environments are kept in .contract/ and used again. They hold a CPU build of torch, the engine's
 wheel without its dependencies, and of these only what the code under test imports, in the versions
 the engine asks for: no GPU package is installed. Where the package index has no CPU build of torch:
 PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make contract
+
+`amd-aiter` is AMD's own package of AITER (PyPI's `aiter` is something else). Its Python runs as it
+is; rocm/ poses as ROCm at its import, compiled/ stands where it would have built kernels.
 """
 
 import argparse
@@ -24,12 +27,23 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parents[1]
 
-ENGINES = ("vllm==0.22.1", "vllm==0.23.0", "vllm==0.27.1", "vllm==0.33.0", "sglang==0.5.23")
-NEWEST = ("vllm==0.33.0", "sglang==0.5.23")
+ENGINES = (
+    "vllm==0.22.1",
+    "vllm==0.23.0",
+    "vllm==0.27.1",
+    "vllm==0.33.0",
+    "sglang==0.5.20",
+    "sglang==0.5.22",
+    "sglang==0.5.23",
+    "amd-aiter==0.1.7.post2.dev18",
+)
+NEWEST = ("vllm==0.33.0", "sglang==0.5.23", "amd-aiter==0.1.7.post2.dev18")
 TORCH = "torch==2.13.0"
 
-# Of the engine's own requirements, those that its modules under test import: vllm.txt, sglang.txt.
-NEEDED = {name: (HERE / f"{name}.txt").read_text().split() for name in ("vllm", "sglang")}
+# What a distribution's files here are called: vllm.txt and test_vllm.py, and so on.
+FILES = {"vllm": "vllm", "sglang": "sglang", "amd-aiter": "aiter"}
+# Of the engine's own requirements, those that its modules under test import.
+NEEDED = {name: (HERE / f"{file}.txt").read_text().split() for name, file in FILES.items()}
 
 
 class BuildError(RuntimeError):
@@ -69,7 +83,8 @@ def environment(engine: str, root: Path, package: Path) -> Path:
     """The Python of the engine's environment, built first where there is none that fits."""
     name, _, version = engine.partition("==")
     if name not in NEEDED or not version:
-        raise BuildError(f"give vllm==VERSION or sglang==VERSION, not {engine!r}")
+        accepted = " or ".join(f"{known}==VERSION" for known in NEEDED)
+        raise BuildError(f"give {accepted}, not {engine!r}")
     home = root / f"{name}-{version}"
     python = home / "bin" / "python"
     recipe = json.dumps([engine, TORCH, NEEDED[name], sys.version_info[:2]])
@@ -123,7 +138,7 @@ def step(what: str, command: list[str]) -> str:
 def run_tests(engine: str, python: Path) -> bool:
     name, _, version = engine.partition("==")
     # As in a fresh shell: nothing that a developer has set or stored decides a test.
-    ours = ("ADAPTIVE_MOE_", "VLLM_", "SGLANG_")
+    ours = ("ADAPTIVE_MOE_", "AITER_", "VLLM_", "SGLANG_")
     environ = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
     environ["CONTRACT_VERSION"] = version
@@ -131,14 +146,29 @@ def run_tests(engine: str, python: Path) -> bool:
     environ.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [str(python), "-m", "pytest", "-p", "no:cacheprovider"]
     command += ["--durations=5", "--disable-warnings"]  # the engines' own
-    test = HERE / f"test_{name}.py"
+    test = HERE / f"test_{FILES[name]}.py"
     print(f"contract: testing {engine}", flush=True)
     # From elsewhere, so that what is imported is what is installed.
     command += ["--rootdir", str(HERE), str(test)]
     with tempfile.TemporaryDirectory() as cache:
         environ["XDG_CACHE_HOME"] = cache
+        if name == "amd-aiter":
+            environ.update(posing_as_rocm(environ, cache))
         done = subprocess.run(command, env=environ, cwd=HERE, check=False)
     return done.returncode == 0
+
+
+def posing_as_rocm(environ: dict[str, str], folder: str) -> dict[str, str]:
+    """What AITER's import wants to find: a ROCm, an MI300X, and modules it would have compiled."""
+    rocm = HERE / "rocm"
+    return {
+        "PATH": os.pathsep.join([str(rocm / "bin"), environ["PATH"]]),
+        "ROCM_HOME": str(rocm),
+        "GPU_ARCHS": "gfx942",
+        # Compiled modules are then imported by their bare names, and built nowhere else.
+        "AITER_JIT_DIR": folder,
+        "PYTHONPATH": os.pathsep.join([str(HERE / "compiled"), environ["PYTHONPATH"]]),
+    }
 
 
 if __name__ == "__main__":

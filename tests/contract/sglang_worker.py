@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from absent import make_importable
+from absent import make_importable, without_image_processors
 from processes import STANDIN, free_port, in_child
 
 LARGEST_CAPTURE = 64
@@ -26,9 +26,12 @@ PREFILL = 2048
 def sglang_with_plugin():
     """SGLang's modules under test, with the plugin executed by SGLang's own loader."""
     sys.path.insert(0, str(STANDIN))
-    os.environ["ADAPTIVE_MOE_BUDGET_S"] = "5"  # enough on a busy machine; it ends when settled
-    os.environ["AITER_STANDIN_SLOW"] = "0"
+    os.environ["ADAPTIVE_MOE_BUDGET_S"] = "30"  # enough on a busy machine; it ends when settled
+    os.environ["AITER_STANDIN_SLOW"] = "0,2"  # all that an SGLang may pass by itself
     make_importable("torchvision")
+    import sglang  # noqa: F401 - it imports transformers anew
+
+    without_image_processors()
     torch.set_num_threads(1)
     from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
     from sglang.srt.plugins import load_plugins
@@ -59,8 +62,10 @@ def sglang_with_plugin():
         )
 
 
-def forward(runner, num_tokens, *, experts=16, topk=4, dim=64):
+def forward(runner, num_tokens, *, experts=16, topk=4, dim=64, mxfp8=False):
     """One MoE layer through SGLang's own runner; what arrived at the sort."""
+    kind = runner.AiterQuantType.PER_1X32 if mxfp8 else runner.AiterQuantType.NONE
+    weights = torch.float8_e4m3fnuz if mxfp8 else torch.bfloat16
     core = runner.AiterRunnerCore(runner.MoeRunnerConfig())
     generator = torch.Generator().manual_seed(num_tokens)
     ids = torch.rand((num_tokens, experts), generator=generator).argsort(1)[:, :topk]
@@ -69,11 +74,11 @@ def forward(runner, num_tokens, *, experts=16, topk=4, dim=64):
             hidden_states=torch.zeros((num_tokens, dim), dtype=torch.bfloat16),
             topk_ids=ids.int().contiguous(),
             topk_weights=torch.rand((num_tokens, topk), generator=generator),
-            quant_type=runner.AiterQuantType.NONE,
+            quant_type=kind,
         ),
         runner.AiterMoeQuantInfo(
-            w13_weight=torch.zeros((experts, 32, dim), dtype=torch.bfloat16),
-            w2_weight=torch.zeros((experts, dim, 16), dtype=torch.bfloat16),
+            w13_weight=torch.zeros((experts, 32, dim), dtype=weights),
+            w2_weight=torch.zeros((experts, dim, 16), dtype=weights),
         ),
         {},
     )

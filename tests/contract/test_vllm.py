@@ -312,3 +312,25 @@ def test_filtered_out_vllm_itself_refuses_the_word_and_we_can_say_why():
     assert "add adaptive_moe to VLLM_PLUGINS" in text
     allowed = {VARIABLE: "auto", "VLLM_PLUGINS": "some_other_plugin,adaptive_moe"}
     assert plugin_problem(allowed) is None
+
+
+def test_what_was_calibrated_before_is_what_the_next_start_finds(tmp_path):
+    """`adaptive-moe calibrate --for vllm`, then vLLM's start: from the store, nothing measured. The
+    same on another machine's cache folder, through an export."""
+    cache, elsewhere, file = (str(tmp_path / name) for name in ("a", "b", "fleet.json"))
+    sizes = ",".join(map(str, worker.CAPTURE_SIZES))
+    layer = "--experts 256 --topk 8 --hidden 7168 --inter 16 --quant fp8-block"
+    calls = f"--for vllm --max-batched-tokens {worker.MAX_TOKENS} --capture-sizes {sizes}"
+    command = f"-m adaptive_moe calibrate --kernel aiter {layer} {calls} --budget 3"
+    done = run(command, ADAPTIVE_MOE_CACHE_DIR=cache)
+    assert done.stdout.count("written to") == 2  # two block sizes
+    run(f"-m adaptive_moe cache export {file}", ADAPTIVE_MOE_CACHE_DIR=cache)
+    run(f"-m adaptive_moe cache import {file}", ADAPTIVE_MOE_CACHE_DIR=elsewhere)
+    for folder in (cache, elsewhere):
+        environ = {VARIABLE: "auto", "ADAPTIVE_MOE_CACHE_DIR": folder}
+        done = run(f"worker.py tensor:{tmp_path}", **environ)
+        log = done.stdout + done.stderr
+        ((rank,),) = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
+        assert sorted(rank["tables"]) == ["16", "64"]
+        assert rank["sorts"] == 0
+        assert log.count(f"table from {folder}") == 2

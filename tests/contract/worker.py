@@ -115,7 +115,7 @@ def start() -> dict[str, Any]:
     gpu_worker.kernel_warmup(worker)
     from adaptive_moe.engines import process
 
-    tables = {t.evidence.shape.block_size: t for t in process.current().tables.values()}
+    tables = {t.evidence.coverage.shape.block_size: t for t in process.current().tables.values()}
     calls = [forward(count) for count in (1, 8, 32, 33, 512, MAX_TOKENS)]
     return {
         "blocks": sorted(tables),
@@ -144,7 +144,7 @@ def start_rank(how: str, rank: int, size: int, method: str, folder: str) -> dict
 
     before = len(aiter.sort.calls)
     gpu_worker.kernel_warmup(worker)
-    tables = {t.evidence.shape.block_size: t for t in process.current().tables.values()}
+    tables = {t.evidence.coverage.shape.block_size: t for t in process.current().tables.values()}
     result = {
         "world": dist.get_process_group_ranks(dist.group.WORLD),
         "sorts": len(aiter.sort.calls) - before,

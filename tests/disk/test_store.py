@@ -22,13 +22,15 @@ from adaptive_moe.disk.folder import (
     open_store,
     read_file,
     stored_files,
+    write_file,
 )
-from adaptive_moe.kernels import load_kernel
+from adaptive_moe.kernels import Candidate, SortKernel, load_kernel
+from adaptive_moe.policy.decision import Rule, Standing
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import Settings, SettingsError, read_settings
 from tests.faults.corrupt import listening
-from tests.faults.crowd import PLAN, SHAPES, measure
-from tests.faults.made_up import HERE, SHAPE, key_of, made_up_table, stored_of
+from tests.faults.crowd import COVERAGES, PLAN, measure
+from tests.faults.made_up import ENGINE, HERE, PADDED, SHAPE, key_of, made_up_table, stored_of
 
 SMALL = {"eager": (1, 2, 8), "graph": (1, 2, 4), "max_tokens": 8}
 ROOT = Path(__file__).parents[2]
@@ -59,7 +61,12 @@ def path_of(store, table):
 
 def test_what_is_published_is_loaded_whole(store, table):
     assert store.publish({key_of(table): table}) == 1
-    assert store.load(key_of(table)) == table
+    assert loaded(store, key_of(table)) == table
+
+
+def loaded(store, key):
+    found = store.load(key)
+    return found and found.table
 
 
 def test_the_file_is_private_and_readable_json(store, table):
@@ -67,10 +74,11 @@ def test_the_file_is_private_and_readable_json(store, table):
     path = path_of(store, table)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert path.name.startswith("256x8-7168-bfloat16-b32-amd-instinct-mi300x-")
+    assert path.name.startswith("256x8-7168-bfloat16-b32-vllm-0.33.0-amd-instinct-mi300x-")
     content = json.loads(path.read_text())
     assert content["calibration"]["environment"]["device"] == HERE.device
-    assert content["request"]["capture_sizes"] == [1, 2, 4]
+    assert content["calibration"]["coverage"]["captured"] == [1, 2, 4]
+    assert content["request"]["engine"] == ENGINE
 
 
 def variants(value):
@@ -88,7 +96,7 @@ def changed(old):
     if isinstance(old, bool):
         return not old
     if isinstance(old, tuple):
-        return (*old, 77)
+        return (*old, {str: "other", tuple: (77, 78)}.get(type(old[0]), 77)) if old else (77,)
     if isinstance(old, str):
         return {"bfloat16": "float16"}.get(old, old + "x")
     return 1 if old is None else old * 2
@@ -108,11 +116,11 @@ def test_every_field_of_the_key_matters(store, table):
             assert store.load(other) is None, other
             names.add(other.file_name())
             count += 1
-    assert count >= 25
+    assert count >= 30
     assert len(names) == count + 1
     assert len(lines) == count
     assert all("it is for another" in line for line in lines)
-    assert store.load(key) == table
+    assert loaded(store, key) == table
 
 
 def test_differences_name_the_field_and_both_values(table):
@@ -120,20 +128,32 @@ def test_differences_name_the_field_and_both_values(table):
     assert differences(there, key_of(table)) == ["environment.torch ('2.10.0', here '2.9.0')"]
 
 
+def test_key_for_is_the_key_of_what_is_then_measured(one_thread):
+    """Also on a CPU, which captures nothing and is never idle."""
+    kernel, coverage = load_kernel("cpu"), replace(COVERAGES[0], captured=(1, 2), busy_from=5)
+    key = key_for(kernel, coverage, PLAN, ENGINE)
+    table = measure(kernel, coverage)
+    assert key.request.first == PLAN.first
+    assert Stored(key.request, table).key == key
+
+
 def test_a_second_start_launches_no_kernel_and_says_where_it_is_from(tmp_path, one_thread):
     calls = []
     kernel = load_kernel("cpu")
 
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return kernel.moe_sorting(*args, **kwargs)
+    def counted(candidate):
+        def bind(inputs):
+            call = candidate.bind(inputs)
+            return lambda: (calls.append(candidate.name), call())[1]
 
-    counting = replace(kernel, moe_sorting=counted)
+        return Candidate(candidate.name, bind)
+
+    counting = SortKernel("cpu", kernel.device, tuple(map(counted, kernel.candidates)))
 
     def start():
         store = open_store(Settings(cache_dir=str(tmp_path / "cache")))
-        key = key_for(counting, SHAPES[0], PLAN)
-        found = store.load(key) or measure(counting, SHAPES[0])
+        key = key_for(counting, COVERAGES[0], PLAN, ENGINE)
+        found = loaded(store, key) or measure(counting, COVERAGES[0])
         store.publish({key: found})
         return found
 
@@ -147,6 +167,38 @@ def test_a_second_start_launches_no_kernel_and_says_where_it_is_from(tmp_path, o
     assert len(lines) == 1
     for word in (str(tmp_path), first.evidence.created, first.evidence.environment.device):
         assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "rounds", "unfinished"),
+    [(0.5, 6, False), (0.75, 6, False), (5.0, 6, True), (5.0, 60, False)],
+)
+def test_a_larger_budget_goes_on_from_what_is_unsettled(store, budget_s, rounds, unfinished):
+    """6 rounds do not settle a gain near the margin; what is settled no budget makes better."""
+    table = made_up_table(1, **SMALL, gains=(0.0, 0.025 if rounds == 6 else 0.2), rounds=rounds)
+    assert table.settled == (rounds != 6)
+    store.publish({key_of(table): table})
+    with listening(logging.INFO) as lines:
+        found = store.load(key_of(table), budget_s)
+    assert (found.table, found.unfinished) == (table, unfinished)
+    assert ("going on from its 0.75 s with 5 s" in lines[0]) == unfinished
+
+
+@pytest.mark.parametrize("standing", [Standing.FAILED, Standing.WRONG])
+def test_what_is_not_sound_is_not_written(store, table, standing, caplog):
+    bad = made_up_table(1, **SMALL, out={1: (standing, "no memory left")})
+    assert key_of(bad) == key_of(table)
+    store.publish({key_of(table): table})
+    with caplog.at_level(logging.DEBUG, "adaptive_moe"):
+        assert store.publish({key_of(bad): bad}) == 0
+    assert loaded(store, key_of(table)) == table
+    (said,) = [r for r in caplog.records if "not written" in r.message]
+    assert said.levelno == logging.DEBUG
+    # Nor is it read, whoever wrote it.
+    write_file(path_of(store, bad), stored_of(bad))
+    with listening() as lines:
+        assert store.load(key_of(bad)) is None
+    assert "a candidate failed" in lines[0]
 
 
 @pytest.mark.parametrize(("quiet", "level"), [(False, logging.INFO), (True, logging.DEBUG)])
@@ -164,7 +216,7 @@ def test_recalibrate_measures_again_and_keeps_the_new_table(tmp_path, table):
     open_store(asked).publish({key: table})
     assert open_store(asked).load(key) is None
     open_store(asked).publish({key: newer})
-    assert open_store(Settings(cache_dir=str(tmp_path))).load(key) == newer
+    assert loaded(open_store(Settings(cache_dir=str(tmp_path))), key) == newer
 
 
 @pytest.mark.parametrize(
@@ -221,7 +273,7 @@ def test_a_failing_rename_leaves_the_last_good_table(store, table, monkeypatch):
     with listening() as lines:
         assert store.publish({key: made_up_table(2, **SMALL)}) == 0
     assert len(lines) == 1
-    assert store.load(key) == table
+    assert loaded(store, key) == table
     assert list(store.folder.iterdir()) == [path_of(store, table)]
 
 
@@ -257,37 +309,55 @@ def test_no_changed_byte_goes_unnoticed(data):
             Stored.from_text(text)
 
 
-def test_impossible_measurements_are_refused():
-    """A gain of all the time there is; with several fills, losses are divided by what remains."""
-    padded = replace(SHAPE, local_experts=32, num_local_tokens=True)
-    table = made_up_table(1, shape=padded, eager=(1,), graph=(), max_tokens=1)
-    (bucket,) = table.evidence.eager
-    fills = tuple(
-        replace(fill, verdict=replace(fill.verdict, results=with_gain(fill.verdict.results, 1.0)))
-        for fill in bucket.fills
-    )
-    evidence = replace(table.evidence, eager=(replace(bucket, fills=fills),))
-    text = stored_of(PolicyTable(evidence)).to_text()
+@pytest.mark.parametrize("wrong", [{"gain": 1.0}, {"median_us": -0.1}])
+def test_impossible_measurements_are_refused(wrong):
+    """A gain of all the time there is, or time that runs backwards."""
+    table = made_up_table(1, eager=(1,), graph=(), max_tokens=1)
+    (bucket,) = table.evidence.busy
+    verdict = bucket.fills[0].verdict
+    results = (*verdict.results[:2], replace(verdict.results[2], **wrong))
+    fills = (replace(bucket.fills[0], verdict=replace(verdict, results=results)),)
+    text = without(table, busy=(replace(bucket, fills=fills),))
     with pytest.raises(ValueError, match="impossible"):
         Stored.from_text(text)
 
 
-def test_every_policy_needs_a_result_in_every_fill():
-    padded = replace(SHAPE, local_experts=32, num_local_tokens=True)
-    table = made_up_table(1, shape=padded, eager=(1,), graph=(), max_tokens=1)
-    (bucket,) = table.evidence.eager
+def test_every_candidate_needs_a_result_in_every_fill():
+    table = made_up_table(1, shape=PADDED, eager=(1,), graph=(), max_tokens=1)
+    (bucket,) = table.evidence.busy
     last = replace(bucket.fills[2].verdict, results=bucket.fills[2].verdict.results[:2])
     fills = (*bucket.fills[:2], replace(bucket.fills[2], verdict=last))
-    evidence = replace(table.evidence, eager=(replace(bucket, fills=fills),))
+    evidence = replace(table.evidence, busy=(replace(bucket, fills=fills),))
     with pytest.raises(ValueError, match="measurements"):
         Stored.from_text(stored_of(PolicyTable(evidence)).to_text())
 
 
-def test_captured_calls_are_not_served_from_a_table_that_never_measured_any():
+def without(table, **parts):
+    return stored_of(PolicyTable(replace(table.evidence, **parts))).to_text()
+
+
+def test_what_the_coverage_does_not_name_is_refused():
+    """Captured sizes that nobody measured, graphs of nothing captured, counts that never come."""
+    table = made_up_table(1, eager=(1, 8), graph=(1, 2), idle=(1,), busy_from=4, max_tokens=8)
+    found = table.evidence
+    Stored.from_text(stored_of(table).to_text())
+    for text, what in (
+        (without(table, graph=()), "captured sizes"),
+        (without(table, coverage=replace(found.coverage, captured=())), "captured sizes"),
+        (without(table, coverage=replace(found.coverage, captured=(1,))), r"2 tokens \(graph\)"),
+        (without(table, coverage=replace(found.coverage, eager=((2, 8),))), r"1 tokens \(busy\)"),
+        (without(table, coverage=replace(found.coverage, busy_from=1)), r"1 tokens \(idle\)"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            Stored.from_text(text)
+
+
+def test_a_winner_needs_an_interval_beyond_the_margin():
     table = made_up_table(1, eager=(1,), graph=(), max_tokens=1)
-    captured = replace(stored_of(table).request, capture_sizes=(1, 2))
-    with pytest.raises(ValueError, match="capture sizes"):
-        Stored.from_text(Stored(captured, table).to_text())
+    strict = replace(table.evidence, rule=Rule(margin=0.3))
+    assert table.candidate(1) == "policy 1"
+    with pytest.raises(ValueError, match="measurements"):
+        Stored.from_text(stored_of(PolicyTable(strict)).to_text())
 
 
 @pytest.mark.parametrize("plant", [os.mkfifo, os.mkdir])
@@ -295,10 +365,6 @@ def test_only_regular_files_are_read(tmp_path, plant):
     plant(tmp_path / "file")
     with pytest.raises(ValueError, match="not a regular file"):
         read_file(tmp_path / "file")
-
-
-def with_gain(results, gain):
-    return tuple(replace(result, gain=gain) if result.policy else result for result in results)
 
 
 def test_the_largest_file_is_refused_before_it_is_parsed(store, table, monkeypatch):
@@ -373,4 +439,4 @@ def test_shapes_have_files_of_their_own(store, table):
     other = made_up_table(1, **SMALL, shape=replace(SHAPE, topk=4))
     assert store.publish({key_of(table): table, key_of(other): other}) == 2
     assert len(stored_files(store.folder)) == 2
-    assert store.load(key_of(other)) == other
+    assert loaded(store, key_of(other)) == other

@@ -54,7 +54,7 @@ def run(files: int, seed: int = 0) -> dict[str, Any]:
         "files": files,
         "kinds": dict(kinds),
         "failures": dict(failures),
-        "undamaged_file_loads": still == table,
+        "undamaged_file_loads": still is not None and still.table == table,
     }
 
 
@@ -122,7 +122,7 @@ def _another_kernel(chance: random.Random, good: bytes) -> bytes:
 
 def _another_request(chance: random.Random, good: bytes) -> bytes:
     stored = Stored.from_text(good.decode())
-    fields = [{"decision": 99}, {"capture_sizes": (1, 2, 4, 8)}, {"first": (1, 64)}]
+    fields = [{"decision": 99}, {"engine": "sglang 0.5.23"}, {"first": (1, 64)}]
     changed = replace(stored.request, **chance.choice(fields))
     return Stored(changed, stored.table).to_text().encode()
 
@@ -215,21 +215,26 @@ def _schema(chance: random.Random, plain: Any) -> str:
 
 
 def _policy(chance: random.Random, plain: Any) -> str:
-    """A policy that was not offered, or one that the bucket's own evidence does not support."""
-    bucket = chance.choice(plain[chance.choice(["eager", "graph"])])
-    bucket["policy"] = chance.choice([p for p in (-1, 0, 2, 3, 255, 256) if p != bucket["policy"]])
+    """A candidate that was not offered, or one that the bucket's evidence does not support."""
+    bucket = chance.choice(plain[chance.choice(["busy", "graph"])])
+    names = ("", "policy 0", "policy 2", "policy 3", "x" * 99)
+    bucket["candidate"] = chance.choice([n for n in names if n != bucket["candidate"]])
     return json.dumps(plain)
 
 
 def _claimed(chance: random.Random, plain: Any) -> str:
-    """Bucket and verdict both say policy 2, which was measured to be slower."""
-    bucket = chance.choice(plain["eager"])
-    bucket["policy"] = bucket["fills"][0]["verdict"]["policy"] = 2
+    """Bucket and verdict both say policy 2, which was measured to be slower; or its result does."""
+    bucket = chance.choice(plain["busy"])
+    verdict = bucket["fills"][0]["verdict"]
+    bucket["candidate"] = verdict["candidate"] = "policy 2"
+    if chance.random() < 0.5:
+        verdict["results"][1]["standing"] = "slower"
+        verdict["results"][2]["standing"] = "faster"
     return json.dumps(plain)
 
 
 def _order(chance: random.Random, plain: Any) -> str:
-    buckets = plain["eager"]
+    buckets = plain["busy"]
     kind = chance.randrange(4)
     if kind == 0:
         buckets.reverse()
@@ -254,8 +259,8 @@ DAMAGES: tuple[tuple[str, Damage], ...] = (
     ("over-long text or list", _sealed(_long)),
     ("missing or unknown field", _sealed(_fields)),
     ("another schema", _sealed(_schema)),
-    ("policy not offered or not supported", _sealed(_policy)),
-    ("policy its evidence refutes", _sealed(_claimed)),
+    ("candidate not offered or not supported", _sealed(_policy)),
+    ("candidate its evidence refutes", _sealed(_claimed)),
     ("buckets out of order", _sealed(_order)),
     ("another machine's key", _another_machine),
     ("another kernel's key", _another_kernel),

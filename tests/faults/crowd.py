@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from adaptive_moe.disk.folder import Store, key_for, read_file, stored_files, temporary_files
+from adaptive_moe.disk.folder import Store, key_for, read_file, stored_files
+from adaptive_moe.disk.write import temporary_files
 from adaptive_moe.kernels import SortKernel, load_kernel
+from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
@@ -19,23 +21,25 @@ from adaptive_moe.tuning.calibrator import Plan, calibrate
 from .corrupt import listening
 from .processes import finish_all, start
 
-SHAPES = tuple(SortingShape(num_experts, 2, 32) for num_experts in (4, 8, 12, 16))
-PLAN = Plan(max_tokens=8, first=(1, 8), budget_s=60.0, rule=Rule(min_rounds=2, max_rounds=6))
+COVERAGES = tuple(
+    Coverage.up_to(SortingShape(num_experts, 2, 32), 8) for num_experts in (4, 8, 12, 16)
+)
+PLAN = Plan(first=(1, 8), budget_s=60.0, rule=Rule(min_rounds=2, max_rounds=6))
 
 
-def measure(kernel: SortKernel, shape: SortingShape) -> PolicyTable:
+def measure(kernel: SortKernel, coverage: Coverage) -> PolicyTable:
     """A real calibration of a few rounds, however busy the machine is: each look at the clock
     costs a second of the budget."""
     looks = itertools.count()
-    return calibrate(kernel, shape, PLAN, now=lambda: float(next(looks)))
+    return calibrate(kernel, coverage, PLAN, now=lambda: float(next(looks)))
 
 
 def run(processes: int, rounds: int) -> dict[str, Any]:
     """Counts of hits, files and whatever went wrong."""
     torch.set_num_threads(1)
     kernel = load_kernel("cpu")
-    measure(kernel, SHAPES[0])  # what torch imports on first use, once for all children
-    keys = [key_for(kernel, shape, PLAN) for shape in SHAPES]
+    measure(kernel, COVERAGES[0])  # what torch imports on first use, once for all children
+    keys = [key_for(kernel, coverage, PLAN, "test") for coverage in COVERAGES]
     failures: Counter[str] = Counter()
     files = hits = published = found_by_another = 0
     for _ in range(rounds):
@@ -46,14 +50,14 @@ def run(processes: int, rounds: int) -> dict[str, Any]:
             def work(place: int, folder: Path = folder, gate: int = gate) -> dict[str, int]:
                 os.close(opener)  # noqa: B023  the child's own copy
                 os.read(gate, 1)  # until the parent closes its end: all begin at once
-                own, other = place % len(SHAPES), (place // len(SHAPES)) % len(SHAPES)
+                own, other = place % len(COVERAGES), (place // len(COVERAGES)) % len(COVERAGES)
                 # Half of them measure whatever is there, so that many publish the same file.
                 store = Store(folder, recalibrate=place % 2 == 0)
                 tables, hit = {}, 0
                 for i in {own, other}:
-                    table = store.load(keys[i])
-                    hit += table is not None
-                    tables[keys[i]] = table or measure(kernel, SHAPES[i])
+                    found = store.load(keys[i])
+                    hit += found is not None
+                    tables[keys[i]] = found.table if found else measure(kernel, COVERAGES[i])
                 return {"published": store.publish(tables), "wanted": len(tables), "hit": hit}
 
             children = [start(lambda place=place: work(place)) for place in range(processes)]

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adaptive_moe.disk.folder import open_store, stored_files, temporary_files
+from adaptive_moe.disk.folder import open_store, stored_files
+from adaptive_moe.disk.write import temporary_files
 from adaptive_moe.settings import Settings
 
 from .corrupt import listening
@@ -161,7 +162,7 @@ def _in_place(plant: Callable[[Path, Path], None]) -> dict[str, Any]:
         plant(folder / target.name, target)
         answer = serve(folder, kept=True)
         now = open_store(Settings(cache_dir=str(folder))).load(key_of(table))
-        if target.read_bytes() != before or now != table:
+        if target.read_bytes() != before or now is None or now.table != table:
             answer["survived"] = False
     return answer
 

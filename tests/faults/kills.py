@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from adaptive_moe.disk import folder as store_module
-from adaptive_moe.disk.folder import STALE_AFTER_S, Store, key_for, temporary_files
+from adaptive_moe.disk.folder import Store, key_for
+from adaptive_moe.disk.write import STALE_AFTER_S, temporary_files
 from adaptive_moe.kernels import load_kernel
 
 from .corrupt import listening
-from .crowd import PLAN, SHAPES, measure
+from .crowd import COVERAGES, PLAN, measure
 from .made_up import EAGER, key_of, made_up_table
 from .processes import finish, kill, start
 
@@ -29,8 +30,8 @@ def run(kills: int, seed: int = 0) -> dict[str, Any]:
     torch.set_num_threads(1)
     chance = random.Random(seed)
     kernel = load_kernel("cpu")
-    measured_key = key_for(kernel, SHAPES[0], PLAN)
-    measured = measure(kernel, SHAPES[0])
+    measured_key = key_for(kernel, COVERAGES[0], PLAN, "test")
+    measured = measure(kernel, COVERAGES[0])
     known = [made_up_table(n, eager=EAGER[: 8 + n]) for n in range(2)]
     known_key = key_of(known[0])
     assert key_of(known[1]) == known_key
@@ -50,7 +51,7 @@ def run(kills: int, seed: int = 0) -> dict[str, Any]:
                         store.publish({known_key: table})
                     if calibrates:
                         phase[0] = 1
-                        table = measure(kernel, SHAPES[0])
+                        table = measure(kernel, COVERAGES[0])
                         phase[0] = 0
                         store.publish({measured_key: table})
 
@@ -63,13 +64,15 @@ def run(kills: int, seed: int = 0) -> dict[str, Any]:
             phases[PHASES[phase[0]]] += 1
             phase[0] = 0
             with listening() as lines:
-                if store.load(known_key) not in known:
+                found = store.load(known_key)
+                if found is None or found.table not in known:
                     failures["the last good table is gone"] += 1
                 if store.load(measured_key) is None:
                     failures["the last good calibration is gone"] += 1
                 # The next start: whatever the killed one left, publishing works at once.
                 wanted = known[number % 2]
-                if store.publish({known_key: wanted}) != 1 or store.load(known_key) != wanted:
+                published, found = store.publish({known_key: wanted}), store.load(known_key)
+                if published != 1 or found is None or found.table != wanted:
                     failures["the next start could not publish"] += 1
             failures.update(lines)
         left_behind = len(temporary_files(store.folder))
@@ -101,6 +104,6 @@ def _report_phases(phase: mmap.mmap) -> None:
         return call
 
     flush_file, flush_folder = noted(3, os.fsync), noted(5, os.fsync)
-    store_module.tempfile.mkstemp = noted(2, tempfile.mkstemp)
+    store_module.replace_file = noted(2, store_module.replace_file)
     os.replace = noted(4, os.replace)
     os.fsync = lambda fd: (flush_folder if os.path.isdir(f"/proc/self/fd/{fd}") else flush_file)(fd)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,18 @@ from typing import Any
 import torch.distributed as dist
 
 from adaptive_moe.disk.folder import Store
+from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Standing
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.ranks.agreement import agree, open_channel
-from adaptive_moe.shape import SortingShape
+from adaptive_moe.ranks.agreement import Agreement, agree, look, open_channel
+from adaptive_moe.ranks.channel import Channel
+from adaptive_moe.ranks.exchange import WHOLE
 
 from .corrupt import listening
 from .made_up import EAGER, GRAPH, SHAPE, key_of, made_up_table
 from .processes import Child, finish, kill, start
 
-OTHER = SortingShape(128, 4, 2880)
+OTHER = replace(SHAPE, topk=4)
 SHORT = {"eager": EAGER[:6], "graph": GRAPH[:4], "max_tokens": 64}
 # On top of what agree() itself allows: starting a thread, and a busy machine.
 SLACK_S = 5.0
@@ -44,15 +47,15 @@ def noise(sizes: Sequence[int], runs: int) -> dict[str, Any]:
             hashes = []
             for run in range(runs):
                 own = _noisy(1000 * run + rank)
-                alone = agree({SHAPE: own}, {}, None).tables[SHAPE]
-                together = agree({SHAPE: own}, {}, open_channel(), limit_s=60.0).tables[SHAPE]
+                alone = own
+                together = agree(_bring(own), {}, open_channel(), limit_s=60.0)
                 # Alone, what counts is whether other policies would run, not other samples.
-                hashes.append([(alone.eager + alone.graph).hex(), _hash(together)])
+                hashes.append([(alone.eager + alone.graph).hex(), hash_of(together)])
             dist.barrier()
             return hashes
 
         begun = time.perf_counter()
-        answers = _results(world(size, work, store_in_rank_0=True), 600.0)
+        answers = results_of(world(size, work, store_in_rank_0=True), 600.0)
         seconds = time.perf_counter() - begun
         alone_differ = sum(len({a[run][0] for a in answers}) > 1 for run in range(runs))
         identical = sum(len({a[run][1] for a in answers}) == 1 for run in range(runs))
@@ -92,7 +95,7 @@ def random_kills(kills: int, limit_s: float, seed: int = 0) -> dict[str, Any]:
 
             def work(rank: int) -> Any:
                 time.sleep(0.01 * (rank == 3))
-                return _take_part({SHAPE: made_up_table(rank, **SHORT)}, {}, limit_s)
+                return _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s)
 
             children = world(4, work, port=port, prefix=f"kill {number}")
             # world() returned when all had joined, so the delay hits the exchange.
@@ -106,10 +109,10 @@ def random_kills(kills: int, limit_s: float, seed: int = 0) -> dict[str, Any]:
             results = [a["result"] for a in survivors]
             if len({str(r["tables"]) for r in results}) != 1:
                 failures["survivors ended with different tables"] += 1
-            if max(r["seconds"] for r in results) > 1.5 * limit_s + SLACK_S:
+            if max(r["seconds"] for r in results) > WHOLE * limit_s + SLACK_S:
                 failures["a survivor waited too long"] += 1
             role = "leader" if victim == 0 else "another rank"
-            end = "a table" if results[0]["tables"] else "policy 0"
+            end = "a table" if results[0]["tables"] else "the baseline"
             ends[f"{role} killed: survivors have {end}"] += 1
     return {"kills": kills, "ends": dict(ends), "failures": dict(failures)}
 
@@ -125,32 +128,34 @@ def mixed(limit_s: float) -> dict[str, Any]:
 
         def work(rank: int) -> Any:
             other = made_up_table(10 + rank, shape=OTHER, **SHORT)
-            have: dict[SortingShape, PolicyTable] = {}
-            failed: dict[SortingShape, str] = {}
+            have: dict[Coverage, PolicyTable] = {}
+            failed: dict[Coverage, str] = {}
             if rank == 0:
                 loaded = Store(Path(folder)).load(key_of(warm))
                 assert loaded is not None
-                have = {SHAPE: loaded, OTHER: other}
+                have = _bring(loaded.table, other)
             elif rank == 1:
-                have = {SHAPE: made_up_table(2, **SHORT), OTHER: other}
+                have = _bring(made_up_table(2, **SHORT), other)
             elif rank == 2:
-                have, failed = {SHAPE: made_up_table(3, **SHORT)}, {OTHER: "out of memory"}
+                have = _bring(made_up_table(3, **SHORT))
+                failed = {other.evidence.coverage: "out of memory"}
             return _take_part(have, failed, 10.0 * limit_s)
 
-        answers = _results(_hosted(4, work))
+        answers = results_of(_hosted(4, work))
     tables = [a["tables"] for a in answers]
     return _judged(
         answers,
         # Shared where measured; the failed shape for nobody; nothing for who has no layer.
-        [set(t) for t in tables] == [{str(SHAPE)}] * 3 + [set()]
-        and len({t[str(SHAPE)] for t in tables[:3]}) == 1
+        [len(t) for t in tables] == [1, 1, 1, 0]
+        and len({str(t) for t in tables[:3]}) == 1
+        and all(OTHER.describe() not in t for t in tables[:3])
         and any("out of memory" in line for a in answers for line in a["log"]),
         10.0 * limit_s,
     )
 
 
 def nobody_has_a_layer(limit_s: float) -> dict[str, Any]:
-    answers = _results(_hosted(2, lambda rank: _take_part({}, {}, 10.0 * limit_s)))
+    answers = results_of(_hosted(2, lambda rank: _take_part({}, {}, 10.0 * limit_s)))
     quiet = all(a["tables"] == {} and a["log"] == [] for a in answers)
     return _judged(answers, quiet, 10.0 * limit_s)
 
@@ -160,9 +165,9 @@ def policy_wrong_on_one_rank(limit_s: float) -> dict[str, Any]:
 
     def work(rank: int) -> Any:
         out = {1: (Standing.WRONG, "lost a token")} if rank == 3 else None
-        return _take_part({SHAPE: made_up_table(rank, out=out, **SHORT)}, {}, 10.0 * limit_s)
+        return _take_part(_bring(made_up_table(rank, out=out, **SHORT)), {}, 10.0 * limit_s)
 
-    answers = _results(_hosted(4, work))
+    answers = results_of(_hosted(4, work))
     return _judged(answers, all(a["policies"] == [0] for a in answers), 10.0 * limit_s)
 
 
@@ -170,24 +175,25 @@ def rank_asked_otherwise(limit_s: float) -> dict[str, Any]:
     def work(rank: int) -> Any:
         kernel = "aiter 0.1.8 opus" if rank == 1 else "aiter 0.1.9 opus"
         own = made_up_table(rank, kernel=kernel, **SHORT)
-        return _take_part({SHAPE: own}, {}, 10.0 * limit_s)
+        return _take_part(_bring(own), {}, 10.0 * limit_s)
 
-    answers = _results(_hosted(3, work))
+    answers = results_of(_hosted(3, work))
     told = any("kernel" in line and "0.1.8" in line for a in answers for line in a["log"])
-    return _judged(answers, _all_policy_0(answers) and told, 10.0 * limit_s)
+    return _judged(answers, _all_baseline(answers) and told, 10.0 * limit_s)
 
 
 def rank_sleeps(limit_s: float, sleeper: int = 2) -> dict[str, Any]:
     """It comes when all is decided, and must end like the others."""
 
     def work(rank: int) -> Any:
+        over = look(_channel(), 0.0)
         if rank == sleeper:
             time.sleep(1.8 * limit_s)
-        return _take_part({SHAPE: made_up_table(rank, **SHORT)}, {}, limit_s)
+        return _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s, over)
 
-    answers = _results(_hosted(3, work))
+    answers = results_of(_hosted(3, work))
     told = sum(bool(a["log"]) for a in answers)
-    return _judged(answers, _all_policy_0(answers) and told >= 1, limit_s)
+    return _judged(answers, _all_baseline(answers) and told >= 1, limit_s)
 
 
 def leader_sleeps(limit_s: float) -> dict[str, Any]:
@@ -200,11 +206,11 @@ def rank_dies(limit_s: float, victim: int = 2) -> dict[str, Any]:
     def work(rank: int) -> Any:
         if rank == victim:
             os.kill(os.getpid(), signal.SIGKILL)
-        return _take_part({SHAPE: made_up_table(rank, **SHORT)}, {}, limit_s)
+        return _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s)
 
-    answers = _results(_hosted(3, work), dead=[victim])
+    answers = results_of(_hosted(3, work), dead=[victim])
     told = sum(bool(a["log"]) for a in answers)
-    return _judged(answers, _all_policy_0(answers) and told >= 1, limit_s)
+    return _judged(answers, _all_baseline(answers) and told >= 1, limit_s)
 
 
 def leader_dies(limit_s: float) -> dict[str, Any]:
@@ -216,11 +222,11 @@ def leader_dies_with_the_store(limit_s: float) -> dict[str, Any]:
         if rank == 0:
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGKILL)
-        return _take_part({SHAPE: made_up_table(rank, **SHORT)}, {}, limit_s)
+        return _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s)
 
-    answers = _results(world(3, work, store_in_rank_0=True), dead=[0])
+    answers = results_of(world(3, work, store_in_rank_0=True), dead=[0])
     told = all(a["log"] for a in answers)
-    return _judged(answers, _all_policy_0(answers) and told, limit_s)
+    return _judged(answers, _all_baseline(answers) and told, limit_s)
 
 
 def store_stops_answering(limit_s: float) -> dict[str, Any]:
@@ -230,14 +236,14 @@ def store_stops_answering(limit_s: float) -> dict[str, Any]:
         if rank == 0:
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(0.3)
-        return _take_part({SHAPE: made_up_table(rank, **SHORT)}, {}, limit_s)
+        return _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s)
 
     children = world(3, work, store_in_rank_0=True)
-    answers = _results(children[1:])
+    answers = results_of(children[1:])
     kill(children[0])
     finish(children[0])
     told = all(a["log"] for a in answers)
-    return _judged(answers, _all_policy_0(answers) and told, limit_s)
+    return _judged(answers, _all_baseline(answers) and told, limit_s)
 
 
 def rank_sends_garbage(limit_s: float) -> dict[str, Any]:
@@ -247,24 +253,25 @@ def rank_sends_garbage(limit_s: float) -> dict[str, Any]:
     def work(rank: int) -> Any:
         if rank == 1:
             agreement.encode_message = lambda tables, failed: b'{"format": 99}\n\x00\xff'
-        return _take_part({SHAPE: made_up_table(rank, **SHORT)}, {}, 10.0 * limit_s)
+        return _take_part(_bring(made_up_table(rank, **SHORT)), {}, 10.0 * limit_s)
 
-    answers = _results(_hosted(3, work))
+    answers = results_of(_hosted(3, work))
     told = any("format" in line for a in answers for line in a["log"])
-    return _judged(answers, _all_policy_0(answers) and told, 10.0 * limit_s)
+    return _judged(answers, _all_baseline(answers) and told, 10.0 * limit_s)
 
 
 def second_exchange(limit_s: float) -> dict[str, Any]:
     """A later warm-up starts afresh, also after one that a rank came too late to."""
 
     def work(rank: int) -> Any:
+        over = look(_channel(), 0.0)
         if rank == 1:
             time.sleep(1.8 * limit_s)
-        first = _take_part({SHAPE: made_up_table(rank, **SHORT)}, {}, limit_s)
-        second = _take_part({SHAPE: made_up_table(rank, **SHORT)}, {}, 20.0 * limit_s)
+        first = _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s, over)
+        second = _take_part(_bring(made_up_table(rank, **SHORT)), {}, 20.0 * limit_s)
         return {**second, "first": first["tables"]}
 
-    answers = _results(_hosted(2, work))
+    answers = results_of(_hosted(2, work))
     good = (
         all(a["first"] == {} for a in answers)
         and len({str(a["tables"]) for a in answers}) == 1
@@ -366,13 +373,16 @@ class _Hosted(list[Child]):
 
 
 def _take_part(
-    tables: dict[SortingShape, PolicyTable], failed: dict[SortingShape, str], limit_s: float
+    tables: dict[Coverage, PolicyTable],
+    failed: dict[Coverage, str],
+    limit_s: float,
+    over: int | None = None,
 ) -> dict[str, Any]:
     begun = time.monotonic()
     with listening(logging.WARNING) as lines:
-        agreed = agree(tables, failed, open_channel(), limit_s=limit_s)
+        agreed = agree(tables, failed, _channel(), limit_s=limit_s, over=over)
     return {
-        "tables": {str(shape): _hash(table) for shape, table in agreed.tables.items()},
+        "tables": {one.describe(): _hash(table) for one, table in agreed.tables.items()},
         "policies": sorted({p for t in agreed.tables.values() for p in t.eager[1:] + t.graph[1:]}),
         "problems": list(agreed.problems),
         "log": lines,
@@ -380,7 +390,7 @@ def _take_part(
     }
 
 
-def _results(
+def results_of(
     children: list[Child], seconds: float = 180.0, dead: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
     answers = [finish(child, seconds) for child in children]
@@ -396,14 +406,14 @@ def _results(
 def _judged(answers: list[dict[str, Any]], good: bool, limit_s: float) -> dict[str, Any]:
     longest = max(a["seconds"] for a in answers)
     return {
-        "as_expected": good and longest <= 1.5 * limit_s + SLACK_S,
+        "as_expected": good and longest <= WHOLE * limit_s + SLACK_S,
         "longest_s": longest,
         "tables": [len(a["tables"]) for a in answers],
         "log": sorted({line for a in answers for line in a["log"]}),
     }
 
 
-def _all_policy_0(answers: list[dict[str, Any]]) -> bool:
+def _all_baseline(answers: list[dict[str, Any]]) -> bool:
     return all(a["tables"] == {} and a["problems"] for a in answers)
 
 
@@ -417,9 +427,25 @@ def _noisy(seed: int) -> PolicyTable:
         speed=chance.uniform(0.95, 1.05),
         eager=sorted({*EAGER[:8], *more}),
         graph=sorted({*GRAPH[:6], 5, chance.choice((3, 6, 12))}),
+        captured=range(1, GRAPH[5] + 1),
         max_tokens=256,
         rounds=15,
     )
+
+
+def _channel() -> Channel:
+    channel = open_channel()
+    assert channel is not None
+    return channel
+
+
+def _bring(*tables: PolicyTable) -> dict[Coverage, PolicyTable]:
+    return {table.evidence.coverage: table for table in tables}
+
+
+def hash_of(agreed: Agreement) -> str | None:
+    """Of the one table that was agreed, or None."""
+    return next((_hash(table) for table in agreed.tables.values()), None)
 
 
 def _hash(table: PolicyTable) -> str:

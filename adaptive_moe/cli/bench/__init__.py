@@ -1,36 +1,62 @@
-"""adaptive-moe bench: measurements of ourselves, as JSON with machine, date and versions."""
+"""adaptive-moe bench: what a person runs to judge a machine; what measures this package itself is
+in calibration/.
+
+A bench is a module here with `add_options(parser)`, `run(args) -> dict` of figures, and
+`lines(figures)`, the same in words. --json prints the figures, --out keeps them, with machine, date
+and versions.
+"""
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from adaptive_moe import __version__
+from adaptive_moe.cli import LazyParser, output
 
-FLAT_LIST = re.compile(r"\[[^\[\]{}]*\]")
+_FLAT = re.compile(r"\[[^\[\]{}]*\]|\{[^\[\]{}]*\}")
 
-# name -> what it measures; each is a module here with `add_options(parser)` and `run(args)`.
+# name -> what it measures.
 BENCHES = {
-    "regret": "time lost against an exhaustive oracle, on a real kernel",
-    "hook": "what the hook adds to a call of AITER's seam",
+    "regret": "time a table loses against measuring everything, on a real kernel",
+    "step": "what a table brings a whole model-like step",
+    "sorts": "every sort that can run here, side by side",
 }
 
 
-def add_bench_parser(sub: Any) -> None:
-    """`bench NAME`, with --out for the JSON file."""
-    bench = sub.add_parser("bench", help="measure ourselves; JSON on standard output")
-    names = bench.add_subparsers(dest="bench", required=True)
+def add_options(parser: LazyParser) -> None:
+    """`bench NAME`; only the module of the one asked for is imported."""
+    names = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
     for name, what in BENCHES.items():
-        parser = names.add_parser(name, help=what)
-        parser.add_argument("--out", type=Path, help="also write the JSON here")
-        module = import_module(f"adaptive_moe.cli.bench.{name}")
-        module.add_options(parser)
-        parser.set_defaults(run=_runner(name, module.run))
+        names.add_parser(name, help=what, description=what).fill = partial(_fill, name)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.out is not None:
+        output.check_place(args.out)
+    module = import_module(f"adaptive_moe.cli.bench.{args.bench}")
+    figures = {"bench": args.bench, **module.run(args)}
+    text = as_text(figures)
+    print(text if args.json else "\n".join(module.lines(figures)))
+    if args.out is not None:
+        output.write(args.out, (text + "\n").encode("utf-8"))
+    return 0
+
+
+def _fill(name: str, parser: argparse.ArgumentParser) -> None:
+    import_module(f"adaptive_moe.cli.bench.{name}").add_options(parser)
+    parser.add_argument("--out", metavar="FILE", help="also keep the figures here, as JSON")
+    output.add_json(parser)
+
+
+def as_text(figures: Mapping[str, Any]) -> str:
+    """JSON with what is flat on one line: a sweep stays readable, and its diff too."""
+    return _FLAT.sub(lambda m: " ".join(m[0].split()), json.dumps(figures, indent=1))
 
 
 def stamp(device: Any = None) -> dict[str, Any]:
@@ -46,16 +72,3 @@ def stamp(device: Any = None) -> dict[str, Any]:
         "adaptive_moe": __version__,
         "environment": to_plain(describe_environment(device or torch.device("cpu"))),
     }
-
-
-def _runner(name: str, run: Callable[[argparse.Namespace], dict[str, Any]]) -> Any:
-    def command(args: argparse.Namespace) -> int:
-        result = {"bench": name, **run(args)}
-        # Flat lists on one line: a sweep stays readable, and its diff too.
-        text = FLAT_LIST.sub(lambda m: " ".join(m[0].split()), json.dumps(result, indent=1))
-        if args.out is not None:
-            args.out.write_text(text + "\n", encoding="utf-8")
-        print(text)
-        return 0
-
-    return command

@@ -1,34 +1,34 @@
-"""An exhaustive measurement of every policy, to judge a table by: dense, long and independent."""
+"""An exhaustive measurement of every candidate, to judge a table by: dense, long, independent."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from adaptive_moe.kernels import SortKernel
+from adaptive_moe.kernels import Candidate, SortKernel
 from adaptive_moe.kernels.contract import SortingInputs
+from adaptive_moe.policy.situation import Situation
 from adaptive_moe.shape import SortingShape
-from adaptive_moe.tuning.clocks import CallMode, Clock, clock_for
+from adaptive_moe.tuning.clocks import TRAIN_LENGTH, Clock, clock_for
 from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
 
 ROUTINGS = (Routing.UNIFORM, Routing.SKEWED)
 # Its own seeds: the oracle never sees the routing a calibration was made on.
 FIRST_SEED = 1000
 
-# Rounds of one pass: a multiple of 2 and of 3, so that each policy opens as many as the others.
+# Rounds of one pass: a multiple of 2 and of 3, so that each of three candidates opens as many.
 ROUNDS_A_PASS = 6
 
-# A policy this far behind after two looks is measured no further in that pass; its look stands.
+# A candidate this far behind after two looks is measured no further in that pass; its look stands.
 FAR_BEHIND = 6.0
 
 
 @dataclass(frozen=True)
 class OraclePoint:
-    """us: each policy's time at num_tokens."""
+    """us: each candidate's time at num_tokens."""
 
     num_tokens: int
-    us: dict[int, float]
+    us: dict[str, float]
 
     def spread(self) -> float:
         return max(self.us.values()) / min(self.us.values())
@@ -42,60 +42,67 @@ def dense_counts(max_tokens: int, per_octave: int) -> list[int]:
 
 
 def measure_oracle(
-    kernel: SortKernel, shape: SortingShape, mode: CallMode, counts: Sequence[int], passes: int
+    kernel: SortKernel,
+    shape: SortingShape,
+    situation: Situation,
+    counts: Sequence[int],
+    passes: int,
 ) -> list[OraclePoint]:
-    """Every policy at every count, in that many passes over all counts.
+    """Every candidate at every count, in that many passes over all counts.
 
-    A policy's time is its mean over the passes: no count is judged by one moment of a machine that
-    changes its speed from second to second. Replays of graphs hardly feel that, and are a tenth as
-    noisy: a quarter of the passes does.
+    A candidate's time is its mean over the passes: no count is judged by one moment of a machine
+    that changes its speed from second to second. Replays of graphs hardly feel that, and are a
+    tenth as noisy: a quarter of the passes does.
     """
     largest = max(counts)
+    length = TRAIN_LENGTH[situation]
     tokens = [
-        route(shape, largest, ROUTINGS[i % 2], FIRST_SEED + i, kernel.device) for i in range(4)
+        route(shape, largest, ROUTINGS[i % 2], FIRST_SEED + i, kernel.device) for i in range(length)
     ]
     mask = default_mask(shape, kernel.device)
-    clock = clock_for(mode, kernel.device)
-    timed: dict[int, list[dict[int, float]]] = {count: [] for count in counts}
-    for _ in range(-(-passes // 4) if mode is CallMode.GRAPH else passes):
+    clock = clock_for(situation, kernel.device)
+    timed: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    for _ in range(-(-passes // 4) if situation is Situation.GRAPH else passes):
         for count in counts:
-            train = [sorting_inputs(shape, t, count, mask) for t in tokens[: mode.train_length]]
-            timed[count].append(_one_pass(kernel, clock, train))
+            train = [sorting_inputs(shape, t, count, mask) for t in tokens]
+            timed[count].append(_one_pass(kernel.candidates, clock, train))
+    names = [candidate.name for candidate in kernel.candidates]
     return [
-        OraclePoint(count, {p: statistics.fmean(us[p] for us in found) for p in kernel.policies})
+        OraclePoint(count, {name: statistics.fmean(us[name] for us in found) for name in names})
         for count, found in timed.items()
     ]
 
 
-def _one_pass(kernel: SortKernel, clock: Clock, train: Sequence[SortingInputs]) -> dict[int, float]:
-    """Each policy's time in us, from ROUNDS_A_PASS rounds of four interleaved visits each.
+def _one_pass(
+    candidates: Sequence[Candidate], clock: Clock, train: Sequence[SortingInputs]
+) -> dict[str, float]:
+    """Each candidate's time in us, from ROUNDS_A_PASS rounds of four interleaved visits each.
 
-    A time is the second smallest of a round's visits; ratios to policy 0 are within rounds, and
+    A time is the second smallest of a round's visits; ratios to the baseline are within rounds, and
     their median is the result.
     """
+    baseline = candidates[0].name
     samplers = {
-        policy: clock.prepare(
-            [partial(kernel.moe_sorting, *inputs.arguments(policy)) for inputs in train]
-        )
-        for policy in kernel.policies
+        candidate.name: clock.prepare([candidate.bind(inputs) for inputs in train])
+        for candidate in candidates
     }
-    first = {policy: min(sample(), sample()) for policy, sample in samplers.items()}
+    first = {name: min(sample(), sample()) for name, sample in samplers.items()}
     best = min(first.values())
-    live = [p for p in kernel.policies if p == 0 or first[p] <= FAR_BEHIND * best]
-    times: dict[int, list[float]] = {policy: [] for policy in live}
+    live = [name for name in first if name == baseline or first[name] <= FAR_BEHIND * best]
+    times: dict[str, list[float]] = {name: [] for name in live}
     for number in range(ROUNDS_A_PASS):
         turn = number % len(live)
         order = live[turn:] + live[:turn]
-        # Each order of the policies comes equally often: a call right after itself is faster.
+        # Each order of the candidates comes equally often: a call right after itself is faster.
         sweep = order[::-1] if number // len(live) % 2 else order
-        visits: dict[int, list[float]] = {policy: [] for policy in live}
-        for policy in (sweep + sweep[::-1]) * 2:
-            visits[policy].append(samplers[policy]())
-        for policy in live:
-            times[policy].append(sorted(visits[policy])[1])
-    base = statistics.median(times[0])
+        visits: dict[str, list[float]] = {name: [] for name in live}
+        for name in (sweep + sweep[::-1]) * 2:
+            visits[name].append(samplers[name]())
+        for name in live:
+            times[name].append(sorted(visits[name])[1])
+    base = statistics.median(times[baseline])
     ratios = {
-        policy: statistics.median(a / b for a, b in zip(times[policy], times[0], strict=True))
-        for policy in live
+        name: statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
+        for name in live
     }
-    return first | {policy: base * ratio for policy, ratio in ratios.items()}
+    return first | {name: base * ratio for name, ratio in ratios.items()}

@@ -1,7 +1,7 @@
 """A stand-in for AMD's AITER: the module structure around the seam, with a sort that runs here.
 
 It imitates what ROCm/aiter has where adaptive_moe meets it, and nothing of adaptive_moe. The
-environment variable AITER_STANDIN picks the version imitated: v0.1.5, v0.1.9 or main.
+environment variable AITER_STANDIN picks the version imitated, see version.py.
 """
 
 import enum

@@ -1,8 +1,9 @@
 """The sort behind the stand-in's seam, and a record of how it was called.
 
 The real one launches AITER's kernels; this one runs adaptive_moe's CPU or Triton kernel, which keep
-the same output contract. AITER_STANDIN_SLOW names a policy to make a millisecond slower, so that
-there is something to choose whatever the machine.
+the same output contract. AITER_STANDIN_SLOW names policies, as in 0,1, to make a millisecond
+slower, so that there is something to choose whatever the machine; failures.py makes sorts fail.
+`hazardous` has those that the real kernels would not have survived; here they go well.
 """
 
 import os
@@ -11,6 +12,9 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
+
+from aiter import failures, hazards
+from aiter.version import since
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,11 @@ class SortCall:
     masked: bool
     accumulate: bool
     captured: bool
+    backend: str
 
 
 calls: deque[SortCall] = deque(maxlen=100_000)
+hazardous: deque[tuple[SortCall, str]] = deque(maxlen=1000)
 # The outputs of the latest sort; a captured graph writes to them again at each replay.
 latest: deque[tuple[torch.Tensor, ...]] = deque(maxlen=1)
 
@@ -41,27 +47,38 @@ def sort(
     num_local_tokens,
     dispatch_policy,
     accumulate=True,
+    *,
+    backend="ck",
+    output=None,
 ):
+    """The five outputs of AITER's; `output` is used for moe_buf where there is one."""
     on_gpu = topk_ids.is_cuda
     captured = on_gpu and torch.cuda.is_current_stream_capturing()
     accumulate = accumulate or expert_mask is not None
-    calls.append(
-        SortCall(
-            dispatch_policy,
-            topk_ids.shape[0],
-            block_size,
-            expert_mask is not None,
-            accumulate,
-            captured,
-        )
+    call = SortCall(
+        dispatch_policy,
+        topk_ids.shape[0],
+        block_size,
+        expert_mask is not None,
+        accumulate,
+        captured,
+        backend,
     )
-    if os.environ.get("AITER_STANDIN_SLOW") == str(int(dispatch_policy)):
+    calls.append(call)
+    # Nobody may wait for a GPU here; there, only what the arguments alone say is noted.
+    padded = not on_gpu and bool((topk_ids < 0).any())
+    hazard = hazards.hazard(topk_ids, num_experts, dispatch_policy, backend, padded)
+    if hazard is not None:
+        hazardous.append((call, hazard))
+    if str(int(dispatch_policy)) in os.environ.get("AITER_STANDIN_SLOW", "").split(","):
         time.sleep(0.001)
+    failure = failures.failure_of(backend, dispatch_policy)
+    failures.raise_if_due(failure)
     if on_gpu:
         from adaptive_moe.kernels.triton_sort import moe_sorting
     else:
         from adaptive_moe.kernels.cpu_sort import moe_sorting
-    outputs = moe_sorting(
+    sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf = moe_sorting(
         topk_ids,
         topk_weights,
         num_experts,
@@ -72,6 +89,13 @@ def sort(
         num_local_tokens,
         int(dispatch_policy),
         accumulate=accumulate,
+        # Whole blocks, so that a GEMM that reads one to its end stays within the buffer.
+        rounded=since("september"),
     )
+    if output is not None and accumulate:
+        moe_buf = output.zero_()
+    if failure == "wrong":
+        failures.spoil(sorted_ids)
+    outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
     latest.append(outputs)
     return outputs

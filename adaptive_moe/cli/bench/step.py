@@ -1,0 +1,198 @@
+"""What the choice of a sort brings a whole serving step, on the machine here: the judge.
+
+A model-like step (layer.py) is timed whole, with the baseline, with each candidate alone and with
+the table, all of them through the hook (variants.py) and one after the other in every round, in the
+three situations of serving:
+
+    captured     the step is one graph, replayed
+    busy         eager, the host ahead of the device
+    as_it_comes  eager, from an idle device; the device waits for the host where it must
+
+For each shape and situation, as fractions of a step:
+
+    mean_loss, worst_loss  what the table loses against the best candidate at each count
+    mean_loss_surely, worst_loss_surely  as far as a 95% interval excludes that it loses less: of
+                           candidates that take the same time, one always seems best
+    worst_over_baseline    the most that the table loses against the baseline
+    mean_saved, most_saved what it saves over the baseline
+    alone                  what each candidate alone loses
+
+A table's choice is looked up in the candidates' own times: two graphs of the same step differ by
+more than what is looked for. The variant `table` in the sweep is the table's own step.
+"""
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from adaptive_moe.cli import options
+from adaptive_moe.cli.bench.layer import LayerSizes, Step, layer_sizes
+from adaptive_moe.cli.bench.paired import Sample, in_rounds
+from adaptive_moe.cli.bench.seams import Seam, open_seam
+from adaptive_moe.cli.bench.step_clocks import StepClock
+from adaptive_moe.cli.bench.step_figures import (
+    AS_IT_COMES,
+    BUSY,
+    CAPTURED,
+    Point,
+    figures,
+    overall,
+    point,
+)
+from adaptive_moe.cli.bench.step_text import lines
+from adaptive_moe.cli.bench.variants import TABLE, Variants
+from adaptive_moe.models import find_model
+from adaptive_moe.settings import Settings, parse_buckets, read_settings
+
+__all__ = ["add_options", "lines", "run"]
+
+MODELS = (
+    "deepseek-v3,deepseek-v3-fused,kimi-k2,qwen3-235b,qwen3-next-80b,gpt-oss-120b,glm-4.5,"
+    "llama-4-maverick,mixtral-8x7b"
+)
+CAPTURED_COUNTS = "1,2,4,8,16,24,32,64,96,128,256,512"
+EAGER_COUNTS = "1,5,16,61,128,250,384,513,768,904,1200,2048,4096,8192"
+# A step with more tokens than this takes long enough for a quarter of the layers.
+LARGE = 1024
+# A candidate whose step takes so many times the fastest's is no rival.
+FAR_BEHIND = 1.5
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", default=MODELS, help="known models, separated by commas")
+    parser.add_argument(
+        "--kernel", choices=options.KERNELS, default="auto", help="whose sort [auto]"
+    )
+    parser.add_argument("--tensor-parallel", type=int, default=8, help="ranks of the model [8]")
+    parser.add_argument("--block-size", type=int, default=32, help="rows of a GEMM tile [32]")
+    parser.add_argument("--baseline", type=int, default=0, help="the policy an engine passes [0]")
+    parser.add_argument("--sorts", default="policies", help="as ADAPTIVE_MOE_SORTS [policies]")
+    parser.add_argument("--layers", type=int, default=8, help="layers of a step [8]")
+    parser.add_argument("--budget", type=float, default=0.75, help="seconds a calibration [0.75]")
+    parser.add_argument("--seconds", type=float, default=0.35, help="of sampling a point [0.35]")
+    parser.add_argument("--captured", default=CAPTURED_COUNTS, help="counts captured into graphs")
+    parser.add_argument("--eager", default=EAGER_COUNTS, help="counts of eager steps")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from adaptive_moe.cli.bench import stamp
+
+    seam = open_seam(args.kernel)
+    settings = read_settings(
+        {"ADAPTIVE_MOE_SORTS": args.sorts, "ADAPTIVE_MOE_BUDGET_S": str(args.budget)}
+    )
+    captured = parse_buckets("--captured", args.captured) if seam.on_gpu else ()
+    eager = parse_buckets("--eager", args.eager)
+    judge = partial(
+        judge_model, seam, settings=settings, captured=captured, eager=eager,
+        layers=args.layers, seconds=args.seconds, baseline=args.baseline,
+    )  # fmt: skip
+    shapes: dict[str, Any] = {}
+    for name in args.models.split(","):
+        sizes = layer_sizes(find_model(name), args.tensor_parallel, args.block_size, seam.dtype)
+        begun = time.monotonic()
+        try:
+            shapes[name] = judge(sizes)
+        except RuntimeError as error:  # out of memory, or no table: it costs this model only
+            shapes[name] = {"failed": f"{type(error).__name__}: {error}"}
+        seconds = round(time.monotonic() - begun, 1)
+        shapes[name]["seconds"] = seconds
+        print(f"{name}: judged in {seconds} s", file=sys.stderr, flush=True)
+        gc.collect()
+        if seam.on_gpu:
+            torch.cuda.empty_cache()
+    judged = [found["situations"] for found in shapes.values() if "situations" in found]
+    if not judged:
+        raise RuntimeError("; ".join(f"{name}: {s['failed']}" for name, s in shapes.items()))
+    return {
+        **stamp(seam.device),
+        "kernel": seam.name,
+        "baseline": f"policy {args.baseline}",
+        "sorts": args.sorts,
+        "tensor_parallel": args.tensor_parallel,
+        "layers": args.layers,
+        "overall": overall(judged),
+        "shapes": shapes,
+    }
+
+
+def judge_model(
+    seam: Seam,
+    sizes: LayerSizes,
+    *,
+    settings: Settings,
+    captured: Sequence[int],
+    eager: Sequence[int],
+    layers: int,
+    seconds: float,
+    baseline: int = 0,
+) -> dict[str, Any]:
+    """The figures of the module's docstring for one model, and the whole sweep.
+
+    RuntimeError where its sort got no table, or the device has not enough memory.
+    """
+    counts = sorted({*captured, *eager})
+    step = Step(sizes, counts[-1], seam.device)
+    experts = seam.experts(sizes.shape, baseline)
+    clock = StepClock(seam.device)
+
+    def depth(num_tokens: int) -> int:
+        return layers if num_tokens <= LARGE else max(1, layers // 4)
+
+    with Variants(
+        seam.module, lambda n: step.run(n, 1, experts), counts, captured, settings, baseline
+    ) as variants:
+
+        def sampler(situation: str, num_tokens: int, variant: str) -> Sample:
+            once = partial(step.run, num_tokens, depth(num_tokens), experts)
+            variants.use(variant)
+            once()  # compiles
+            if situation == CAPTURED:
+                return clock.captured(once)
+            sample = (clock.busy if situation == BUSY else clock.as_it_comes)(once)
+
+            def switched() -> float:
+                variants.use(variant)
+                return sample()
+
+            return switched
+
+        def measured(situation: str, num_tokens: int) -> Point:
+            names, layers_here = variants.at(num_tokens), depth(num_tokens)
+            samplers = {v: sampler(situation, num_tokens, v) for v in names}
+            host = None
+            if situation == BUSY:
+                variants.use(names[0])
+                host = clock.host_us(partial(step.run, num_tokens, layers_here, experts))
+            times = in_rounds(samplers, seconds, far_behind=FAR_BEHIND, keep=(names[0], TABLE))
+            us = {v: [t / layers_here for t in found] for v, found in times.items()}
+            choice = variants.choice(num_tokens, captured=situation == CAPTURED)
+            return point(num_tokens, us, choice, host and host / layers_here)
+
+        situations = {}
+        for situation, some in _plan(captured, eager, on_gpu=seam.on_gpu):
+            begun = time.monotonic()
+            points = [measured(situation, n) for n in some]
+            seconds_here = round(time.monotonic() - begun, 1)
+            situations[situation] = {**figures(points, captured), "seconds": seconds_here}
+        return {
+            "shape": sizes.shape.describe(),
+            "calibration_seconds": [t.evidence.seconds for t in variants.tables.values()],
+            "calls": asdict(variants.hook.counts()),
+            "situations": situations,
+        }
+
+
+def _plan(
+    captured: Sequence[int], eager: Sequence[int], *, on_gpu: bool
+) -> list[tuple[str, Sequence[int]]]:
+    """A CPU has only the last: nothing is captured, and nobody runs ahead of anybody."""
+    first = [(CAPTURED, captured), (BUSY, eager)] if on_gpu else []
+    return [(s, counts) for s, counts in [*first, (AS_IT_COMES, eager)] if counts]

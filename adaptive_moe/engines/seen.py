@@ -1,0 +1,141 @@
+"""A call as it was seen at the seam, and everything needed to make it again."""
+
+import contextvars
+import enum
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from adaptive_moe.kernels import policy_name
+from adaptive_moe.kernels.aiter import ConfigCall
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+# Kept in a Key in place of a True, which as a part of a tuple would be the same as 1.
+TRUE = "True"
+
+
+class Key(NamedTuple):
+    """What tells the calls of one table from others, as the call spells it. Plain tuples compare
+    equal to it, and are what the hot path builds.
+
+    accumulate  masked, or accumulate as passed: either makes moe_buf [num_tokens, model_dim]
+    local_ids   return_local_topk_ids
+    more        values of arguments that later AITERs have, and names of buffers that are given
+    baseline    the policy the caller passes, or TRUE for a True
+    device      the GPU's index; -1 on the CPU. Where the process sees one only, that one
+    """
+
+    num_experts: int
+    topk: int
+    model_dim: int
+    dtype: "torch.dtype"
+    block_size: int
+    has_expert_mask: bool
+    has_num_local_tokens: bool
+    accumulate: bool
+    local_ids: bool
+    more: tuple[Any, ...]
+    baseline: Any
+    device: int
+
+    @property
+    def baseline_name(self) -> str:
+        """As a candidate: `policy 0`."""
+        return policy_name(self.baseline)
+
+    def describe(self) -> str:
+        return (
+            f"{self.num_experts} experts, topk {self.topk}, dim {self.model_dim}, "
+            f"{str(self.dtype).removeprefix('torch.')}, block {self.block_size}"
+            + (f", cuda:{self.device}" if self.device > 0 else "")
+        )
+
+
+@dataclass(frozen=True)
+class SeenCall:
+    """A shape as it was seen at the seam. References only, nothing allocated.
+
+    num_tokens   the largest batch; the rest is of the first call
+    baseline     the policy as the caller passes it: 0, 2, True
+    extras       every argument after the ninth by name, as passed; the batch's tensors as Buffer
+    config       how AITER's chooser was asked just before, if it was
+    context      the caller's ContextVars, which some sorts read. What they hold lives as long
+    stream       current on that device; None on the CPU
+    rounded      whether the baseline rounds sorted_ids up to whole blocks; None where that batch
+                 does not tell
+    num_outputs  how many tensors the baseline returned
+    """
+
+    key: Key
+    num_tokens: int
+    device: "torch.device"
+    baseline: Any
+    expert_mask: "torch.Tensor | None"
+    extras: Mapping[str, Any]
+    config: ConfigCall | None
+    context: contextvars.Context
+    grad: bool
+    inference: bool
+    stream: "torch.cuda.Stream | None"
+    rounded: bool | None = None
+    num_outputs: int = 0
+
+    def as_called(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a function where this call ran: in a copy of its context, on its device and stream,
+        in its grad and inference mode. Everything is afterwards as it was."""
+        return self.context.copy().run(lambda: self._in_place(function, *args, **kwargs))
+
+    def _in_place(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        import torch
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            if self.device.type != "cpu":
+                stack.enter_context(torch.cuda.device(self.device))
+                # Its own work on that stream comes first, as it does for the calls.
+                stack.enter_context(torch.cuda.stream(self.stream))
+            return function(*args, **kwargs)
+
+    def context_values(self) -> str:
+        """The caller's ContextVars that hold a plain value, `name=value` by name: what of them a
+        table can be told apart by."""
+        values = {
+            variable.name: value
+            for variable, value in self.context.items()
+            if isinstance(value, bool | int | str | enum.Enum) and not _is_torchs(variable)
+        }
+        return ",".join(f"{name}={values[name]}" for name in sorted(values))
+
+
+def _is_torchs(variable: "contextvars.ContextVar[Any]") -> bool:
+    """Settings of torch's compiler are ContextVars too, and differ from one start to the next; no
+    sort reads them. They are named after their module, or mean nothing until they are set."""
+    if variable.name.startswith("torch."):
+        return True
+    unset = getattr(sys.modules.get("torch.utils._config_module"), "_UNSET_SENTINEL", None)
+    return unset is not None and _default(variable) is unset
+
+
+def _default(variable: "contextvars.ContextVar[Any]") -> Any:
+    try:
+        return contextvars.Context().run(variable.get)
+    except LookupError:
+        return None
+
+
+def is_rounded(outputs: Sequence[Any], num_tokens: int, key: Key) -> bool | None:
+    """Is sorted_ids rounded up to whole blocks? None where this batch cannot tell, or it has
+    another length."""
+    from adaptive_moe.kernels.contract import buffer_length  # imports torch
+
+    call = (num_tokens, key.topk, key.num_experts, key.block_size)
+    exact, rounded = (buffer_length(*call, rounded=whole) for whole in (False, True))
+    length: int = outputs[0].shape[0]
+    return {exact: False, rounded: True}.get(length) if exact != rounded else None

@@ -1,0 +1,196 @@
+"""The live AITER as a kernel to measure: its seam under every policy, and the sorts beside it."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from adaptive_moe.kernels import POLICIES, Candidate, SortKernel, policy_name
+from adaptive_moe.kernels.aiter import KNOWN, installed_version
+from adaptive_moe.kernels.aiter_padding import (
+    Kernel,
+    kernels_for,
+    one_shot_rows,
+    refusal,
+    unguarded,
+)
+from adaptive_moe.kernels.identity import content, digest, strangers
+from adaptive_moe.kernels.sorts import POLICIES as POLICIES_WORD
+from adaptive_moe.kernels.sorts import OtherSort, offered
+from adaptive_moe.policy.coverage import Coverage
+
+if TYPE_CHECKING:
+    import torch
+
+    from adaptive_moe.kernels import Call
+    from adaptive_moe.kernels.contract import SortingInputs
+
+logger = logging.getLogger("adaptive_moe")
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """In place of a tensor of the batch, which is not kept: one such as this, a row a token."""
+
+    row: tuple[int, ...]
+    dtype: "torch.dtype"
+
+    def make(self, num_tokens: int, device: "torch.device") -> "torch.Tensor":
+        import torch
+
+        return torch.empty((num_tokens, *self.row), dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Live:
+    """How a call reached AITER's seam, but for its batch and its shape.
+
+    seam         the unwrapped function: measuring it must neither be counted nor steered
+    baseline     the policy the caller passes
+    extras       the arguments after the ninth as passed, by name
+    rounded      whether the baseline rounds sorted_ids up to whole blocks; None: not known
+    num_outputs  how many tensors it returned
+    """
+
+    module: ModuleType
+    seam: Callable[..., Any]
+    device: "torch.device"
+    baseline: Any
+    extras: Mapping[str, Any]
+    rounded: bool | None
+    num_outputs: int
+
+    @property
+    def local_ids(self) -> bool:
+        return bool(self.extras.get("return_local_topk_ids", False))
+
+    @property
+    def is_known(self) -> bool:
+        """Do we know every argument it was called with?"""
+        buffers = any(isinstance(value, Buffer) for value in self.extras.values())
+        return not buffers and set(KNOWN).issuperset(self.extras)
+
+    def backend(self, policy: object) -> str:
+        """Who really sorts under that policy: ck, the only one at first and the default until 2026,
+        opus, or flydsl. As AITER decides at each call, by flags of its module."""
+        flags = vars(self.module)
+        ck = flags.get("_USE_CK_MOE_SORTING")
+        if ck is None and not flags.get("_USE_OPUS_MOE_SORTING") and not self.local_ids:
+            return "ck"
+        if ck and not self.local_ids:
+            return "ck"
+        available = flags.get("is_flydsl_available")
+        asked = not ck and flags.get("_USE_FLYDSL_MOE_SORTING") and policy == 0
+        if asked and not self.local_ids and available is not None and available():
+            return "flydsl"
+        return "opus"
+
+
+def live_kernel(
+    live: Live, coverage: Coverage, sorts: Sequence[str] = (POLICIES_WORD,)
+) -> tuple[SortKernel, dict[str, Callable[..., Any]]]:
+    """Who may answer such calls, the baseline first; and what serves by the names of other sorts.
+
+    sorts: names of sorts.py. Left out, with one line each that says why, is whose kernel takes ids
+    of -1 for indices where rows of padding occur, unless the baseline runs that very kernel.
+    """
+    shape = coverage.shape
+    policies = list(_policies(live, shape.num_experts)) if POLICIES_WORD in sorts else []
+    others = offered(live, shape, sorts)
+    if coverage.padding_rows:
+        policies = [p for p in policies if _takes_padding(live, coverage, p, live.backend(p))]
+        others = [
+            sort
+            for sort in others
+            if sort.backend is None or _takes_padding(live, coverage, sort.name, sort.backend)
+        ]
+    candidates = (
+        *(Candidate(policy_name(p), _seam(live, p)) for p in (live.baseline, *policies)),
+        *(Candidate(sort.name, _other(live, sort)) for sort in others),
+    )
+    kernel = SortKernel(name(live, others), live.device, candidates)
+    return kernel, {sort.name: sort.call for sort in others}
+
+
+def name(live: Live, others: Sequence[OtherSort] = ()) -> str:
+    """What a calibration of it is valid for: version, who sorts, and a digest of all their
+    sources, since a source checkout keeps its version over pulls."""
+    found = f"aiter {installed_version()} {live.backend(live.baseline)}"
+    by_policy = {live.backend(policy) for policy in POLICIES} - {live.backend(live.baseline)}
+    found += "".join(f" or {other}" for other in sorted(by_policy))
+    found += "".join(f", {who}" for who in strangers(live.module, live.seam))
+    found += f", {content(live.module, live.seam)}"
+    if others:
+        found += f", {digest((), [sort.identity.encode() for sort in others])}"
+    return found
+
+
+def _policies(live: Live, num_experts: int) -> Iterator[int]:
+    """The policies to try beside the baseline."""
+    for policy in POLICIES:
+        # With so many experts the one-shot kernel never returns; policy 0 does not choose it.
+        never_returns = policy == 1 and one_shot_rows(num_experts) == 0
+        if policy != live.baseline and not never_returns:
+            yield policy
+
+
+def _seam(live: Live, policy: object) -> Callable[["SortingInputs"], "Call"]:
+    def bind(inputs: "SortingInputs") -> "Call":
+        num_tokens = inputs.topk_ids.shape[0]
+        extras = {
+            key: value.make(num_tokens, live.device) if isinstance(value, Buffer) else value
+            for key, value in live.extras.items()
+        }
+        return functools.partial(live.seam, *inputs.arguments(policy), **extras)
+
+    return bind
+
+
+def _other(live: Live, sort: OtherSort) -> Callable[["SortingInputs"], "Call"]:
+    accumulate = live.extras.get("accumulate", True)
+
+    def bind(inputs: "SortingInputs") -> "Call":
+        return functools.partial(sort.call, *inputs.arguments(0)[:-1], accumulate)
+
+    return bind
+
+
+def _takes_padding(live: Live, coverage: Coverage, candidate: object, backend: str) -> bool:
+    """May that candidate be given rows of -1, at every count that there is?"""
+    shape = coverage.shape
+    unsafe = _unguarded(Path(live.module.__file__ or "").parent, installed_version())
+    policy = candidate if isinstance(candidate, int) else 0
+    for count in _telling_counts(coverage):
+        at = (count, shape.num_experts, shape.topk)
+        runs = kernels_for(backend, policy, *at)
+        baseline = kernels_for(live.backend(live.baseline), int(live.baseline), *at)
+        why = refusal(unsafe, runs, baseline)
+        if why is not None:
+            word = candidate if isinstance(candidate, str) else policy_name(candidate)
+            _say(f"{word} is not offered for {shape.describe()}: {why}")
+            return False
+    return True
+
+
+def _telling_counts(coverage: Coverage) -> list[int]:
+    """Counts among which each kernel occurs that occurs at any: kernels change at few counts."""
+    rows = one_shot_rows(coverage.shape.num_experts)
+    edges = {1, *(edge + one for edge in (*range(16, 257), rows, 2047, 2048) for one in (0, 1))}
+    spans = (*coverage.eager, *((count, count) for count in coverage.captured))
+    edges |= {count for span in spans for count in span}
+    return sorted(e for e in edges if any(first <= e <= last for first, last in spans))
+
+
+@functools.lru_cache(maxsize=4)
+def _unguarded(package: Path, version: str) -> Mapping[Kernel, str]:
+    return unguarded(package, version, os.environ)
+
+
+@functools.lru_cache(maxsize=256)
+def _say(line: str) -> None:
+    """Once a process."""
+    logger.warning("%s", line)

@@ -1,0 +1,78 @@
+"""Other sorts that can answer a call of AITER's seam. To add one: write a module with a function
+`sorts(live, shape)` as kernels/ours.py has it, and add a line to REGISTRY.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptive_moe.kernels.live import Live
+    from adaptive_moe.shape import SortingShape
+
+_AITERS, _OURS = "adaptive_moe.kernels.aiter_sorts", "adaptive_moe.kernels.ours"
+
+# A candidate's name -> the module that makes it. Its place here is its place among candidates.
+REGISTRY: dict[str, str] = {
+    "ck": _AITERS,
+    "opus": _AITERS,
+    "flydsl": _AITERS,
+    "triton one-shot": _OURS,
+    "triton multi-phase": _OURS,
+}
+
+# What a user may say for several of them, `policies` being those of AITER's configured backend.
+POLICIES = "policies"
+GROUPS: dict[str, tuple[str, ...]] = {
+    POLICIES: (POLICIES,),
+    "aiter": (POLICIES, *(name for name, module in REGISTRY.items() if module == _AITERS)),
+    "all": (POLICIES, *REGISTRY),
+}
+
+# With one of these a user has chosen among AITER's backends.
+BACKEND_VARIABLES = (
+    "AITER_USE_CK_MOE_SORTING",
+    "AITER_USE_FLYDSL_MOE_SORTING",
+    "AITER_USE_OPUS_MOE_SORTING",
+)
+
+
+@dataclass(frozen=True)
+class OtherSort:
+    """One sort that can answer a seen call.
+
+    call      sorts: (topk_ids, topk_weights, num_experts, model_dim, moebuf_dtype, block_size,
+              expert_mask, num_local_tokens, accumulate) -> what the baseline returns for it. It may
+              raise, and must neither wait for the device nor keep anything between calls, so that
+              it can be captured into a graph
+    identity  changes when the sort may answer otherwise or take another time: version and content
+    backend   whose kernels of AITER's run, where some of them index with ids of -1; else None
+    """
+
+    name: str
+    call: Callable[..., Any]
+    identity: str
+    backend: str | None = None
+
+
+def offered(
+    live: "Live",
+    shape: "SortingShape",
+    names: Iterable[str],
+    environ: Mapping[str, str] = os.environ,
+) -> list[OtherSort]:
+    """The sorts of these names that know every argument and result of the call, in the order of
+    REGISTRY. The words of GROUPS are names, too."""
+    given = tuple(names)
+    asked = {name for word in given for name in GROUPS.get(word, (word,))}
+    chosen = any(environ.get(variable) for variable in BACKEND_VARIABLES)
+    if chosen and asked == set(GROUPS["aiter"]):
+        return []  # the user's own choice of a backend; only `all` or a name goes beyond it
+    if not live.is_known:
+        return []
+    found: list[OtherSort] = []
+    for module in dict.fromkeys(REGISTRY[name] for name in REGISTRY if name in asked):
+        found += importlib.import_module(module).sorts(live, shape)
+    return [sort for name in REGISTRY for sort in found if sort.name == name in asked]

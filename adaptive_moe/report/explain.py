@@ -1,0 +1,50 @@
+"""Why one token count gets what it gets, in lines of text."""
+
+from adaptive_moe.policy.evidence import Bucket, Calibration
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.report.words import candidate_words, result_words, situation_words
+
+
+def explain(table: PolicyTable, num_tokens: int, *, captured: bool) -> list[str]:
+    """Why a batch of num_tokens gets what it gets, from the buckets that speak for it."""
+    found = table.evidence
+    name = table.candidate(num_tokens, captured=captured)
+    kind = "captured into a graph" if captured else "eager"
+    lines = [f"{num_tokens} tokens, {kind}: {candidate_words(name)}"]
+    for situation in _asked(found, num_tokens, captured):
+        bucket = table.bucket(num_tokens, situation)
+        if bucket is None:
+            continue
+        lines.append(f"  {situation_words(found, situation)}, {_served(num_tokens, bucket)}")
+        lines.append(f"    {bucket.reason}")
+        for fill in bucket.fills:
+            if len(bucket.fills) > 1:
+                lines.append(f"    with {100 * fill.fraction:.3g}% of the rows real:")
+            lines += [f"    {result_words(result)}" for result in fill.verdict.results]
+    if not captured and num_tokens < found.coverage.busy_from and found.idle:
+        lines.append(
+            f"  below {found.coverage.busy_from} tokens an eager call may find the device busy or "
+            "idle: the baseline is left only for what is faster in one and loses in neither"
+        )
+    lines.append(
+        f"  {found.kernel} on {found.environment.device}, torch {found.environment.torch}, "
+        f"{found.created}; margin {found.rule.margin:.1%}, confidence {found.rule.confidence:.0%}"
+    )
+    return lines
+
+
+def _asked(found: Calibration, num_tokens: int, captured: bool) -> tuple[Situation, ...]:
+    """The situations whose verdicts decide such a call."""
+    if captured and found.graph:
+        return (Situation.GRAPH,)
+    if num_tokens >= found.coverage.busy_from:
+        return (Situation.BUSY,)
+    return (Situation.BUSY, Situation.IDLE)
+
+
+def _served(num_tokens: int, bucket: Bucket) -> str:
+    where = f"measured at {bucket.num_tokens} tokens"
+    if num_tokens > bucket.num_tokens:
+        return f"{where}, the largest measured"
+    return f"{where}, the next bucket up" if num_tokens < bucket.num_tokens else where

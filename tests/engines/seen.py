@@ -1,0 +1,77 @@
+"""Calls as the hook would have seen them, and a hook that only holds them."""
+
+import contextvars
+from types import SimpleNamespace
+
+import torch
+
+from adaptive_moe.engines.hook import Key, SeenCall
+from adaptive_moe.kernels.aiter import ConfigCall
+
+ASKED = ConfigCall((), ())
+
+
+class OnAGpu(SeenCall):
+    """As seen on a GPU that this machine does not have."""
+
+    def as_called(self, function, *args, **kwargs):
+        return function(*args, **kwargs)
+
+
+def seen_call(num_tokens=8, config=ASKED, **parts):
+    """One of 16 experts, topk 4. parts: of the key, of the call, or `mask`."""
+    only_of_call = set(SeenCall.__dataclass_fields__) - set(Key._fields)
+    of_call = {n: parts.pop(n) for n in list(parts) if n in only_of_call}
+    key = Key(
+        **{
+            "num_experts": 16,
+            "topk": 4,
+            "model_dim": 64,
+            "dtype": torch.bfloat16,
+            "block_size": 32,
+            "has_expert_mask": of_call.get("expert_mask") is not None,
+            "has_num_local_tokens": False,
+            "accumulate": True,
+            "local_ids": False,
+            "more": (),
+            "baseline": 0,
+            "device": -1,
+            **parts,
+        }
+    )
+    on_gpu = key.device >= 0
+    facts = {
+        "key": key,
+        "num_tokens": num_tokens,
+        "device": torch.device("cuda", key.device) if on_gpu else torch.device("cpu"),
+        "baseline": key.baseline,
+        "expert_mask": None,
+        "extras": {},
+        "config": config,
+        "context": contextvars.copy_context(),
+        "grad": False,
+        "inference": False,
+        "stream": None,
+    }
+    return (OnAGpu if on_gpu else SeenCall)(**{**facts, **of_call})
+
+
+def hook_with(*seen, module=None, tables=None):
+    """What coverage.py reads of a hook. module: AITER's, whose chooser is asked."""
+    layer = None
+    if module is not None:
+        layer = SimpleNamespace(module=module, chooser=module.get_2stage_cfgs)
+    return SimpleNamespace(seen={s.key: s for s in seen}, tables=tables or {}, layer=layer)
+
+
+def aiter_module(block_at, pad=None, log=None, **found):
+    """A module whose chooser picks block_at(padded count); found: what else it answers."""
+
+    def get_2stage_cfgs(padded, *rest, **keywords):
+        if log is not None:
+            log.append(padded)
+        answer = {"block_m": block_at(padded), "stage2": None, "flat": False, "output_aux": False}
+        return SimpleNamespace(**{**answer, **found})
+
+    pad = pad or (lambda count: max(16, 1 << (count - 1).bit_length()))
+    return SimpleNamespace(get_2stage_cfgs=get_2stage_cfgs, get_padded_M=pad)

@@ -1,0 +1,311 @@
+"""What is noted of a call, and that it can be made again as it was."""
+
+import contextvars
+import enum
+import functools
+from types import ModuleType
+
+import pytest
+import torch
+
+from adaptive_moe.engines.seen import SeenCall, is_rounded
+from adaptive_moe.kernels.aiter import SEAM
+from adaptive_moe.kernels.live import Buffer
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.settings import Mode, Settings
+from adaptive_moe.shape import SortingShape
+from tests.aiter_standin.load import load_aiter
+from tests.engines.hooking import (
+    KEY,
+    batch,
+    installed,
+    plain_seam,
+    policy_that_arrived,
+    sort_arguments,
+)
+from tests.tables import make_table
+
+COVERAGE = Coverage.up_to(SortingShape(16, 4, 64), 64)
+
+
+def test_unknown_shapes_run_as_they_came_and_are_noted_by_reference(any_aiter):
+    hook = installed(any_aiter)
+    mask = torch.ones(16, dtype=torch.int32)
+    for count in (8, 100, 50, 100, 101):
+        any_aiter.fused_moe(*batch(count), expert_mask=mask)
+        assert policy_that_arrived() == 0
+    (seen,) = hook.seen.values()
+    assert seen.num_tokens == 101
+    assert seen.expert_mask is mask
+    assert seen.device == torch.device("cpu")
+    assert hook.counts().unknown == hook.counts().total == 5
+
+
+def test_a_batch_past_the_table_is_noted_so_that_a_later_warm_up_extends_it(aiter):
+    hook = installed(aiter)
+    aiter.fused_moe(*batch(8))
+    hook.set_tables({KEY: make_table({1: 2, 64: 2})})
+    aiter.fused_moe(*batch(300))
+    assert policy_that_arrived() == 2
+    assert hook.seen[KEY].num_tokens == 300
+
+
+def test_every_argument_after_the_ninth_is_kept_and_none_of_the_batchs_tensors():
+    def moe_sorting(
+        topk_ids,
+        topk_weights,
+        num_experts,
+        model_dim,
+        moebuf_dtype,
+        block_size=32,
+        expert_mask=None,
+        num_local_tokens=None,
+        dispatch_policy=0,
+        accumulate=True,
+        order="rising",
+        output=None,
+    ):
+        return ()
+
+    module = ModuleType("aiter.fused_moe")
+    module.moe_sorting = moe_sorting
+    hook = installed(module)
+    module.moe_sorting(*sort_arguments(8), accumulate=False, output=torch.zeros(8, 64))
+    (seen,) = hook.seen.values()
+    assert dict(seen.extras) == {
+        "accumulate": False,
+        "order": "rising",
+        "output": Buffer((64,), torch.float32),
+    }
+    # A call with another buffer is the same shape.
+    module.moe_sorting(*sort_arguments(8), accumulate=False, output=torch.zeros(8, 64))
+    assert len(hook.seen) == 1
+
+
+def test_how_the_chooser_was_asked_is_kept(aiter):
+    hook = installed(aiter)
+    aiter.fused_moe(*batch(8), expert_mask=torch.ones(16, dtype=torch.int32))
+    (seen,) = hook.seen.values()
+    assert seen.config.rest[0] == 64  # model_dim: all but the token count
+    assert dict(seen.config.keywords)["is_ep"] is True
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "rounded"),
+    [
+        (8, 8 * 4 + 16 * 32 - 4, False),
+        (8, 544, True),
+        (8, 576, None),  # neither
+        (9, 9 * 4 + 16 * 32 - 4, None),  # a whole number of blocks anyhow
+    ],
+)
+def test_whether_buffers_are_rounded_is_read_off_the_outputs(count, length, rounded):
+    assert is_rounded((torch.zeros(length),), count, KEY) is rounded
+
+
+@pytest.mark.parametrize(("version", "rounded"), [("main", False), ("september", True)])
+def test_a_batch_that_cannot_tell_leaves_it_to_a_later_one(version, rounded):
+    aiter = load_aiter(version)
+    hook = installed(aiter)
+    found = []
+    for count in (1, 9, 10, 17):
+        aiter.fused_moe(*batch(count))
+        found.append(hook.seen[KEY].rounded)
+    assert found == [None, None, rounded, rounded]
+    assert hook.seen[KEY].num_outputs == 5
+
+
+def test_what_no_sort_returns_is_nobodys_problem(caplog):
+    module = ModuleType("aiter.fused_moe")
+    for outputs in (None, (), "text", ("text",), (torch.tensor(1),), 3):
+        setattr(module, SEAM, _returning(outputs))
+        hook = installed(module)
+        assert module.moe_sorting(*sort_arguments(8)) is outputs
+        assert hook.seen[KEY].rounded is None
+        hook.uninstall()
+
+
+def _returning(outputs):
+    def moe_sorting(
+        topk_ids,
+        topk_weights,
+        num_experts,
+        model_dim,
+        moebuf_dtype,
+        block_size=32,
+        expert_mask=None,
+        num_local_tokens=None,
+        dispatch_policy=0,
+    ):
+        return outputs
+
+    return moe_sorting
+
+
+def test_an_unknown_shape_after_warm_up_is_said_once_with_its_baseline(aiter, caplog):
+    hook = installed(aiter, engine_policy=2)
+    aiter.fused_moe(*batch(8))
+    assert not caplog.records
+    hook.warmed_up = True
+    for count in (8, 9, 10):
+        aiter.fused_moe(*batch(count, dim=128), moe_sorting_dispatch_policy=2)
+    (line,) = [r.message for r in caplog.records]
+    assert "first seen after warm-up: the baseline, policy 2, serves it" in line
+    assert "dim 128" in line
+
+
+# Called again
+
+
+LAYER = contextvars.ContextVar("layer", default="none")
+
+
+class Format(enum.Enum):
+    MXFP4 = 4
+
+
+def seen_in(module, call):
+    """The SeenCall of a call made within a context of its own."""
+    hook = installed(module)
+    contextvars.copy_context().run(call)
+    (seen,) = hook.seen.values()
+    return hook, seen
+
+
+def test_a_measurement_runs_in_the_context_of_the_call_and_leaves_none_behind(aiter):
+    def call():
+        LAYER.set("experts")
+        aiter.fused_moe(*batch(8))
+
+    def measure(number, *, and_more):
+        found = LAYER.get()
+        LAYER.set("measured")
+        return found, number, and_more
+
+    _, seen = seen_in(aiter, call)
+    for _ in range(2):
+        assert seen.as_called(measure, 1, and_more=2) == ("experts", 1, 2)
+    assert LAYER.get() == "none"
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_measurement_runs_in_the_calls_grad_and_inference_mode(aiter, inference, grad):
+    def call():
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            aiter.fused_moe(*batch(8))
+
+    def modes():
+        return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    _, seen = seen_in(aiter, call)
+    for outer in (True, False):
+        with torch.inference_mode(not inference), torch.set_grad_enabled(outer):
+            before = modes()
+            assert seen.as_called(modes) == (inference, grad)
+            assert modes() == before
+
+
+def test_what_contexts_say_in_plain_values_is_named_in_order():
+    number, text, thing, kind, switch = (
+        contextvars.ContextVar(name) for name in ("number", "a text", "thing", "kind", "switch")
+    )
+    module = ModuleType("aiter.fused_moe")
+    module.moe_sorting = plain_seam([])
+
+    def call():
+        number.set(3)
+        text.set("fp4")
+        thing.set(torch.zeros(3))
+        kind.set(Format.MXFP4)
+        switch.set(True)
+        module.moe_sorting(*sort_arguments(8))
+
+    def run():
+        return seen_in(module, call)[1]
+
+    seen = contextvars.Context().run(run)
+    assert seen.context_values() == "a text=fp4,kind=Format.MXFP4,number=3,switch=True"
+
+
+def test_a_measured_call_passes_what_the_seen_one_passed(aiter):
+    passed = []
+    real = aiter.moe_sorting
+
+    @functools.wraps(real)
+    def recorder(
+        topk_ids,
+        topk_weights,
+        num_experts,
+        model_dim,
+        moebuf_dtype,
+        block_size=32,
+        expert_mask=None,
+        num_local_tokens=None,
+        dispatch_policy=0,
+        return_local_topk_ids=False,
+        accumulate=True,
+        order="rising",
+        output=None,
+    ):
+        passed.append((dispatch_policy, return_local_topk_ids, accumulate, order, output))
+        return ()
+
+    aiter.moe_sorting = recorder
+    hook = installed(aiter, Settings(mode=Mode.AUTO))
+    buffer = torch.zeros((8, 64))
+    aiter.moe_sorting(
+        *sort_arguments(8), return_local_topk_ids=True, accumulate=False, order="x", output=buffer
+    )
+    (seen,) = hook.seen.values()
+    for key, accumulate in ((seen.key, False), (seen.key._replace(accumulate=True), True)):
+        kernel = hook.kernel(seen, key, COVERAGE)
+        assert [c.name for c in kernel.candidates] == ["policy 0", "policy 1", "policy 2"]
+        for policy, candidate in enumerate(kernel.candidates):
+            candidate.bind(inputs(24))()
+            *given, output = passed.pop()
+            assert given == [policy, True, accumulate, "x"]
+            assert (tuple(output.shape), output.dtype) == ((24, 64), torch.float32)
+    assert hook.counts().total == 1  # measuring went past the wrapper
+
+
+def inputs(num_tokens):
+    from adaptive_moe.kernels.contract import SortingInputs
+
+    return SortingInputs(*sort_arguments(num_tokens)[:6])
+
+
+def test_the_baseline_is_measured_with_the_very_object_that_came():
+    aiter = load_aiter("v0.1.9")
+    hook = installed(aiter, engine_policy=2)
+    aiter.fused_moe(*batch(8), moe_sorting_dispatch_policy=2)
+    (seen,) = hook.seen.values()
+    kernel = hook.kernel(seen, seen.key, COVERAGE)
+    assert [c.name for c in kernel.candidates] == ["policy True", "policy 0", "policy 2"]
+    kernel.baseline.bind(inputs(8))()
+    assert policy_that_arrived() is True
+
+
+def test_a_kernel_needs_the_hook_in_place(aiter):
+    hook = installed(aiter)
+    aiter.fused_moe(*batch(8))
+    hook.uninstall()
+    with pytest.raises(RuntimeError, match=r"install\(\) it first"):
+        hook.kernel(hook.seen[KEY], KEY, COVERAGE)
+
+
+def test_settings_of_torchs_compiler_tell_no_calls_apart():
+    """vLLM runs its model under some of them, and a calibration before its start does not."""
+    import torch._inductor.config as inductor
+
+    ours = contextvars.ContextVar("ours")
+
+    def seen_context():
+        ours.set(1)
+        with inductor.patch(graph_partition=True):
+            return contextvars.copy_context()
+
+    context = contextvars.Context().run(seen_context)
+    assert len(context) > 1
+    seen = SeenCall(*[None] * 7, context, *[None] * 5)
+    assert seen.context_values() == "ours=1"

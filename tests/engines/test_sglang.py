@@ -1,0 +1,341 @@
+"""The SGLang plugin on packages that stand in for SGLang. tests/contract/ has the real one."""
+
+import importlib
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from adaptive_moe.engines import process, sglang
+from adaptive_moe.engines.warm_up import warm_up
+from tests.aiter_standin.load import load_aiter
+from tests.engines.plugging import NAME, NEUTRAL, sort
+from tests.tables import measure_as
+
+pytestmark = pytest.mark.usefixtures("fresh_process")
+
+SGLANG = {
+    "sglang/__init__.py": "",
+    "sglang/srt/__init__.py": "",
+    "sglang/srt/environ.py": f"""
+        class Field:
+            def get(self):
+                return 2
+        class Envs:
+            {sglang.SGLANG_VARIABLE} = Field()
+        envs = Envs()
+    """,
+    "sglang/srt/runtime_context.py": """
+        from types import SimpleNamespace
+        config = SimpleNamespace(
+            decode=SimpleNamespace(bs=[1, 8]),
+            prefill=SimpleNamespace(bs=[256], backend="disabled"),
+        )
+        def get_exec():
+            return SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=config))
+        def max_prefill_buffer_tokens():
+            return 2048
+        parallel = SimpleNamespace(dp_size=4, tp_group="of the engine")
+        def get_parallel():
+            return parallel
+    """,
+    "sglang/srt/utils/__init__.py": "",
+    "sglang/srt/utils/common.py": """
+        gathers = False
+        def require_mlp_tp_gather():
+            return gathers
+    """,
+    "sglang/srt/model_executor/model_runner.py": """
+        class ModelRunner:
+            def init_cuda_graphs(self, capture_decode_cuda_graph=True):
+                return self.capture()
+    """,
+    "sglang/srt/model_executor/__init__.py": "",
+    "sglang/srt/model_executor/runner_backend/__init__.py": "",
+    "sglang/srt/model_executor/runner_backend/full_cuda_graph_backend.py": """
+        class FullCudaGraphBackend:
+            def capture_one(self, shape_key, forward_fn, capture_inputs=None,
+                            post_warmup_hook=None):
+                for _ in range(2):
+                    forward_fn()
+                    if post_warmup_hook is not None:
+                        post_warmup_hook()
+                return "captured", forward_fn()
+    """,
+}
+
+
+OLD_ENVIRON = {"sglang/srt/environ.py": "class Envs: pass\nenvs = Envs()"}
+
+
+def start_sglang(package, monkeypatch, files=SGLANG):
+    package(files)
+    monkeypatch.setenv(NEUTRAL, "auto")
+    load_aiter()
+    sglang.register()
+    sglang.register()
+    module = importlib.import_module(f"{sglang._BACKENDS}.full_cuda_graph_backend")
+    backend = module.FullCudaGraphBackend
+    assert not hasattr(backend.capture_one.__wrapped__, "__wrapped__")  # one layer, not two
+    return backend
+
+
+def asked(monkeypatch):
+    """What warm_up() was asked; it does it with a made-up measurement."""
+    found = []
+
+    def by_hand(max_tokens, capture_sizes, **options):
+        found.append({"max_tokens": max_tokens, "capture_sizes": capture_sizes, **options})
+        hook = process.current()
+        warm_up(hook, max_tokens, capture_sizes, measure=measure_as({1: 2, 64: 2}))
+
+    monkeypatch.setattr(process, "warm_up", by_hand)
+    return found
+
+
+def group(name="ranks of this stage"):
+    return SimpleNamespace(cpu_group=name, world_size=2)
+
+
+def test_sglang_calibrates_after_the_first_eager_run_and_only_for_new_shapes(package, monkeypatch):
+    backend = start_sglang(package, monkeypatch)()
+    backend._cuda_graph_runner = SimpleNamespace(captured_req_width=3)
+    aiter, found, hooked = sys.modules["aiter.fused_moe"], asked(monkeypatch), []
+    policies = []
+    result = backend.capture_one(
+        "key",
+        lambda: policies.append(sort(aiter, policy=2)),
+        post_warmup_hook=lambda: hooked.append(len(policies)),
+    )
+    assert result == ("captured", None)
+    assert policies == [2, 1, 1]  # SGLang's own until measured
+    assert hooked == [1, 2]
+    # Requests times tokens a request; prefill is not captured. No other ranks.
+    (options,) = found
+    assert (options["max_tokens"], options["capture_sizes"]) == (2048, (3, 24))
+    assert options["agree"] is False
+    (table,) = process.current().tables.values()
+    assert table.evidence.coverage.baseline == "policy 2"
+    backend.capture_one("key", lambda: sort(aiter, policy=2))
+    assert len(found) == 1
+    backend.capture_one("key", lambda: sort(aiter, dim=128, policy=2))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(("files", "baseline"), [(SGLANG, 2), ({**SGLANG, **OLD_ENVIRON}, 0)])
+def test_the_baseline_is_what_this_sglang_passes(package, monkeypatch, files, baseline):
+    """0.5.20 and 0.5.21 know no variable and pass nothing."""
+    start_sglang(package, monkeypatch, files)
+    assert process.current().engine_policy == baseline
+
+
+def test_sglangs_ranks_come_to_the_first_capture_of_each_runner_whatever_they_saw(
+    package, monkeypatch
+):
+    """Over the group that SGLang's own barrier has just gathered, at the same captures."""
+    backend = start_sglang(package, monkeypatch)
+    came = []
+    monkeypatch.setattr(process, "open_channel", came.append)
+    aiter = sys.modules["aiter.fused_moe"]
+    decode, draft = backend(), backend()
+    for one in (decode, draft):
+        one._tp_group = group()
+    decode.capture_one("a dense layer", lambda: None)
+    assert came == ["ranks of this stage"]
+    decode.capture_one("a dense layer", lambda: None)
+    # What one rank sees in a later capture, the others may not: nobody would come.
+    decode.capture_one("a new shape", lambda: sort(aiter, policy=2))
+    assert len(came) == 1
+    draft.capture_one("a draft model", lambda: sort(aiter, policy=2))
+    assert len(came) == 2
+
+
+def test_a_rank_that_stood_aside_still_answers_the_others(package, monkeypatch):
+    backend = start_sglang(package, monkeypatch)()
+    backend._tp_group = group()
+    came = []
+    monkeypatch.setattr(process, "open_channel", came.append)
+    aiter = sys.modules["aiter.fused_moe"]
+    sort(aiter, policy=2)
+    process.current().layer.active = False
+    backend.capture_one("key", lambda: sort(aiter, policy=2))
+    assert came == ["ranks of this stage"]
+    assert process.current().tables == {}
+
+
+def test_attention_ranks_are_pooled_where_sglang_gathers_their_tokens(package, monkeypatch):
+    backend = start_sglang(package, monkeypatch)
+    found, aiter = asked(monkeypatch), sys.modules["aiter.fused_moe"]
+    backend().capture_one("key", lambda: sort(aiter, policy=2))
+    importlib.import_module("sglang.srt.utils.common").gathers = True
+    backend().capture_one("key", lambda: sort(aiter, policy=2))
+    importlib.import_module("sglang.srt.runtime_context").parallel.num_dp_ranks = 8  # since 0.5.22
+    backend().capture_one("key", lambda: sort(aiter, policy=2))
+    assert [options["pooled"] for options in found] == [1, 4, 8]
+
+
+def test_rows_of_padding_come_from_one_router_only(package, monkeypatch):
+    backend = start_sglang(package, monkeypatch)
+    found, aiter = asked(monkeypatch), sys.modules["aiter.fused_moe"]
+    backend().capture_one("key", lambda: sort(aiter, policy=2))
+    monkeypatch.setitem(sys.modules, "sglang.srt.multimodal.dsv41.vl_routing", object())
+    backend().capture_one("key", lambda: sort(aiter, policy=2))
+    assert [options["padding_rows"] for options in found] == [False, True]
+
+
+# Without graphs
+
+
+class EagerRunner:
+    """SGLang's, as far as a dummy batch needs it."""
+
+    def __init__(self, run, largest=512):
+        self.run, self.attn_tp_size, self._eager_max_bs = run, 2, largest
+        self.model_runner = SimpleNamespace(
+            spec_algorithm=SimpleNamespace(is_speculative=lambda: False), canary_manager=None
+        )
+
+    def _alloc_dummy_decode_buffers(self, max_bs, *, num_tokens_per_req=1):
+        return f"buffers of {max_bs} x {num_tokens_per_req}"
+
+    def _dummy_run(self, batch_size, run_ctx=None, *, buffers):
+        assert buffers == f"buffers of {batch_size} x 1"
+        with run_ctx or nullcontext():
+            self.run(batch_size)
+
+
+def model_runner(run, capture=lambda: None, **parts):
+    module = importlib.import_module(sglang.MODEL_RUNNER)
+    runner = module.ModelRunner()
+    facts = {
+        "eager_runner": EagerRunner(run),
+        "decode_cuda_graph_runner": None,
+        "prefill_cuda_graph_runner": None,
+        "is_draft_worker": False,
+        "tp_group": group(),
+    }
+    vars(runner).update({**facts, "capture": capture, **parts})
+    return runner
+
+
+def test_without_graphs_a_dummy_batch_shows_the_shapes_where_all_ranks_come_by(
+    package, monkeypatch
+):
+    start_sglang(package, monkeypatch)
+    aiter, found, sizes = sys.modules["aiter.fused_moe"], asked(monkeypatch), []
+
+    def run(batch_size):
+        sizes.append(batch_size)
+        sort(aiter, batch_size, policy=2)
+
+    assert model_runner(run, capture=lambda: "theirs").init_cuda_graphs() == "theirs"
+    assert sizes == [2 * sglang.DUMMY_REQUESTS]
+    (options,) = found
+    assert (options["max_tokens"], options["capture_sizes"]) == (2048, ())
+    assert options["agree"] == "ranks of this stage"
+    assert sort(aiter, policy=2) == 1
+
+
+def test_a_small_server_has_a_small_dummy_batch(package, monkeypatch):
+    start_sglang(package, monkeypatch)
+    asked(monkeypatch)
+    sizes = []
+    runner = model_runner(sizes.append)
+    runner.eager_runner = EagerRunner(sizes.append, largest=6)
+    runner.init_cuda_graphs()
+    assert sizes == [6]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"decode_cuda_graph_runner": object()},
+        {"prefill_cuda_graph_runner": object()},
+        {"is_draft_worker": True},
+    ],
+)
+def test_where_graphs_were_captured_no_dummy_batch_runs(package, monkeypatch, parts):
+    start_sglang(package, monkeypatch)
+    found, ran = asked(monkeypatch), []
+    model_runner(ran.append, **parts).init_cuda_graphs()
+    assert (found, ran) == ([], [])
+
+
+def test_a_rank_whose_dummy_batch_fails_comes_to_the_others_all_the_same(
+    package, monkeypatch, caplog
+):
+    start_sglang(package, monkeypatch)
+    came = []
+    monkeypatch.setattr(process, "open_channel", came.append)
+    model_runner(lambda batch_size: 1 / 0).init_cuda_graphs()
+    assert came == ["ranks of this stage"]
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_sglangs_own_failure_while_capturing_is_sglangs(package, monkeypatch):
+    start_sglang(package, monkeypatch)
+
+    def capture():
+        raise KeyError("theirs")
+
+    with pytest.raises(KeyError, match="theirs"):
+        model_runner(None, capture).init_cuda_graphs()
+
+
+def test_an_sglang_without_that_moment_is_told(package, monkeypatch, caplog):
+    runner = "sglang/srt/model_executor/model_runner.py"
+    start_sglang(package, monkeypatch, {**SGLANG, runner: "class Another: pass"})
+    importlib.import_module(sglang.MODEL_RUNNER)
+    assert "has no ModelRunner.init_cuda_graphs" in caplog.text
+
+
+# What SGLang's user set, and what goes wrong
+
+
+def test_a_users_sglang_policy_wins(package, monkeypatch, caplog):
+    package(SGLANG)
+    monkeypatch.setenv(NEUTRAL, "auto")
+    monkeypatch.setenv(sglang.SGLANG_VARIABLE, "1")
+    sglang.register()
+    assert f"{sglang.SGLANG_VARIABLE}=1 is set and wins" in caplog.text
+    assert process.current() is None
+
+
+def test_a_failing_warm_up_does_not_stop_sglangs_capture(package, monkeypatch, caplog):
+    backend = start_sglang(package, monkeypatch)()
+    monkeypatch.setattr(process, "warm_up", lambda **options: 1 / 0)
+    aiter = sys.modules["aiter.fused_moe"]
+    assert backend.capture_one("key", lambda: sort(aiter, policy=2)) == ("captured", 2)
+    assert "warm-up failed" in caplog.text
+
+
+def test_an_sglang_without_that_backend_is_told(package, monkeypatch, caplog):
+    full = "sglang/srt/model_executor/runner_backend/full_cuda_graph_backend.py"
+    package({**SGLANG, full: "class SomethingElse: pass"})
+    monkeypatch.setenv(NEUTRAL, "auto")
+    load_aiter()
+    sglang.register()
+    importlib.import_module(f"{sglang._BACKENDS}.full_cuda_graph_backend")
+    assert "has no FullCudaGraphBackend.capture_one" in caplog.text
+
+
+def test_a_bad_variable_of_ours_is_one_warning_and_sglang_starts(package, monkeypatch, caplog):
+    package(SGLANG)
+    monkeypatch.setenv(NEUTRAL, "3x")
+    load_aiter()
+    sglang.register()
+    sglang.register()
+    (line,) = [r.message for r in caplog.records if NEUTRAL in r.message]
+    assert "is not accepted" in line
+    assert process.current() is None
+
+
+@pytest.mark.parametrize("name", [NAME, NEUTRAL])
+def test_off_is_off(package, monkeypatch, name, caplog):
+    package(SGLANG)
+    monkeypatch.setenv(name, "off")
+    load_aiter()
+    sglang.register()
+    assert process.current() is None
+    assert caplog.records == []

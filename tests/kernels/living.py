@@ -1,0 +1,20 @@
+"""Calls of an AITER made by hand, and who may answer them."""
+
+import torch
+
+from adaptive_moe.kernels.live import Live, live_kernel
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.shape import SortingShape
+
+SHAPE = SortingShape(256, 8, 7168)
+GPU = torch.device("cuda", 0)
+
+
+def live(module, *, baseline=0, rounded=True, num_outputs=5, device=GPU, **extras):
+    return Live(module, lambda *a, **k: "seam", device, baseline, extras, rounded, num_outputs)
+
+
+def candidates(found, wanted, coverage=None):
+    coverage = coverage or Coverage.up_to(SHAPE, 64)
+    kernel, _ = live_kernel(found, coverage, wanted)
+    return [candidate.name for candidate in kernel.candidates]

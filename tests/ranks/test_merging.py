@@ -1,0 +1,364 @@
+"""The merge: a pure function of what ranks measured, which no jump on one of them can fool."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptive_moe.policy.buckets import bucket_of
+from adaptive_moe.policy.decision import Rule, Samples, Standing, decide
+from adaptive_moe.policy.evidence import Bucket, Fill
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.ranks.merging import VETOED, DisagreementError, merge
+from adaptive_moe.ranks.summary import decode, encode, summarize
+from tests.faults.made_up import EAGER, HERE, PADDED, SHAPE, made_up_table
+
+quick = settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 10_000)
+P0, P1, P2 = "policy 0", "policy 1", "policy 2"
+
+
+def small(seed, **more):
+    return made_up_table(
+        seed, **{"eager": (1, 8, 64), "graph": (), "max_tokens": 64, "rounds": 12, **more}
+    )
+
+
+def noisy(seed):
+    """Gains near the margin and refined anywhere, so that ranks decide differently; in all three
+    situations."""
+    chance = random.Random(seed)
+
+    def counts(last):
+        return sorted({1, 8, last, *chance.sample([n for n in (3, 5, 12, 16, 20) if n < last], 2)})
+
+    return small(
+        seed,
+        gains=(0.0, 0.02, chance.choice((0.03, -0.05))),
+        eager=counts(64),
+        graph=counts(32),
+        captured=range(1, 33),
+        idle=counts(32),
+        busy_from=33,
+        speed=chance.uniform(0.8, 1.2),
+        out=chance.choice((None, None, {2: (Standing.HOPELESS, "far slower")})),
+    )
+
+
+def merged(*tables):
+    return merge([summarize(table.evidence) for table in tables])
+
+
+def results(table, count, situation=Situation.BUSY):
+    """By candidate, from the bucket measured at exactly that count."""
+    (found,) = [b for b in table.evidence.section(situation) if b.num_tokens == count]
+    return {r.candidate: r for r in found.fills[0].verdict.results}
+
+
+def at(table, count):
+    return table.candidate(count)
+
+
+@quick
+@given(seeds, st.booleans())
+def test_a_rank_alone_decides_as_it_did(seed, padded):
+    alone = replace_shape(seed) if padded else noisy(seed)
+    assert merged(alone) == alone
+
+
+def replace_shape(seed):
+    return small(seed, shape=PADDED, gains=(0.0, 0.02, 0.03))
+
+
+@quick
+@given(st.lists(seeds, min_size=2, max_size=5, unique=True), st.randoms())
+def test_the_order_of_ranks_does_not_matter_nor_do_repeats(ranks, chance):
+    tables = [noisy(seed) for seed in ranks]
+    shuffled = [*tables, tables[0]]
+    chance.shuffle(shuffled)
+    assert merged(*shuffled).to_json() == merged(*tables).to_json()
+
+
+@quick
+@given(st.lists(seeds, min_size=1, max_size=4))
+def test_merging_what_was_merged_changes_nothing(ranks):
+    once = merged(*(noisy(seed) for seed in ranks))
+    restarted = PolicyTable.from_json(once.to_json())
+    assert merged(restarted, restarted).to_json() == once.to_json()
+
+
+@quick
+@given(st.lists(seeds, min_size=1, max_size=4))
+def test_no_rank_runs_what_one_that_measured_it_did_not_surely_gain_from(ranks):
+    tables = [noisy(seed) for seed in ranks]
+    found = merged(*tables)
+    for situation in Situation:
+        for bucket in found.evidence.section(situation):
+            measured = [
+                fill.verdict.result(bucket.candidate)
+                for table in tables
+                for other in table.evidence.section(situation)
+                for fill in other.fills
+                if other.num_tokens == bucket.num_tokens
+            ]
+            assert measured
+            if bucket.candidate != P0:
+                assert all(r.gain_low > found.evidence.rule.margin for r in measured)
+
+
+def jumped(true_gain, times, rounds, at_round, count=8):
+    """A table of one bucket whose baseline takes `times` as long from one round on, while the
+    candidate is as fast as ever: what a clock that changes, or a neighbour, does to one rank."""
+    chance = random.Random(rounds)
+    base = [10.0 * chance.gauss(1.0, 0.003) for _ in range(rounds)]
+    other = [(1.0 - true_gain) * us for us in base]
+    base[at_round:] = [us * times for us in base[at_round:]]
+    verdict = decide([Samples(P0, tuple(base)), Samples(P1, tuple(other))], Rule())
+    buckets = (Bucket(count, verdict.candidate, verdict.reason, (Fill(1.0, verdict),)),)
+    table = small(1, gains=(0.0, 0.0), eager=(8, 64))
+    rest = table.evidence.busy[1:]
+    return PolicyTable(replace(table.evidence, busy=(*buckets, *rest)))
+
+
+@quick
+@given(st.floats(1.2, 4.0), st.integers(4, 30), st.integers(0, 30), st.integers(1, 5))
+def test_a_jump_of_the_baseline_on_one_rank_lifts_no_slower_candidate(times, rounds, start, honest):
+    """20% slower was once called 48% faster: one rank's baseline, compared with another's time."""
+    jumping = jumped(-0.2, times, rounds, min(start, rounds))
+    others = [small(seed, gains=(0.0, -0.2), eager=(8, 64)) for seed in range(honest)]
+    assert at(merged(jumping, *others), 8) == P0
+
+
+@pytest.mark.parametrize("measured", [(8, 64), (4, 12, 64), (64,)])
+def test_a_jump_where_no_other_rank_measured_is_vetoed_by_those_around(measured):
+    jumping = jumped(-0.2, 3.0, 20, 0)
+    assert at(jumping, 8) == P1
+    others = small(2, gains=(0.0, -0.2), eager=measured)
+    found = merged(jumping, others)
+    assert at(found, 8) == P0
+    if 8 not in measured:
+        assert results(found, 8)[P1].reason == VETOED
+
+
+def test_who_did_not_measure_a_count_has_no_say_for_it_but_a_veto():
+    """B's bucket that serves 20 says policy 1 is no gain: that is not enough to stop A."""
+    a = small(1, eager=(1, 16, 20, 64), gains=(0.0, 0.10))
+    tied = small(2, eager=(1, 16, 64), gains=(0.0, 0.0))
+    slower = small(2, eager=(1, 16, 64), gains=(0.0, -0.10))
+    counts = [1, 16, 20, 64]
+    for b, candidate in ((tied, P1), (slower, P0)):
+        found = merged(a, b)
+        assert [bucket.num_tokens for bucket in found.evidence.busy] == counts
+        assert at(found, 20) == candidate
+        assert at(found, 16) == P0
+        assert results(found, 20)[P0].median_us == results(a, 20)[P0].median_us
+    assert [bucket_of(20, [1, 16, 64])] == [2]
+
+
+def test_only_the_bucket_that_serves_the_count_vetoes():
+    """B is slower by policy 1 at 16 and below, which says nothing of 20."""
+    a = small(1, eager=(8, 20, 64), gains=(0.0, 0.10))
+    low, high = small(2, gains=(0.0, -0.10)), small(2, gains=(0.0, 0.10))
+    busy = (*low.evidence.busy[:2], *high.evidence.busy[2:])
+    b = PolicyTable(replace(low.evidence, busy=busy))
+    found = merged(a, b)
+    assert [at(found, n) for n in (8, 20, 64)] == [P0, P1, P1]
+
+
+def test_the_least_gain_of_any_rank_decides():
+    tables = [small(1, gains=(0.0, 0.10, 0.05)), small(2, gains=(0.0, -0.02, 0.05))]
+    assert at(tables[0], 8) == P1
+    assert at(merged(*tables), 8) == P2
+    least = min(results(t, 8)[P2].gain for t in tables)
+    lowest = min(results(t, 8)[P2].gain_low for t in tables)
+    found = results(merged(*tables), 8)[P2]
+    assert (found.gain, found.gain_low) == (least, lowest)
+
+
+def test_the_time_of_the_slowest_rank_is_told():
+    """Absolute times weigh fills and situations against each other; all wait for the slowest."""
+    slow, fast = small(1, speed=1.0), small(2, speed=2.0)
+    assert results(merged(slow, fast), 8)[P0].median_us == results(slow, 8)[P0].median_us
+
+
+@pytest.mark.parametrize("standing", [Standing.WRONG, Standing.FAILED, Standing.HOPELESS])
+def test_what_is_out_on_one_rank_is_out_on_all(standing):
+    trusted = [small(seed, gains=(0.0, 0.3, 0.05)) for seed in range(3)]
+    assert at(merged(*trusted), 8) == P1
+    for counts in ((1, 8, 64), (2, 64)):
+        bad = small(9, eager=counts, gains=(0.0, 0.3, 0.05), out={1: (standing, "lost a token")})
+        found = merged(*trusted, bad)
+        assert at(found, 8) == P2
+        assert results(found, 8)[P1].standing is standing
+        assert results(found, 8)[P1].reason == "lost a token"
+
+
+def test_without_a_trusted_baseline_nothing_is_compared():
+    bad = small(9, gains=(0.0, 0.3), out={0: (Standing.FAILED, "raised Boom")})
+    found = merged(small(1, gains=(0.0, 0.3)), bad)
+    assert at(found, 8) == P0
+    assert "raised Boom" in found.evidence.busy[0].reason
+
+
+def test_a_rank_without_time_for_a_count_does_not_silence_the_others():
+    """Its bucket has no rounds: it measured nothing there, and has no vote."""
+    full, empty = small(1, gains=(0.0, 0.3)), small(2, gains=(0.0, 0.3), rounds=0)
+    assert at(full, 8) == P1
+    assert at(merged(full, empty), 8) == P1
+    for nothing in (merged(empty), merged(empty, empty)):
+        assert at(nothing, 8) == P0
+        assert not nothing.evidence.busy[0].fills[0].verdict.settled
+    broken = small(2, gains=(0.0, 0.3), rounds=0, out={1: (Standing.FAILED, "raised Boom")})
+    assert at(merged(full, broken), 8) == P0
+
+
+def test_the_rounds_told_are_the_fewest_of_those_who_voted():
+    tables = [small(seed, rounds=rounds) for seed, rounds in enumerate((9, 12, 0))]
+    assert {fill.verdict.rounds for b in merged(*tables).evidence.busy for fill in b.fills} == {9}
+
+
+def test_where_one_rank_that_measured_did_not_time_a_candidate_the_others_do_not_speak_for_it():
+    full = small(1, gains=(0.0, 0.3, 0.05))
+    silent = summarize(full.evidence)
+    for section in silent.sections:
+        section.numbers[1:, :, 1] = float("nan")
+        section.standing[:, 1] = 2  # unsettled
+    found = merge([summarize(full.evidence), silent])
+    assert at(full, 8) == P1
+    assert at(found, 8) == P2
+
+
+def test_fills_share_the_candidate_with_the_least_worst_loss_after_merging_too():
+    """Full batches gain from policy 1, nearly empty ones lose more than that by it."""
+    full = small(1, shape=PADDED, gains=(0.0, 0.1))
+    empty = small(2, shape=PADDED, gains=(0.0, -0.6))
+    buckets = tuple(
+        replace(one, candidate=P0, fills=(other.fills[0], *one.fills[1:]))
+        for one, other in zip(full.evidence.busy, empty.evidence.busy, strict=True)
+    )
+    mixed = PolicyTable(replace(full.evidence, busy=buckets))
+    found = merged(mixed, mixed)
+    assert [fill.verdict.candidate for fill in found.evidence.busy[0].fills] == [P0, P1, P1]
+    assert at(found, 8) == P0
+
+
+def test_a_fill_that_only_one_rank_measured_is_vetoed_by_the_nearest_of_the_others():
+    """As captured sizes are measured as filled as they will be."""
+    one = small(1, eager=(8,), gains=(0.0, 0.1), max_tokens=8)
+    (bucket,) = one.evidence.busy
+
+    def filled(table, fraction):
+        (found,) = table.evidence.busy
+        fills = (replace(found.fills[0], fraction=fraction),)
+        return PolicyTable(replace(table.evidence, busy=(replace(found, fills=fills),)))
+
+    slower = small(2, eager=(8,), gains=(0.0, -0.1), max_tokens=8)
+    found = merged(filled(one, 0.5), filled(one, 1.0))
+    assert [(f.fraction, f.verdict.candidate) for f in found.evidence.busy[0].fills] == [
+        (0.5, P1),
+        (1.0, P1),
+    ]
+    found = merged(filled(one, 0.5), filled(slower, 1.0))
+    assert [f.verdict.candidate for f in found.evidence.busy[0].fills] == [P0, P0]
+    assert bucket.candidate == P1
+
+
+def test_ranks_that_were_offered_different_candidates_merge_the_common_ones():
+    """By name, wherever they stand; who was not offered one may have a reason."""
+    a = small(1, gains=(0.0, 0.3, 0.05), names=(P0, "flydsl", P2))
+    b = small(2, gains=(0.0, 0.05, -0.1), names=(P0, P2, P1))
+    found = merged(a, b)
+    assert found.evidence.candidates == (P0, P2)
+    assert at(found, 8) == P2
+    assert merged(b, a) == found
+    assert results(found, 8)[P2].gain == min(results(t, 8)[P2].gain for t in (a, b))
+
+
+def test_another_baseline_is_another_question():
+    a, b = small(1), small(2, names=(P2, P1, P0))
+    with pytest.raises(DisagreementError, match=r"coverage.baseline \('policy 2'"):
+        merged(a, b)
+
+
+def test_too_few_rounds_are_no_verdict_after_merging_either():
+    hasty = Rule(confidence=0.5, min_rounds=4)
+    alone = small(1, gains=(0.0, 0.3), rounds=3, rule=hasty)
+    assert results(alone, 8)[P1].gain_low > hasty.margin
+    assert at(alone, 8) == at(merged(alone), 8) == P0
+
+
+def test_the_budget_that_surely_was_given_is_the_least():
+    found = merged(small(1, budget_s=0.75), small(2, budget_s=5.0))
+    assert found.evidence.budget_s == 0.75
+
+
+def test_machines_that_differ_are_named():
+    other = replace(HERE, device="AMD Instinct MI325X", compute_units=256)
+    found = merged(small(1), small(2, environment=other)).evidence.environment
+    assert found.device == "AMD Instinct MI300X + AMD Instinct MI325X"
+    assert found.compute_units == 256
+    assert found.arch == HERE.arch
+
+
+def test_far_too_many_buckets_still_fit_and_keep_both_ends():
+    many = [
+        made_up_table(
+            seed,
+            shape=PADDED,
+            eager=range(seed, 301, 2),
+            graph=range(1, 301),
+            max_tokens=300,
+            rounds=5,
+        )
+        for seed in (1, 2)
+    ]
+    parts = [encode(summarize(table.evidence)) for table in many]
+    assert all(len(part) <= 64 * 1024 for part in parts)
+    found = merge([decode(part) for part in parts])
+    buckets = found.evidence.graph
+    assert (buckets[0].num_tokens, buckets[-1].num_tokens) == (1, 300)
+    assert len(buckets) > 20
+    assert merged(found, found) == found
+
+
+@quick
+@given(seeds, st.booleans())
+def test_a_summary_survives_its_encoding(seed, padded):
+    table = replace_shape(seed) if padded else noisy(seed)
+    before = summarize(table.evidence)
+    after = decode(encode(before))
+    assert plain_of(after) == plain_of(before)
+
+
+def plain_of(summary):
+    arrays = [getattr(s, n).tolist() for s in summary.sections for n in vars(s)]
+    return repr((replace(summary, sections=()), arrays))
+
+
+@pytest.mark.parametrize("wrong", [b"", b"{}\n", b"[1]\n", b'{"sections": [1, 1, 1]}\n', b"7\n"])
+def test_what_is_no_summary_is_refused(wrong):
+    good = encode(summarize(small(1).evidence))
+    decode(good)
+    for content in (
+        wrong,
+        good[:-1],
+        good + b"x",
+        good.replace(b'"seconds": 1.0', b'"seconds": -1'),
+        good.replace(b'"seconds": 1.0', b'"seconds": "1"'),
+        good.replace(b'"texts": [""]', b'"texts": []'),
+        good.replace(b'"texts": [""]', b'"texts": [7]'),
+        good.replace(b'"sections": [0, 3, 0]', b'"sections": [0, 3]'),
+        good.replace(b'"sections": [0, 3, 0]', b'"sections": [0, -3, 0]'),
+        good[:-1] + b"\xff",
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            decode(content)
+
+
+def test_made_up_ranks_do_differ():
+    assert len({noisy(seed).eager for seed in range(10)}) > 3
+    assert set(EAGER) >= {1, 8, 64}
+    assert PADDED.num_local_tokens != SHAPE.num_local_tokens
