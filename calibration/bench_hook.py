@@ -9,19 +9,15 @@ the hook of a commit of this repository, in the same rounds.
 """
 
 import argparse
-import importlib
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from io import BytesIO
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,19 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adaptive_moe.engines.hook import AiterHook, Key
 from adaptive_moe.engines.wrapper import SORT_ARGUMENTS
 from adaptive_moe.kernels.aiter import SEAM
-from adaptive_moe.policy.coverage import Coverage
-from adaptive_moe.policy.decision import Rule, Verdict
-from adaptive_moe.policy.environment import describe_environment
-from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration, Fill
-from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import Mode, Settings
-from adaptive_moe.shape import SortingShape
+from calibration.earlier_hook import hook_of
 from calibration.record import main, stamp
+from tests.tables import make_table
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # DeepSeek-V3's sort for a small decode batch, where a call is shortest.
 TOKENS, EXPERTS, TOPK, MODEL_DIM, BLOCK_SIZE = 8, 256, 8, 7168, 32
-SHAPE = SortingShape(EXPERTS, TOPK, MODEL_DIM)
 BASELINE, POLICY, OTHER = "policy 0", "policy 2", "another sort"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Loop = Callable[[int], None]
@@ -74,18 +65,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rounds, calls, before = args.rounds, args.calls, args.before
     loops = {
         "unwrapped": _loop(_nothing),
-        "stays": _loop(_hooked(_nothing, {1: BASELINE})),
-        "policy": _loop(_hooked(_nothing, {1: POLICY})),
-        "asks": _loop(_hooked(_nothing, {1: POLICY}, {1: BASELINE})),
-        "other": _loop(_hooked(_nothing, {1: OTHER})),
+        "stays": _loop(_hooked(_nothing, BASELINE)),
+        "policy": _loop(_hooked(_nothing, POLICY)),
+        "asks": _loop(_hooked(_nothing, POLICY, BASELINE)),
+        "other": _loop(_hooked(_nothing, OTHER)),
         "unwrapped_other": _loop_of_leading(_nothing_else),
     }
-    with _hook_of(before) if before else _none() as old:
-        if old is not None:
-            loops["before"] = _loop(old)
+    with ExitStack() as stack:
+        if before:
+            loops["before"] = _loop(stack.enter_context(hook_of(before, _nothing)))
         times = _interleaved(loops, rounds, calls)
     real = _real_sort()
-    sort = {"unwrapped": _loop(real, 2), "hooked": _loop(_hooked(real, {1: POLICY}))}
+    sort = {"unwrapped": _loop(real, 2), "hooked": _loop(_hooked(real, POLICY))}
     sorts = _interleaved(sort, rounds, max(1, calls // 100))
     registered, registered_first, imported, heavy = _registration()
 
@@ -178,9 +169,7 @@ def _real_sort() -> Callable[..., Any]:
     return sort
 
 
-def _hooked(
-    seam: Callable[..., Any], eager: Mapping[int, str], graph: Mapping[int, str] | None = None
-) -> Callable[..., Any]:
+def _hooked(seam: Callable[..., Any], eager: str, graph: str | None = None) -> Callable[..., Any]:
     """The seam behind a hook whose table says so."""
     module = ModuleType("aiter.fused_moe")
     setattr(module, SEAM, seam)
@@ -192,34 +181,17 @@ def _hooked(
         *(False, False, True, False, (), 0, device),
     )
     hook._sorts[key] = {OTHER: _nothing_else}
-    hook.set_tables({key: _table(eager, graph or {})})
+    names = (BASELINE, POLICY, OTHER)
+    hook.set_tables(
+        {
+            key: make_table(
+                {16384: names.index(eager)},
+                None if graph is None else {16384: names.index(graph)},
+                candidates=names,
+            )
+        }
+    )
     return getattr(module, SEAM)  # type: ignore[no-any-return]
-
-
-def _table(eager: Mapping[int, str], graph: Mapping[int, str]) -> PolicyTable:
-    return PolicyTable(
-        Calibration(
-            schema=SCHEMA,
-            coverage=Coverage(SHAPE, BASELINE, ((1, 16384),), busy_from=1),
-            kernel="none",
-            candidates=(BASELINE, POLICY, OTHER),
-            environment=describe_environment(DEVICE),
-            rule=Rule(),
-            budget_s=1.0,
-            created="",
-            seconds=0.0,
-            graph=_buckets(graph),
-            busy=_buckets(eager),
-            idle=(),
-        )
-    )
-
-
-def _buckets(chosen: Mapping[int, str]) -> tuple[Bucket, ...]:
-    return tuple(
-        Bucket(count, name, "", (Fill(1.0, Verdict(name, True, 1, "", ())),))
-        for count, name in chosen.items()
-    )
 
 
 def _arguments() -> tuple[Any, ...]:
@@ -280,42 +252,6 @@ def _interleaved(loops: Mapping[str, Loop], rounds: int, calls: int) -> dict[str
             if number:  # the first round warms up
                 times[name].append(spent)
     return times
-
-
-@contextmanager
-def _none() -> Iterator[None]:
-    yield None
-
-
-@contextmanager
-def _hook_of(commit: str) -> Iterator[Callable[..., Any]]:
-    """The hook of a commit of August to November 2026 around nothing, with a policy from its
-    table: its package under another name, from git."""
-    name = "adaptive_moe_before"
-    packed = subprocess.run(
-        ["git", "archive", commit, "adaptive_moe"], cwd=CHECKOUT, capture_output=True, check=True
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=BytesIO(packed.stdout)) as archive:
-            archive.extractall(folder, filter="data")
-        (Path(folder) / "adaptive_moe").rename(Path(folder) / name)
-        for file in Path(folder).rglob("*.py"):
-            text = file.read_text("utf-8")
-            file.write_text(re.sub(r"\badaptive_moe\b(?=[. ])", name, text), "utf-8")
-        sys.path.insert(0, folder)
-        try:
-            hooks = importlib.import_module(f"{name}.engines.aiter_hook")
-            settings = importlib.import_module(f"{name}.settings")
-            table_of = importlib.import_module(f"{name}.bench.lookup").table_of
-        finally:
-            sys.path.remove(folder)
-        module = ModuleType("aiter.fused_moe")
-        setattr(module, SEAM, _nothing)
-        hook = hooks.AiterHook(settings.Settings(mode=settings.Mode.AUTO))
-        hook.install(module)
-        key = hooks.Key(EXPERTS, TOPK, MODEL_DIM, torch.bfloat16, BLOCK_SIZE, False, False, True)
-        hook.set_tables({key: table_of(10)})
-        yield getattr(module, SEAM)
 
 
 def _registration() -> tuple[float, float, list[str], list[str]]:

@@ -25,67 +25,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.engines.warm_up import warm_up
-from adaptive_moe.kernels.contract import SortingInputs, check_contract
-from adaptive_moe.kernels.sorts import GROUPS
 from adaptive_moe.report.text import headline
 from adaptive_moe.settings import Mode, Settings
 from calibration import bench_hook
+from calibration.check_hook_sorts import check_other_sorts, check_two_gpus
+from calibration.hooked_layer import (
+    CAPTURE_SIZES,
+    EXPERTS,
+    MAX_TOKENS,
+    MODEL_DIM,
+    TOPK,
+    Checks,
+    Layer,
+)
 from calibration.record import stamp
 from tests.aiter_standin.load import load_aiter
 
-# DeepSeek-V3's sort; vLLM's usual capture sizes and largest batch.
-EXPERTS, TOPK, MODEL_DIM = 256, 8, 7168
-CAPTURE_SIZES = (1, 2, 4, *range(8, 513, 8))
-MAX_TOKENS = 16384
 EAGER_COUNTS = (1, 7, 64, 500, 4096, MAX_TOKENS)
-
-
-class Checks:
-    """What was checked, in words, and what of it failed."""
-
-    def __init__(self) -> None:
-        self.done: dict[str, int] = {}
-        self.failed: list[str] = []
-
-    def that(self, what: str, holds: bool, detail: object = "") -> None:
-        self.done[what] = self.done.get(what, 0) + 1
-        if not holds:
-            self.failed.append(f"{what}: {detail}")
-
-
-class Layer:
-    """One MoE layer's arguments for a batch, and a way to route it anew in place."""
-
-    def __init__(self, fused_moe, num_tokens: int, model_dim: int = MODEL_DIM) -> None:
-        zero = torch.zeros((), dtype=torch.bfloat16, device="cuda")
-        self.fused_moe = fused_moe
-        self.num_tokens, self.model_dim = num_tokens, model_dim
-        self.hidden = zero.expand(num_tokens, model_dim)
-        self.w1 = zero.expand(EXPERTS, 32, model_dim)
-        self.w2 = zero.expand(EXPERTS, model_dim, 16)
-        self.ids = torch.empty((num_tokens, TOPK), dtype=torch.int32, device="cuda")
-        self.weights = torch.empty((num_tokens, TOPK), device="cuda")
-        self.route(0)
-
-    def route(self, seed: int) -> None:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        scores = torch.rand((self.num_tokens, EXPERTS), generator=generator, device="cuda")
-        self.ids.copy_(scores.topk(TOPK, dim=1).indices)
-        self.weights.copy_(torch.rand(self.weights.shape, generator=generator, device="cuda"))
-
-    def __call__(self, policy: int = 0) -> torch.Tensor:
-        return self.fused_moe(
-            self.hidden,
-            self.w1,
-            self.w2,
-            self.weights,
-            self.ids,
-            moe_sorting_dispatch_policy=policy,
-        )
-
-    def problems(self, outputs: tuple[torch.Tensor, ...]) -> list[str]:
-        inputs = SortingInputs(self.ids, self.weights, EXPERTS, self.model_dim, torch.bfloat16, 32)
-        return check_contract(inputs, outputs)
 
 
 def main() -> int:
@@ -306,86 +262,6 @@ def check_refusal(aiter, hook: AiterHook, checks: Checks) -> None:
     checks.that("and the capture survives", not known.problems(outputs), known.problems(outputs))
     later = warm_up(hook, 128, (1, 64))
     checks.that("and a later warm-up works", len(later.tables) == 1, later.problems)
-
-
-def check_other_sorts(aiter, hook: AiterHook, checks: Checks) -> None:
-    """Our sort in place of the stand-in's: eager, captured, replayed, and failing."""
-    hook.settings = replace(hook.settings, sorts=GROUPS["all"], recalibrate=True)
-    hook.drop_tables()
-    sort = sys.modules["aiter.sort"]
-    for key in list(hook.seen):
-        if key.model_dim != MODEL_DIM:
-            continue
-        made = serving(hook, key, "triton one-shot")
-        checks.that("our sort is offered", made is not None, key)
-    layer = Layer(aiter.fused_moe, 64)
-    layer()  # compiles
-    before, chosen = len(sort.calls), hook.counts().chosen
-    graph, outputs = capture_results(layer)
-    for seed in (1, 2, 3):
-        layer.route(seed)
-        expected = plain_result(layer)
-        graph.replay()
-        torch.cuda.synchronize()
-        checks.that("our sort replays exactly", torch.equal(outputs, expected), seed)
-    checks.that("and AITER's did not run for it", len(sort.calls) - before == 3, sort.calls)
-    checks.that("eager and captured calls were counted", hook.counts().chosen == chosen + 2)
-    failing = next(iter(hook._sorts.values()))
-    broken = dict.fromkeys(failing, raising)
-    with hook._lock:
-        hook._sorts = dict.fromkeys(hook._sorts, broken)
-        hook._renew()
-    checks.that(
-        "where it raises the baseline answers", torch.equal(layer(), plain_result(layer)), ""
-    )
-    checks.that("and it is off", hook.counts().fell_back == 1 and layer() is not None)
-    checks.that("for good", hook.counts().fell_back == 1, hook.counts())
-
-
-def raising(*arguments):
-    raise RuntimeError("made to fail")
-
-
-def serving(hook: AiterHook, key, name: str):
-    """A table for `key` in which that candidate answers every call; None where it is not offered."""
-    from adaptive_moe.policy.coverage import Coverage
-    from adaptive_moe.shape import SortingShape
-    from tests.tables import make_table
-
-    shape = SortingShape(EXPERTS, TOPK, key.model_dim)
-    coverage = Coverage.up_to(shape, MAX_TOKENS, busy_from=1)
-    kernel = hook.kernel(hook.seen[key], key, coverage)
-    names = [candidate.name for candidate in kernel.candidates]
-    if name not in names:
-        return None
-    table = make_table({MAX_TOKENS: names.index(name)}, candidates=names, coverage=coverage)
-    hook.set_tables({key: table})
-    return table
-
-
-def plain_result(layer: Layer) -> torch.Tensor:
-    """The layer with a policy of the caller's own: past every table."""
-    return layer(1)
-
-
-def capture_results(layer: Layer):
-    """The graph of one call, and the layer's result in it."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = layer()
-    return graph, result
-
-
-def check_two_gpus(aiter, hook: AiterHook, checks: Checks) -> None:
-    if torch.cuda.device_count() < 2:
-        return
-    hook.drop_tables()
-    with torch.cuda.device(1):
-        Layer(aiter.fused_moe, 64)()
-        torch.cuda.synchronize()
-    devices = sorted({key.device for key in hook.seen if key.model_dim == MODEL_DIM})
-    checks.that("layers on two GPUs are told apart", devices == [0, 1], devices)
 
 
 def policy_at(table, count: int, *, captured: bool = False) -> int:

@@ -22,6 +22,7 @@ from adaptive_moe.disk.folder import (
     open_store,
     read_file,
     stored_files,
+    write_file,
 )
 from adaptive_moe.kernels import Candidate, SortKernel, load_kernel
 from adaptive_moe.policy.decision import Rule, Standing
@@ -193,6 +194,11 @@ def test_what_is_not_sound_is_not_written(store, table, standing, caplog):
     assert loaded(store, key_of(table)) == table
     (said,) = [r for r in caplog.records if "not written" in r.message]
     assert said.levelno == logging.DEBUG
+    # Nor is it read, whoever wrote it.
+    write_file(path_of(store, bad), stored_of(bad))
+    with listening() as lines:
+        assert store.load(key_of(bad)) is None
+    assert "a candidate failed" in lines[0]
 
 
 @pytest.mark.parametrize(("quiet", "level"), [(False, logging.INFO), (True, logging.DEBUG)])

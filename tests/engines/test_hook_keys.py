@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from adaptive_moe.engines.hook import Key
+from adaptive_moe.engines.wrapper import Entries
 from tests.engines.hooking import (
     KEY,
     batch,
@@ -96,6 +97,22 @@ def test_a_masked_call_accumulates_whatever_it_says(aiter):
     arguments[6] = torch.ones(16, dtype=torch.int32)
     aiter.moe_sorting(*arguments, accumulate=False)
     assert policy_that_arrived() == 2
+
+
+def test_layers_that_come_with_the_same_key_are_looked_up_once(aiter):
+    class Counting(Entries):
+        looked_up = 0
+
+        def __getitem__(self, key):
+            Counting.looked_up += 1
+            return super().__getitem__(key)
+
+    hook = installed(aiter, tables={KEY: make_table({1: 2, 64: 2})})
+    hook.layer.entries = Counting(hook.layer.entries)
+    for count in (8, 9, 10):
+        aiter.moe_sorting(*sort_arguments(count))
+        assert policy_that_arrived() == 2
+    assert Counting.looked_up == 1
 
 
 def test_a_table_set_while_calls_come_serves_the_next_one(aiter):

@@ -247,6 +247,17 @@ def test_who_has_little_to_measure_waits_for_who_said_it_has_much():
     same(world.wait(), "a0 a1 a2")
 
 
+def test_who_waits_hears_of_a_longer_limit_in_time():
+    """Rank 1 begins its warm-up while the leader waits for it already."""
+    world = World(2)
+    world.start(0, "a0", limit_s=0.3)
+    world.until(lambda: world.opened() == 1)
+    over = look(world.channels[1], LONG)
+    threading.Event().wait(0.5)
+    world.start(1, "a1", over=over)
+    same(world.wait(), "a0 a1")
+
+
 @pytest.mark.parametrize("nonsense", ["", "nan", "inf", "-1", "soon"])
 def test_a_limit_that_is_none_is_not_waited_for(nonsense):
     world = World(2)

@@ -211,6 +211,13 @@ def test_a_rank_without_time_for_a_count_does_not_silence_the_others():
     for nothing in (merged(empty), merged(empty, empty)):
         assert at(nothing, 8) == P0
         assert not nothing.evidence.busy[0].fills[0].verdict.settled
+    broken = small(2, gains=(0.0, 0.3), rounds=0, out={1: (Standing.FAILED, "raised Boom")})
+    assert at(merged(full, broken), 8) == P0
+
+
+def test_the_rounds_told_are_the_fewest_of_those_who_voted():
+    tables = [small(seed, rounds=rounds) for seed, rounds in enumerate((9, 12, 0))]
+    assert {fill.verdict.rounds for b in merged(*tables).evidence.busy for fill in b.fills} == {9}
 
 
 def test_where_one_rank_that_measured_did_not_time_a_candidate_the_others_do_not_speak_for_it():

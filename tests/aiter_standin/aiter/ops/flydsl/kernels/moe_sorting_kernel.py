@@ -1,4 +1,4 @@
-"""FlyDSL's sort below AITER's own call of it: into buffers and a workspace that the caller gives."""
+"""FlyDSL's sort below AITER's own call of it: buffers and workspace are the caller's."""
 
 from aiter.sort import sort
 
