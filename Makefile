@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 MODEL ?= deepseek-v3
 ARGS ?=
 
-.PHONY: calibrate test lint contract contract-aiter faults mutants wheel format bench bench-gpu clean
+.PHONY: calibrate test lint contract contract-aiter faults mutants wheel format bench bench-gpu bench-amd clean
 
 calibrate: $(VENV)/run.stamp
 	$(BIN)/adaptive-moe calibrate --model $(MODEL) --kernel cpu $(ARGS)
@@ -54,7 +54,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python calibration/bench_lookup.py --out calibration/results/lookup.json
 	$(BIN)/adaptive-moe bench regret --kernel cpu --model $(MODEL) --per-octave 6 --oracle-passes 2 \
 		--out calibration/results/regret_cpu.json
-	$(BIN)/adaptive-moe bench hook --out calibration/results/hook.json
+	$(BIN)/python calibration/bench_hook.py --out calibration/results/hook.json
 
 # The same on a GPU (recorded on an NVIDIA H200), with the python that has torch and triton there.
 GPU_PYTHON ?= python3
@@ -65,8 +65,19 @@ bench-gpu: export PYTHONPATH := .
 bench-gpu:
 	$(GPU_PYTHON) -m adaptive_moe bench regret --kernel triton --models $(GPU_MODELS) \
 		--out $(RESULTS)/regret_triton.json --plot $(RESULTS)/regret_triton.png
+	$(GPU_PYTHON) -m adaptive_moe bench step --kernel triton --models $(GPU_MODELS) \
+		--out $(RESULTS)/step_triton.json
+	$(GPU_PYTHON) -m adaptive_moe bench sorts --kernel triton \
+		--against calibration/recorded/sort_implementations_h100.csv \
+		--out $(RESULTS)/sorts_triton.json --plot $(RESULTS)/sorts_triton.png
 	$(GPU_PYTHON) calibration/bench_startup.py --out $(RESULTS)/startup_triton.json
 	$(GPU_PYTHON) calibration/bench_noise.py --kernel triton --out $(RESULTS)/noise_triton.json
+
+# One JSON file from an MI300X or MI355X to send back, with the python that has torch and AITER
+# there. docs/bench-amd.md
+bench-amd: export PYTHONPATH := .:$(PYTHONPATH)
+bench-amd:
+	$(GPU_PYTHON) calibration/bench_amd.py $(ARGS)
 
 $(VENV)/run.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("adaptive_moe needs Python 3.10 or newer, and $(PYTHON) is older: make PYTHON=python3.12 ...")'

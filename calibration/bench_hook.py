@@ -9,44 +9,33 @@ the hook of a commit of this repository, in the same rounds.
 """
 
 import argparse
-import functools
-import importlib
 import json
 import os
 import re
 import statistics
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from io import BytesIO
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(CHECKOUT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from adaptive_moe.engines.hook import AiterHook, Key
+from adaptive_moe.engines.wrapper import SORT_ARGUMENTS
+from adaptive_moe.kernels.aiter import SEAM
+from adaptive_moe.settings import Mode, Settings
+from calibration.earlier_hook import hook_of
+from calibration.record import main, stamp
+from tests.tables import make_table
 
-from adaptive_moe.engines.hook import AiterHook, Key  # noqa: E402
-from adaptive_moe.engines.wrapper import SORT_ARGUMENTS  # noqa: E402
-from adaptive_moe.kernels.aiter import SEAM  # noqa: E402
-from adaptive_moe.policy.coverage import Coverage  # noqa: E402
-from adaptive_moe.policy.decision import Rule, Verdict  # noqa: E402
-from adaptive_moe.policy.environment import describe_environment  # noqa: E402
-from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration, Fill  # noqa: E402
-from adaptive_moe.policy.plain import to_plain  # noqa: E402
-from adaptive_moe.policy.table import PolicyTable  # noqa: E402
-from adaptive_moe.settings import Mode, Settings  # noqa: E402
-from adaptive_moe.shape import SortingShape  # noqa: E402
-
+CHECKOUT = Path(__file__).resolve().parent.parent
 # DeepSeek-V3's sort for a small decode batch, where a call is shortest.
 TOKENS, EXPERTS, TOPK, MODEL_DIM, BLOCK_SIZE = 8, 256, 8, 7168, 32
-SHAPE = SortingShape(EXPERTS, TOPK, MODEL_DIM)
 BASELINE, POLICY, OTHER = "policy 0", "policy 2", "another sort"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Loop = Callable[[int], None]
@@ -65,36 +54,29 @@ print(json.dumps([sorted(times)[50], max(times), sorted(set(sys.modules) - befor
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=200, help="interleaved rounds [200]")
     parser.add_argument("--calls", type=int, default=1000, help="calls a sample [1000]")
     parser.add_argument("--before", help="also the hook of this commit; needs git")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
-    args = parser.parse_args(argv)
-    text = json.dumps(run(args.rounds, args.calls, args.before), indent=1)
-    print(text)
-    if args.out is not None:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    return 0
 
 
-def run(rounds: int, calls: int, before: str | None = None) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """All figures, medians; nanoseconds a call where a name does not say otherwise."""
+    rounds, calls, before = args.rounds, args.calls, args.before
     loops = {
         "unwrapped": _loop(_nothing),
-        "stays": _loop(_hooked(_nothing, {1: BASELINE})),
-        "policy": _loop(_hooked(_nothing, {1: POLICY})),
-        "asks": _loop(_hooked(_nothing, {1: POLICY}, {1: BASELINE})),
-        "other": _loop(_hooked(_nothing, {1: OTHER})),
+        "stays": _loop(_hooked(_nothing, BASELINE)),
+        "policy": _loop(_hooked(_nothing, POLICY)),
+        "asks": _loop(_hooked(_nothing, POLICY, BASELINE)),
+        "other": _loop(_hooked(_nothing, OTHER)),
         "unwrapped_other": _loop_of_leading(_nothing_else),
     }
-    with _hook_of(before) if before else _none() as old:
-        if old is not None:
-            loops["before"] = _loop(old)
+    with ExitStack() as stack:
+        if before:
+            loops["before"] = _loop(stack.enter_context(hook_of(before, _nothing)))
         times = _interleaved(loops, rounds, calls)
     real = _real_sort()
-    sort = {"unwrapped": _loop(real), "hooked": _loop(_hooked(real, {1: POLICY}))}
+    sort = {"unwrapped": _loop(real, 2), "hooked": _loop(_hooked(real, POLICY))}
     sorts = _interleaved(sort, rounds, max(1, calls // 100))
     registered, registered_first, imported, heavy = _registration()
 
@@ -103,9 +85,7 @@ def run(rounds: int, calls: int, before: str | None = None) -> dict[str, Any]:
         return round(statistics.median(a - b for a, b in pairs), 1)
 
     return {
-        "command": " ".join(["python calibration/bench_hook.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "environment": to_plain(describe_environment(DEVICE)),
+        **stamp(DEVICE),
         "processor": _processor(),
         "device": DEVICE.type,
         "rounds": rounds,
@@ -159,24 +139,37 @@ def _real_sort() -> Callable[..., Any]:
     else:
         from adaptive_moe.kernels.triton_sort import moe_sorting
 
-    @functools.wraps(_nothing)
-    def sort(*arguments: Any, accumulate: Any = True, **_: Any) -> Any:
-        return moe_sorting(*arguments[:9], accumulate=accumulate)
+    def sort(
+        topk_ids: Any,
+        topk_weights: Any,
+        num_experts: Any,
+        model_dim: Any,
+        moebuf_dtype: Any,
+        block_size: Any = 32,
+        expert_mask: Any = None,
+        num_local_tokens: Any = None,
+        dispatch_policy: Any = 0,
+        return_local_topk_ids: Any = False,
+        accumulate: Any = True,
+        flat: Any = False,
+    ) -> Any:
+        return moe_sorting(
+            topk_ids,
+            topk_weights,
+            num_experts,
+            model_dim,
+            moebuf_dtype,
+            block_size,
+            expert_mask,
+            num_local_tokens,
+            dispatch_policy,
+            accumulate=accumulate,
+        )
 
-    # The hook compiles its wrapper for what a function really takes.
-    source = "def moe_sorting({}): return _sort({}, accumulate=accumulate)"
-    names = _nothing.__code__.co_varnames[: _nothing.__code__.co_argcount]
-    defaults = dict(zip(names[5:], _nothing.__defaults__ or (), strict=True))
-    heads = [f"{name}=_default[{name!r}]" if name in defaults else name for name in names]
-    scope: dict[str, Any] = {"_sort": sort, "_default": defaults}
-    exec(source.format(", ".join(heads), ", ".join(names[:9])), scope)
-    made: Callable[..., Any] = scope["moe_sorting"]
-    return made
+    return sort
 
 
-def _hooked(
-    seam: Callable[..., Any], eager: Mapping[int, str], graph: Mapping[int, str] | None = None
-) -> Callable[..., Any]:
+def _hooked(seam: Callable[..., Any], eager: str, graph: str | None = None) -> Callable[..., Any]:
     """The seam behind a hook whose table says so."""
     module = ModuleType("aiter.fused_moe")
     setattr(module, SEAM, seam)
@@ -188,34 +181,17 @@ def _hooked(
         *(False, False, True, False, (), 0, device),
     )
     hook._sorts[key] = {OTHER: _nothing_else}
-    hook.set_tables({key: _table(eager, graph or {})})
+    names = (BASELINE, POLICY, OTHER)
+    hook.set_tables(
+        {
+            key: make_table(
+                {16384: names.index(eager)},
+                None if graph is None else {16384: names.index(graph)},
+                candidates=names,
+            )
+        }
+    )
     return getattr(module, SEAM)  # type: ignore[no-any-return]
-
-
-def _table(eager: Mapping[int, str], graph: Mapping[int, str]) -> PolicyTable:
-    return PolicyTable(
-        Calibration(
-            schema=SCHEMA,
-            coverage=Coverage(SHAPE, BASELINE, ((1, 16384),), busy_from=1),
-            kernel="none",
-            candidates=(BASELINE, POLICY, OTHER),
-            environment=describe_environment(DEVICE),
-            rule=Rule(),
-            budget_s=1.0,
-            created="",
-            seconds=0.0,
-            graph=_buckets(graph),
-            busy=_buckets(eager),
-            idle=(),
-        )
-    )
-
-
-def _buckets(chosen: Mapping[int, str]) -> tuple[Bucket, ...]:
-    return tuple(
-        Bucket(count, name, "", (Fill(1.0, Verdict(name, True, 1, "", ())),))
-        for count, name in chosen.items()
-    )
 
 
 def _arguments() -> tuple[Any, ...]:
@@ -226,7 +202,7 @@ def _arguments() -> tuple[Any, ...]:
     return ids, weights, EXPERTS, MODEL_DIM, torch.bfloat16, BLOCK_SIZE, None, None
 
 
-def _loop(seam: Callable[..., Any]) -> Loop:
+def _loop(seam: Callable[..., Any], policy: int = 0) -> Loop:
     ids, weights, experts, dim, dtype, block, mask, local_tokens = _arguments()
 
     def loop(calls: int) -> None:
@@ -240,7 +216,7 @@ def _loop(seam: Callable[..., Any]) -> Loop:
                 block,
                 mask,
                 local_tokens,
-                0,
+                policy,
                 return_local_topk_ids=False,
                 accumulate=True,
                 flat=False,
@@ -278,42 +254,6 @@ def _interleaved(loops: Mapping[str, Loop], rounds: int, calls: int) -> dict[str
     return times
 
 
-@contextmanager
-def _none() -> Iterator[None]:
-    yield None
-
-
-@contextmanager
-def _hook_of(commit: str) -> Iterator[Callable[..., Any]]:
-    """The hook of a commit of August to November 2026 around nothing, with a policy from its
-    table: its package under another name, from git."""
-    name = "adaptive_moe_before"
-    packed = subprocess.run(
-        ["git", "archive", commit, "adaptive_moe"], cwd=CHECKOUT, capture_output=True, check=True
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=BytesIO(packed.stdout)) as archive:
-            archive.extractall(folder, filter="data")
-        (Path(folder) / "adaptive_moe").rename(Path(folder) / name)
-        for file in Path(folder).rglob("*.py"):
-            text = file.read_text("utf-8")
-            file.write_text(re.sub(r"\badaptive_moe\b(?=[. ])", name, text), "utf-8")
-        sys.path.insert(0, folder)
-        try:
-            hooks = importlib.import_module(f"{name}.engines.aiter_hook")
-            settings = importlib.import_module(f"{name}.settings")
-            table_of = importlib.import_module(f"{name}.bench.lookup").table_of
-        finally:
-            sys.path.remove(folder)
-        module = ModuleType("aiter.fused_moe")
-        setattr(module, SEAM, _nothing)
-        hook = hooks.AiterHook(settings.Settings(mode=settings.Mode.AUTO))
-        hook.install(module)
-        key = hooks.Key(EXPERTS, TOPK, MODEL_DIM, torch.bfloat16, BLOCK_SIZE, False, False, True)
-        hook.set_tables({key: table_of(10)})
-        yield getattr(module, SEAM)
-
-
 def _registration() -> tuple[float, float, list[str], list[str]]:
     """Median and worst microseconds of register() with no variable set, in a process of its own,
     what that imported, and which heavy modules there are."""
@@ -333,4 +273,4 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(__doc__, add_options, run)

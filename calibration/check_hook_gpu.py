@@ -4,7 +4,9 @@
 
 Checks, and exits with 1 where one fails: seeing shapes allocates nothing; a captured call takes the
 graph array and an eager one the eager array; replays are exact for every captured size, with other
-routing than was captured; a warm-up asked for during capture refuses, and the capture survives.
+routing than was captured; a warm-up asked for during capture refuses, and the capture survives; our
+own sort, offered beside the policies, serves from eager calls and from graphs, and where it raises
+the baseline answers; where there are two GPUs, layers on both are told apart.
 Measures: the warm-up's time and memory (torch's own counters), and what the hook costs a call.
 """
 
@@ -20,72 +22,26 @@ from pathlib import Path
 
 import torch
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.warm_up import warm_up
+from adaptive_moe.report.text import headline
+from adaptive_moe.settings import Mode, Settings
+from calibration import bench_hook
+from calibration.check_hook_sorts import check_other_sorts, check_two_gpus
+from calibration.hooked_layer import (
+    CAPTURE_SIZES,
+    EXPERTS,
+    MAX_TOKENS,
+    MODEL_DIM,
+    TOPK,
+    Checks,
+    Layer,
+)
+from calibration.record import stamp
+from tests.aiter_standin.load import load_aiter
 
-from aiter_standin.load import load_aiter  # noqa: E402
-
-from adaptive_moe.cli.bench import hook as bench_hook  # noqa: E402
-from adaptive_moe.cli.bench import stamp  # noqa: E402
-from adaptive_moe.engines.hook import AiterHook  # noqa: E402
-from adaptive_moe.engines.warm_up import warm_up  # noqa: E402
-from adaptive_moe.kernels.contract import SortingInputs, check_contract  # noqa: E402
-from adaptive_moe.report.text import headline  # noqa: E402
-from adaptive_moe.settings import Mode, Settings  # noqa: E402
-
-# DeepSeek-V3's sort; vLLM's usual capture sizes and largest batch.
-EXPERTS, TOPK, MODEL_DIM = 256, 8, 7168
-CAPTURE_SIZES = (1, 2, 4, *range(8, 513, 8))
-MAX_TOKENS = 16384
 EAGER_COUNTS = (1, 7, 64, 500, 4096, MAX_TOKENS)
-
-
-class Checks:
-    """What was checked, in words, and what of it failed."""
-
-    def __init__(self) -> None:
-        self.done: dict[str, int] = {}
-        self.failed: list[str] = []
-
-    def that(self, what: str, holds: bool, detail: object = "") -> None:
-        self.done[what] = self.done.get(what, 0) + 1
-        if not holds:
-            self.failed.append(f"{what}: {detail}")
-
-
-class Layer:
-    """One MoE layer's arguments for a batch, and a way to route it anew in place."""
-
-    def __init__(self, fused_moe, num_tokens: int, model_dim: int = MODEL_DIM) -> None:
-        zero = torch.zeros((), dtype=torch.bfloat16, device="cuda")
-        self.fused_moe = fused_moe
-        self.num_tokens, self.model_dim = num_tokens, model_dim
-        self.hidden = zero.expand(num_tokens, model_dim)
-        self.w1 = zero.expand(EXPERTS, 32, model_dim)
-        self.w2 = zero.expand(EXPERTS, model_dim, 16)
-        self.ids = torch.empty((num_tokens, TOPK), dtype=torch.int32, device="cuda")
-        self.weights = torch.empty((num_tokens, TOPK), device="cuda")
-        self.route(0)
-
-    def route(self, seed: int) -> None:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        scores = torch.rand((self.num_tokens, EXPERTS), generator=generator, device="cuda")
-        self.ids.copy_(scores.topk(TOPK, dim=1).indices)
-        self.weights.copy_(torch.rand(self.weights.shape, generator=generator, device="cuda"))
-
-    def __call__(self, policy: int = 0) -> torch.Tensor:
-        return self.fused_moe(
-            self.hidden,
-            self.w1,
-            self.w2,
-            self.weights,
-            self.ids,
-            moe_sorting_dispatch_policy=policy,
-        )
-
-    def problems(self, outputs: tuple[torch.Tensor, ...]) -> list[str]:
-        inputs = SortingInputs(self.ids, self.weights, EXPERTS, self.model_dim, torch.bfloat16, 32)
-        return check_contract(inputs, outputs)
 
 
 def main() -> int:
@@ -107,11 +63,13 @@ def main() -> int:
         graphs = check_graphs(aiter, hook, table, checks)
         check_eager(aiter, hook, table, checks)
         check_refusal(aiter, hook, checks)
+        check_other_sorts(aiter, hook, checks)
+        check_two_gpus(aiter, hook, checks)
     result = {
         **stamp(torch.device("cuda", torch.cuda.current_device())),
-        "command": "python calibration/check_hook_gpu.py",
         "capture_sizes": len(CAPTURE_SIZES),
         "max_tokens": MAX_TOKENS,
+        "gpus": torch.cuda.device_count(),
         "decided": headline(table),
         **warmed,
         **again,
@@ -168,7 +126,7 @@ def measure_warm_up(hook: AiterHook, checks: Checks) -> dict[str, object]:
     hook.settings = replace(hook.settings, recalibrate=True)
     buffers = one_call_bytes(hook.layer.seam)
     first = warm_up(hook, MAX_TOKENS, CAPTURE_SIZES)
-    hook.tables = {}
+    hook.drop_tables()
     latest_outputs().clear()
     gc.collect()
     torch.cuda.synchronize()
@@ -202,7 +160,7 @@ def measure_warm_up(hook: AiterHook, checks: Checks) -> dict[str, object]:
 def measure_warm_start(hook: AiterHook, checks: Checks) -> dict[str, object]:
     """Warm up as the next start would: the table is stored, so nothing is sorted."""
     hook.settings, measured = replace(hook.settings, recalibrate=False), hook.tables
-    hook.tables = {}
+    hook.drop_tables()
     sorted_before = len(sys.modules["aiter.sort"].calls)
     made = warm_up(hook, MAX_TOKENS, CAPTURE_SIZES)
     checks.that("a warm start sorts nothing", len(sys.modules["aiter.sort"].calls) == sorted_before)
@@ -225,7 +183,7 @@ def check_graphs(aiter, hook: AiterHook, table, checks: Checks) -> dict[str, obj
         layer = Layer(aiter.fused_moe, size)
         graph, outputs = capture(layer)
         call = latest_call()
-        expected = table.policy(size, captured=True)
+        expected = policy_at(table, size, captured=True)
         checks.that("a captured call takes the graph array", call.captured, size)
         checks.that(
             "with the graph array's policy", call.policy == expected, (size, call.policy, expected)
@@ -278,13 +236,9 @@ def replay_ratio(one, other, rounds: int = 50, replays: int = 20) -> float:
 def check_eager(aiter, hook: AiterHook, table, checks: Checks) -> None:
     for count in EAGER_COUNTS:
         layer = Layer(aiter.fused_moe, count)
-        already = hook.counts().eager
         layer()
-        call = latest_call()
-        checks.that("an eager call takes the eager array", hook.counts().eager == already + 1)
-        checks.that(
-            "with the eager array's policy", call.policy == table.policy(count), (count, call)
-        )
+        call, expected = latest_call(), policy_at(table, count)
+        checks.that("with the eager array's policy", call.policy == expected, (count, call))
         problems = layer.problems(latest_outputs()[0])
         checks.that("an eager call is exact", not problems, (count, problems))
 
@@ -308,6 +262,11 @@ def check_refusal(aiter, hook: AiterHook, checks: Checks) -> None:
     checks.that("and the capture survives", not known.problems(outputs), known.problems(outputs))
     later = warm_up(hook, 128, (1, 64))
     checks.that("and a later warm-up works", len(later.tables) == 1, later.problems)
+
+
+def policy_at(table, count: int, *, captured: bool = False) -> int:
+    """The policy that the stand-in's sort must see."""
+    return int(table.candidate(count, captured=captured).removeprefix("policy "))
 
 
 def hook_cost() -> dict[str, object]:

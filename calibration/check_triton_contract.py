@@ -5,8 +5,10 @@
 Every combination of the lists below (a topk above the number of experts is no routing and is left
 out) is sorted under all three policies and compared bit for bit, where defined, with a reference
 made of torch's own stable sort. Every buffer is poisoned before and has a guard behind its end, so
-that neither what is left unwritten nor what is written outside goes unseen. Then each policy is
-captured into a graph and replayed on inputs it has not seen. Exit status 1 where anything differs.
+that neither what is left unwritten nor what is written outside goes unseen. The first pass gives
+each combination one of AITER's two buffer lengths in turn, the second the other; `--seconds` may
+end it, and the result says what was done. Then each policy is captured into a graph and replayed
+on inputs it has not seen. Exit status 1 where anything differs.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import math
 import multiprocessing
 import platform
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +36,11 @@ EXPERTS = (1, 8, 32, 64, 128, 160, 256, 257, 385, 512, 513, 1024)
 TOPK = (1, 2, 4, 6, 8, 9, 11, 16)
 TOKENS = (1, 2, 7, 16, 61, 64, 128, 500, 1024, 4096, 16384, 65536)
 BLOCKS = (16, 32, 64, 128)
-ROUTINGS = ("uniform", "skewed", "one expert")
+# Routing, and which rows are the -1 that engines pad a batch with.
+ROUTINGS = (
+    *itertools.product(("uniform", "skewed", "one expert"), ("none", "some")),
+    ("uniform", "all"),
+)
 OPTIONS = tuple(itertools.product((False, True), repeat=2))  # expert_mask, num_local_tokens
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MODEL_DIMS = (24, 7, 1000)  # small, so that the sorts are what takes the time
@@ -41,7 +48,15 @@ WIDE_DIM = 7168  # instead, for every 17th combination of up to 1,024 tokens
 POLICIES = (0, 1, 2)
 POISON = -7777  # in every dtype, and no valid output
 GUARD = 1024  # elements behind each buffer's end
-FLAGS = ("sorted_ids", "sorted_weights", "sorted_expert_ids", "num_valid_ids", "moe_buf", "guard")
+FLAGS = (
+    "length",
+    "sorted_ids",
+    "sorted_weights",
+    "sorted_expert_ids",
+    "num_valid_ids",
+    "moe_buf",
+    "guard",
+)
 
 
 @dataclass(frozen=True)
@@ -129,13 +144,17 @@ def guarded_memory() -> Iterator[list[torch.Tensor]]:
 
 
 def differs(
-    wanted: Sorted, outputs: tuple[torch.Tensor, ...], guards: list[torch.Tensor]
+    wanted: Sorted, outputs: tuple[torch.Tensor, ...], guards: list[torch.Tensor], length: int
 ) -> torch.Tensor:
-    """Whether any output differs in any bit where it is defined, as FLAGS."""
+    """Whether any output differs in any bit where it is defined, as FLAGS. `length` is that of
+    sorted_ids and sorted_weights; what is defined is never longer than `wanted` is."""
     ids, weights, experts, valid, moe_buf = outputs
+    lengths = len(ids) == len(weights) == length and len(experts) == len(wanted.defined_blocks)
+    ids, weights = ids[: len(wanted.ids)], weights[: len(wanted.ids)]
     bits, wanted_bits = weights.view(torch.int32), wanted.weights.view(torch.int32)
     return torch.stack(
         [
+            torch.full((), not lengths, device=ids.device),
             ((ids != wanted.ids) & wanted.defined).any(),
             ((bits != wanted_bits) & wanted.real).any(),
             ((experts != wanted.experts) & wanted.defined_blocks).any(),
@@ -157,42 +176,63 @@ def route(kind: str, tokens: int, experts: int, topk: int, seed: int) -> tuple[A
     return score.topk(topk, 1).indices.int().contiguous(), weights
 
 
-def check(experts: int) -> dict[str, Any]:
-    """All combinations with so many experts. Flags stay on the device until the end."""
+def pad_rows(ids: torch.Tensor, which: str) -> torch.Tensor:
+    """`ids` with -1 in no row, in every third and the last quarter, or in all."""
+    row = torch.arange(len(ids), device=ids.device)[:, None]
+    padded = {
+        "none": row < 0,
+        "some": (row % 3 == 2) | (row >= len(ids) - len(ids) // 4),
+        "all": row >= 0,
+    }
+    return torch.where(padded[which], -1, ids)
+
+
+def check(job: tuple[int, int, int, int, float]) -> dict[str, Any]:
+    """All combinations with so many experts, slots and tokens, unless `deadline` has passed.
+
+    first_length: whether the first of them gets the rounded buffers. Flags stay on the device
+    until the end.
+    """
+    first_length, experts, topk, tokens, deadline = job
+    if time.time() > deadline:
+        skipped = len(ROUTINGS) * len(BLOCKS) * len(OPTIONS)
+        return {"combinations": 0, "skipped": skipped, "failures": []}
     cases: list[tuple[object, ...]] = []
     flags: list[torch.Tensor] = []
-    fields = itertools.product([k for k in TOPK if k <= experts], TOKENS, ROUTINGS)
-    for topk, tokens, kind in fields:
+    for kind, padded in ROUTINGS:
         ids, weights = route(kind, tokens, experts, topk, seed=len(cases))
+        ids = pad_rows(ids, padded)
         generator = torch.Generator("cuda").manual_seed(len(cases))
         half = torch.rand(experts, device="cuda", generator=generator).lt(0.5).int()
         for block, (masked, local) in itertools.product(BLOCKS, OPTIONS):
             mask = half if masked else None
             rows = None
             if local:
-                some = (0, 1, tokens // 2, tokens)[len(cases) // 4 % 4]
+                some = (0, 1, tokens // 2, tokens)[(len(cases) // 4 + len(cases) // 16) % 4]
                 rows = torch.tensor([some], dtype=torch.int32, device="cuda")
             wanted = reference(ids, weights, experts, block, mask, rows)
             wide = len(cases) % 17 == 0 and tokens <= 1024
             dim = WIDE_DIM if wide else MODEL_DIMS[len(cases) % 3]
             dtype = DTYPES[len(cases) // 3 % 3]
-            cases.append((experts, topk, tokens, kind, block, masked, local, dim, str(dtype)))
+            rounded = (len(cases) + len(cases) // 16 + first_length) % 2 == 0
+            length = len(wanted.ids)
+            if rounded:
+                length = math.ceil(length / block) * block
+            options = (block, masked, local, rounded, dim, str(dtype))
+            cases.append((experts, topk, tokens, kind, padded, *options))
             for policy in POLICIES:
                 with guarded_memory() as guards:
                     outputs = moe_sorting(
-                        ids, weights, experts, dim, dtype, block, mask, rows, policy
-                    )
-                flags.append(differs(wanted, outputs, guards))
+                        ids, weights, experts, dim, dtype, block, mask, rows, policy,
+                        rounded=rounded,
+                    )  # fmt: skip
+                flags.append(differs(wanted, outputs, guards, length))
     bad = torch.stack(flags).view(len(cases), len(POLICIES), len(FLAGS)).cpu()
-    failures = [
-        [
-            *cases[i],
-            POLICIES[p],
-            [name for name, flag in zip(FLAGS, bad[i, p], strict=True) if flag],
-        ]
-        for i, p in bad.any(2).nonzero().tolist()
-    ]
-    return {"experts": experts, "combinations": len(cases), "failures": failures}
+    failures = []
+    for i, p in bad.any(2).nonzero().tolist():
+        names = [name for name, flag in zip(FLAGS, bad[i, p], strict=True) if flag]
+        failures.append([*cases[i], POLICIES[p], names])
+    return {"combinations": len(cases), "skipped": 0, "failures": failures}
 
 
 def check_replay() -> tuple[int, list[str]]:
@@ -209,7 +249,7 @@ def check_replay() -> tuple[int, list[str]]:
             outputs = moe_sorting(ids, weights, *arguments)
         for seed in range(5):
             new_ids, new_weights = route("skewed", tokens, 256, 8, seed)
-            ids.copy_(new_ids)
+            ids.copy_(pad_rows(new_ids, ("none", "some", "all")[seed % 3]))
             weights.copy_(new_weights)
             mask.copy_(torch.arange(256, device="cuda") % 5 != seed)
             rows.fill_(tokens - tokens * seed // 10)
@@ -218,7 +258,8 @@ def check_replay() -> tuple[int, list[str]]:
             graph.replay()
             wanted = reference(ids, weights, 256, 32, mask, rows)
             replays += 1
-            if bool(differs(wanted, outputs, [ids.new_full((1,), POISON)]).any()):
+            guard = ids.new_full((1,), POISON)
+            if bool(differs(wanted, outputs, [guard], outputs[0].numel()).any()):
                 failures.append(f"policy {policy}, {tokens} tokens, replay {seed}")
     return replays, failures
 
@@ -226,15 +267,20 @@ def check_replay() -> tuple[int, list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start none after so long")
     arguments = parser.parse_args()
     began = time.time()
     context = multiprocessing.get_context("spawn")
+    sizes = [size for size in itertools.product(EXPERTS, TOPK, TOKENS) if size[1] <= size[0]]
+    random.Random(0).shuffle(sizes)  # so that what time leaves out is no end of a list
+    deadline = began + arguments.seconds
+    jobs = [(first_length, *size, deadline) for first_length in (0, 1) for size in sizes]
     with context.Pool(arguments.processes) as pool:
-        # The most experts first: they take longest.
-        results = pool.map(check, sorted(EXPERTS, reverse=True), chunksize=1)
+        results = pool.map(check, jobs, chunksize=1)
     replays, replay_failures = check_replay()
     combinations = sum(result["combinations"] for result in results)
+    skipped = sum(result["skipped"] for result in results)
     failures = [failure for result in results for failure in result["failures"]]
     result = {
         "command": "python calibration/check_triton_contract.py",
@@ -245,9 +291,11 @@ def main() -> int:
         "python": platform.python_version(),
         "matrix": {
             "experts": EXPERTS, "topk": TOPK, "tokens": TOKENS, "blocks": BLOCKS,
-            "routings": ROUTINGS, "expert_mask, num_local_tokens": OPTIONS, "policies": POLICIES,
+            "routings, rows of -1": ROUTINGS, "rounded buffers": (True, False),
+            "expert_mask, num_local_tokens": OPTIONS, "policies": POLICIES,
         },
         "combinations": combinations,
+        "combinations_left_out_for_time": skipped,
         "sorts": combinations * len(POLICIES),
         "failed_sorts": len(failures),
         "failures": failures[:50],
@@ -258,8 +306,9 @@ def main() -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(
-        f"{combinations} combinations, {result['sorts']} sorts, {len(failures)} wrong; "
-        f"{replays} graph replays, {len(replay_failures)} wrong; {result['seconds']} s"
+        f"{combinations} combinations ({skipped} left out), {result['sorts']} sorts, "
+        f"{len(failures)} wrong; {replays} graph replays, {len(replay_failures)} wrong; "
+        f"{result['seconds']} s"
     )
     for failure in failures[:10]:
         print("wrong:", failure)

@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def record(*, experts: int, tokens: int = 64, options: bool = False, **more: Any
     """Kernel, variant and arguments of each launch of one-shot and multi-phase."""
     launches: list[Launch] = []
     kept = triton_sort._launch
-    triton_sort._launch = lambda kernel, _, variant, args: launches.append((kernel, variant, args))
+    triton_sort._launch = lambda kernel, _, *rest: launches.append((kernel, *rest))
     try:
         for policy in (1, 2):
             triton_sort.moe_sorting(
@@ -68,10 +69,12 @@ def record(*, experts: int, tokens: int = 64, options: bool = False, **more: Any
     return launches
 
 
-def all_launches() -> dict[str, Launch]:
+def all_launches(some_experts: Sequence[int]) -> dict[str, Launch]:
     """Name -> launch, of every variant there is but for the combinations named above."""
     cases: list[dict[str, Any]] = [
-        {"experts": experts, "options": options} for experts in EXPERTS for options in (False, True)
+        {"experts": experts, "options": options}
+        for experts in some_experts
+        for options in (False, True)
     ]
     cases += [{"experts": 1, "dtype": dtype} for dtype in (torch.float16, torch.float32)]
     named = {}
@@ -105,18 +108,21 @@ def source(launch: Launch, backend: str) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def compile_all(target: str) -> dict[str, dict[str, Any]]:
+def compile_all(target: str, experts: Sequence[int] = EXPERTS) -> dict[str, dict[str, Any]]:
     """Variant -> what the code object says of itself."""
     gpu = TARGETS[target]
     results = {}
-    for name, launch in all_launches().items():
+    for name, launch in all_launches(experts).items():
         compiled = triton.compile(
             source(launch, gpu.backend),
             target=gpu,
             options={"num_warps": triton_sort.NUM_WARPS},
         )
         amd = gpu.backend == "hip"
-        code, text = compiled.asm["hsaco" if amd else "cubin"], compiled.asm["amdgcn" if amd else "ptx"]
+        code, text = (
+            compiled.asm["hsaco" if amd else "cubin"],
+            compiled.asm["amdgcn" if amd else "ptx"],
+        )
         result: dict[str, Any] = {"is_elf": bytes(code[:4]) == b"\x7fELF"}
         if amd:
             result["architecture"] = re.findall(r'\.amdgcn_target "[\w.-]*-(gfx\w+)"', text)[0]
@@ -131,13 +137,14 @@ def compile_all(target: str) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["gfx942", "gfx950"])
+    parser.add_argument("--experts", nargs="+", type=int, default=EXPERTS)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     result = {
         "command": "python calibration/compile_triton_amd.py",
         "triton": triton.__version__,
         "num_warps": triton_sort.NUM_WARPS,
-        "targets": {target: compile_all(target) for target in arguments.targets},
+        "targets": {target: compile_all(target, arguments.experts) for target in arguments.targets},
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 from adaptive_moe import __version__
 
-_FLAT_LIST = re.compile(r"\[[^\[\]{}]*\]")
+_FLAT = re.compile(r"\[[^\[\]{}]*\]|\{[^\[\]{}]*\}")
 
 
 def main(
@@ -32,8 +32,8 @@ def main(
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """JSON with flat lists on one line: a sweep stays readable, and its diff too."""
-    return _FLAT_LIST.sub(lambda m: " ".join(m[0].split()), json.dumps(result, indent=1))
+    """JSON with what is flat on one line: a sweep stays readable, and its diff too."""
+    return _FLAT.sub(lambda m: " ".join(m[0].split()), json.dumps(result, indent=1))
 
 
 def stamp(device: Any = None) -> dict[str, Any]:

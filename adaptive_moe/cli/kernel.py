@@ -10,11 +10,8 @@ REHEARSAL = (
 )
 
 
-def choose(asked: str, *, ours_only: bool = False) -> tuple[str, str]:
-    """aiter, triton or cpu, and why in words for whoever reads the result.
-
-    ours_only: auto never means AITER, for what needs a kernel outside an engine.
-    """
+def choose(asked: str) -> tuple[str, str]:
+    """aiter, triton or cpu, and why in words for whoever reads the result."""
     import torch
 
     from adaptive_moe.kernels.aiter import find_aiter
@@ -29,11 +26,9 @@ def choose(asked: str, *, ours_only: bool = False) -> tuple[str, str]:
             "triton",
             "on our Triton kernel, which engines use only where ADAPTIVE_MOE_SORTS says so",
         )
-    if aiter.problem is None and gpu and not ours_only:
+    if aiter.problem is None and gpu:
         return "aiter", f"on AITER {aiter.version}, which is what engines sort with"
-    why = (
-        "not AITER here" if ours_only else aiter.problem or "AITER needs a GPU, and torch sees none"
-    )
+    why = aiter.problem or "AITER needs a GPU, and torch sees none"
     if gpu and _has_triton():
         return "triton", f"on our Triton kernel: {why}"
     return "cpu", f"{REHEARSAL}; {why}"

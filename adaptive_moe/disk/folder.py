@@ -65,6 +65,8 @@ class Store:
             return None
         try:
             stored = read_file(path)
+            if not stored.table.sound:
+                raise ValueError("a candidate failed or was wrong in it")
         except FileNotFoundError:
             logger.debug("nothing stored in %s yet", path)
             return None

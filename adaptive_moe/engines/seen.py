@@ -133,7 +133,9 @@ def _default(variable: "contextvars.ContextVar[Any]") -> Any:
 def is_rounded(outputs: Sequence[Any], num_tokens: int, key: Key) -> bool | None:
     """Is sorted_ids rounded up to whole blocks? None where this batch cannot tell, or it has
     another length."""
-    exact = num_tokens * key.topk + key.num_experts * key.block_size - key.topk
-    rounded = -(-exact // key.block_size) * key.block_size
+    from adaptive_moe.kernels.contract import buffer_length  # imports torch
+
+    call = (num_tokens, key.topk, key.num_experts, key.block_size)
+    exact, rounded = (buffer_length(*call, rounded=whole) for whole in (False, True))
     length: int = outputs[0].shape[0]
     return {exact: False, rounded: True}.get(length) if exact != rounded else None

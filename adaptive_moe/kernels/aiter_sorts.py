@@ -119,11 +119,12 @@ def _sort_by_flydsl(
 ) -> Any:
     import torch
 
+    from adaptive_moe.kernels.contract import buffer_length
+
     num_tokens, topk = topk_ids.shape
     device = topk_ids.device
-    length = num_tokens * topk + num_experts * block_size - topk
+    length = buffer_length(num_tokens, topk, num_experts, block_size, rounded=rounded)
     blocks = -(-length // block_size)
-    length = blocks * block_size if rounded else length
     shape = (num_tokens, model_dim) if accumulate or expert_mask is not None else (0, 0)
     outputs = (
         torch.empty(length, dtype=torch.int32, device=device),

@@ -23,7 +23,7 @@ HIDDEN = tl.constexpr(-(1 << 30))  # where hidden experts start: their positions
 # compilation, nor must an input that is a slice, aligned to nothing.
 _kernel = triton.jit(
     do_not_specialize=[
-        "num_tokens", "topk", "num_experts", "block_size", "model_dim", "chunks", "pads"
+        "num_tokens", "topk", "num_experts", "block_size", "model_dim", "chunks", "group", "pads"
     ],
     do_not_specialize_on_alignment=[
         "topk_ids", "topk_weights", "expert_mask", "num_local_tokens"
@@ -71,8 +71,9 @@ def _histogram(ids, NUM_BINS: tl.constexpr):
 
 
 @triton.jit
-def _count(topk_ids, at, split, stop, num_experts, NUM_BINS: tl.constexpr, TILE: tl.constexpr):
-    """Entries per expert from `at` to `stop`: those before `split`, and all."""
+def _count_tiles(
+    topk_ids, at, split, stop, num_experts, NUM_BINS: tl.constexpr, TILE: tl.constexpr
+):
     before = tl.zeros([NUM_BINS], tl.int32)
     total = tl.zeros([NUM_BINS], tl.int32)
     limit = tl.where(at < split, split, stop)
@@ -91,17 +92,31 @@ def _count(topk_ids, at, split, stop, num_experts, NUM_BINS: tl.constexpr, TILE:
 
 
 @triton.jit
-def _add_counts(counts, chunk, used, NUM_BINS: tl.constexpr, ROWS: tl.constexpr):
+def _count(
+    topk_ids, at, split, stop, num_experts,
+    NUM_BINS: tl.constexpr, SMALL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Entries per expert from `at` to `stop`: those before `split`, and all. A tile costs what it
+    could hold, so few entries are counted in a small one."""
+    if stop - at <= SMALL:
+        before, total = _count_tiles(topk_ids, at, split, stop, num_experts, NUM_BINS, SMALL)
+    else:
+        before, total = _count_tiles(topk_ids, at, split, stop, num_experts, NUM_BINS, TILE)
+    return before, total
+
+
+@triton.jit
+def _add_counts(counts, group, used, NUM_BINS: tl.constexpr, ROWS: tl.constexpr):
     """The same from what `count_kernel` left, of which `used` rows hold entries."""
     before = tl.zeros([ROWS, NUM_BINS], tl.int32)
     total = tl.zeros([ROWS, NUM_BINS], tl.int32)
     cells = tl.arange(0, ROWS)[:, None] * NUM_BINS + tl.arange(0, NUM_BINS)[None, :]
-    first = chunk - chunk  # as a run-time value: the loop counts up from it
+    first = group - group  # as a run-time value: the loop counts up from it
     while first < used:
         row = first + tl.arange(0, ROWS)[:, None]
         some = tl.load(counts + first * NUM_BINS + cells, mask=row < used, other=0)
         total += some
-        before += tl.where(row < chunk, some, 0)
+        before += tl.where(row < group, some, 0)
         first += ROWS
     return tl.sum(before, 0), tl.sum(total, 0)
 
@@ -134,9 +149,11 @@ def _place(
         start += CHUNK
         next_ids = _load_ids(topk_ids, start, stop, num_experts, CHUNK)
         next_weights = tl.load(topk_weights + start + lane, mask=start + lane < stop)
-        # Summed down the columns, where one thread holds many rows: no exchange between threads.
-        earlier = (ids[:, None] == ids[None, :]) & (lane[:, None] < lane[None, :])
-        rank = tl.sum(earlier.to(tl.int32), 0)
+        # An entry j comes after i within an expert if its key is larger by 1 to j: one unsigned
+        # comparison. Summed down the columns, of which one thread holds many rows.
+        key = ids * CHUNK + lane
+        gap = (key[None, :] - 1 - key[:, None]).to(tl.uint32, bitcast=True)
+        rank = tl.sum((gap < lane[None, :].to(tl.uint32)).to(tl.int32), 0)
         index = tl.maximum(ids, 0)
         target = tl.gather(position, index, 0) + rank
         keep = (ids >= 0) & (target >= 0)
@@ -156,68 +173,68 @@ def _place(
 
 
 @triton.jit
-def _chunk(stop, chunk, chunks, CHUNK: tl.constexpr):
-    """Entries of this chunk, from and to, and how many a chunk has: a multiple of CHUNK, so that
-    the real entries, whose number the host does not know, are evenly shared."""
-    size = tl.cdiv(tl.cdiv(stop, chunks), CHUNK) * CHUNK
-    start = tl.minimum(chunk * size, stop)
-    return start, tl.minimum(start + size, stop), size
+def _chunk_size(stop, chunks, CHUNK: tl.constexpr):
+    """Entries in a chunk, a multiple of CHUNK: the real ones, whose number the host does not know,
+    are evenly shared."""
+    return tl.cdiv(tl.cdiv(stop, chunks), CHUNK) * CHUNK
 
 
 @_kernel
 def count_kernel(
-    topk_ids, counts, moe_buf, num_local_tokens, num_tokens, topk, num_experts, model_dim, chunks,
+    topk_ids, counts, num_local_tokens, num_tokens, topk, num_experts, chunks, group,
     NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr,
-    FILL_TILE: tl.constexpr, EARLY_FILLS: tl.constexpr,
 ):  # fmt: skip
-    """Entries per expert of each chunk; other programs zero the first EARLY_FILLS tiles."""
+    """Entries per expert: a program counts `group` chunks into a row of `counts`."""
     program = tl.program_id(0)
-    if program < chunks:
-        stop = _num_rows(num_tokens, num_local_tokens) * topk
-        start, end, _ = _chunk(stop, program, chunks, CHUNK)
-        _, total = _count(topk_ids, start, start, end, num_experts, NUM_BINS, COUNT_TILE)
-        tl.store(counts + program * NUM_BINS + tl.arange(0, NUM_BINS), total)
-    else:
-        size = tl.minimum(num_tokens.to(tl.int64) * model_dim, EARLY_FILLS * FILL_TILE)
-        _zero(moe_buf, size, program - chunks, tl.num_programs(0) - chunks, FILL_TILE)
+    stop = _num_rows(num_tokens, num_local_tokens) * topk
+    size = group * _chunk_size(stop, chunks, CHUNK)
+    start = tl.minimum(program * size, stop)
+    end = tl.minimum(start + size, stop)
+    _, total = _count(topk_ids, start, start, end, num_experts, NUM_BINS, CHUNK, COUNT_TILE)
+    tl.store(counts + program * NUM_BINS + tl.arange(0, NUM_BINS), total)
 
 
 @_kernel
 def sort_kernel(
     topk_ids, topk_weights, counts, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
     moe_buf, expert_mask, num_local_tokens,
-    num_tokens, topk, num_experts, block_size, model_dim, chunks, pads,
-    NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr, SCAN_ROWS: tl.constexpr,
-    FILL_TILE: tl.constexpr, EARLY_FILLS: tl.constexpr,
+    num_tokens, topk, num_experts, block_size, model_dim, chunks, group, pads,
+    NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr,
+    SCAN_ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
 ):  # fmt: skip
-    """`chunks` programs place entries, `pads` write padding, and the others zero `moe_buf`, but
-    for what `count_kernel` zeroed where `counts` says that it ran."""
+    """`chunks` programs place entries, `pads` write padding, and the others zero `moe_buf`.
+
+    counts: what `count_kernel` left, or None where every program counts for itself.
+    """
     program = tl.program_id(0)
     if program >= chunks + pads:
-        first = program - chunks - pads
-        step = tl.num_programs(0) - chunks - pads
-        if counts is not None:
-            first += EARLY_FILLS
+        first, step = program - chunks - pads, tl.num_programs(0) - chunks - pads
         _zero(moe_buf, num_tokens.to(tl.int64) * model_dim, first, step, FILL_TILE)
     else:
         rows = _num_rows(num_tokens, num_local_tokens)
         stop = rows * topk
+        size = _chunk_size(stop, chunks, CHUNK)
         # Programs from `chunks` on stand behind all entries: what comes next there is padding.
         chunk = tl.minimum(program, chunks)
-        start, end, size = _chunk(stop, chunk, chunks, CHUNK)
-        if chunk == chunks:
-            start = stop
+        start = tl.where(chunk < chunks, tl.minimum(chunk * size, stop), stop)
+        end = tl.minimum(start + size, stop)
         if (start < end) | (chunk == chunks):
             ids = _load_ids(topk_ids, start, end, num_experts, CHUNK)
             entry = start + tl.arange(0, CHUNK)
             weights = tl.load(topk_weights + entry, mask=entry < end)
             if counts is None:
                 before, total = _count(
-                    topk_ids, program - program, start, stop, num_experts, NUM_BINS, COUNT_TILE
-                )
+                    topk_ids, program - program, start, stop, num_experts,
+                    NUM_BINS, CHUNK, COUNT_TILE,
+                )  # fmt: skip
             else:
-                used = tl.cdiv(stop, tl.maximum(size, 1))
-                before, total = _add_counts(counts, chunk, used, NUM_BINS, SCAN_ROWS)
+                used = tl.cdiv(stop, tl.maximum(group * size, 1))
+                before, total = _add_counts(counts, chunk // group, used, NUM_BINS, SCAN_ROWS)
+                first = chunk // group * group * size  # entry that the chunk's group begins with
+                _, within = _count(
+                    topk_ids, first, first, start, num_experts, NUM_BINS, CHUNK, COUNT_TILE
+                )
+                before += within
             visible, local = _visible(expert_mask, num_experts, NUM_BINS)
             padded = tl.where(visible, tl.cdiv(total, block_size) * block_size, 0)
             ends = tl.cumsum(padded, 0)
@@ -229,15 +246,13 @@ def sort_kernel(
                     topk, num_experts, block_size, NUM_BINS, CHUNK,
                 )  # fmt: skip
             else:
-                # Each takes one in `pads` of every expert's padding places, fewer than block_size.
-                offset = program - chunks
-                if offset == 0:
+                if program == chunks:
                     tl.store(num_valid_ids, tl.sum(padded, 0))
                     tl.store(num_valid_ids + 1, rows)
+                # Each takes one in `pads` of every expert's padding, fewer than block_size.
+                offset = program - chunks
                 while offset < block_size:
                     place = position + offset
-                    tl.store(
-                        sorted_ids + place, (topk << 24) | rows,
-                        mask=visible & (place < ends),
-                    )  # fmt: skip
+                    mask = visible & (place < ends)
+                    tl.store(sorted_ids + place, (topk << 24) | rows, mask=mask)
                     offset += pads

@@ -5,7 +5,8 @@ a multiple of `block_size`, so that each block of a grouped GEMM works for one e
 give the same answer and differ in how the work is laid out:
 
 1  one-shot: a single launch, in which every program counts the whole batch by itself and then
-   places its own chunk of it. Nothing is cheaper to launch; the counting grows with the batch.
+   places its own chunk of it. Nothing is cheaper to launch, but every program's time grows with
+   the batch: fastest up to 500 (512 experts) or 3,000 entries (128), hopeless with many more.
 2  multi-phase: two launches and a workspace. The first counts experts per chunk of entries; in
    the second every chunk derives its own place from those counts. Pays for one more launch.
 0  chooses between them by a rule (`one_shot_tokens`) that knows only the shape.
@@ -23,16 +24,20 @@ import triton
 from adaptive_moe.kernels.contract import buffer_length
 from adaptive_moe.kernels.triton_kernels import count_kernel, sort_kernel
 
-ONE_SHOT_CHUNK = 64  # entries that one-shot places at once, each compared with every other
-CHUNK = 128  # the same for multi-phase
-MAX_CHUNKS = 128  # programs that place; of multi-phase each reads the counts of all
-PADS = 8  # programs that write padding
-ONE_SHOT_TILE = 512  # entries counted at once
-COUNT_TILE = 512  # the same for multi-phase
-SCAN_TILE = 4096  # counts read at once in the second phase
+# Tuned on an H100 (calibration/bench_triton_kernels.py). First, how many entries a program places
+# at once, each compared with every other, and how many it counts at once. Counting a tile takes
+# longer the more bins there are, so one-shot, which counts most, does it in smaller ones then.
+FEW_BINS = 128
+ONE_SHOT_FEW_BINS = (32, 512)
+ONE_SHOT_MANY_BINS = (64, 256)
+MULTI_PHASE = (128, 512)
+MAX_CHUNKS = 256  # programs that place
+MAX_ROWS = 64  # of counts, each of as few chunks as that allows; every program reads them all
+PADS = 32  # programs that write padding
+SCAN_TILE = 4096  # counts read at once
 FILL_TILE = 2048  # elements of the output buffer zeroed at once
-EARLY_FILLS = 1024  # tiles of it that the first phase zeroes, which take no longer than counting
-MAX_FILLS = 8192  # programs that zero it
+# Up to MANY_TILES of them are left to FEW_FILLS programs: more would crowd those that place.
+FEW_FILLS, MANY_TILES, MAX_FILLS = 64, 2048, 65536
 NUM_WARPS = 4
 
 _BUFFER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -97,8 +102,8 @@ def moe_sorting(
     moe_buf [M, model_dim]: zeros; an empty [0, 0] where the caller reduces by itself
         (`accumulate=False`) and no expert is hidden
 
-    Nothing waits for the device, so a call can be captured into a graph (call it once before, with
-    any number of tokens, since the first call compiles).
+    Nothing waits for the device, so a call can be captured into a graph. The first call compiles:
+    make one before with each policy (policy 0 runs either), with any number of tokens.
     """
     _check(topk_ids, topk_weights, num_experts, moebuf_dtype, block_size)
     if expert_mask is not None and (expert_mask.dtype, expert_mask.numel()) != (
@@ -124,25 +129,30 @@ def moe_sorting(
     large = size * moebuf_dtype.itemsize >= 1 << 31
     variant = (device, moebuf_dtype, large, expert_mask is None, num_local_tokens is None, bins)
     tiles = -(-size // FILL_TILE)
-    if dispatch_policy == 1 or (not dispatch_policy and num_tokens <= one_shot_tokens(num_experts)):
-        counts, chunk, tile = None, ONE_SHOT_CHUNK, ONE_SHOT_TILE
-        chunks = max(1, min(-(-entries // chunk), MAX_CHUNKS))
-    else:
-        chunk, tile = CHUNK, COUNT_TILE
-        chunks = max(1, min(-(-entries // chunk), MAX_CHUNKS))
-        counts = torch.empty(chunks * bins, dtype=torch.int32, device=device)
+    fills = min(tiles, FEW_FILLS if tiles <= MANY_TILES else MAX_FILLS)
+    one_shot = dispatch_policy == 1 or (
+        not dispatch_policy and num_tokens <= one_shot_tokens(num_experts)
+    )
+    chunk, count_tile = MULTI_PHASE
+    if one_shot:
+        chunk, count_tile = ONE_SHOT_FEW_BINS if bins <= FEW_BINS else ONE_SHOT_MANY_BINS
+    chunks = max(1, min(-(-entries // chunk), MAX_CHUNKS))
+    counts, group = None, 1
+    if not one_shot:
+        group = -(-chunks // MAX_ROWS)
+        groups = -(-chunks // group)
+        counts = torch.empty(groups * bins, dtype=torch.int32, device=device)
         _launch(
-            count_kernel, chunks + min(tiles, EARLY_FILLS), (2, *variant),
-            (topk_ids, counts, moe_buf, num_local_tokens, num_tokens, topk, num_experts, shape[1],
-             chunks, bins, CHUNK, COUNT_TILE, FILL_TILE, EARLY_FILLS),
+            count_kernel, groups, (2, *variant),
+            (topk_ids, counts, num_local_tokens, num_tokens, topk, num_experts, chunks, group,
+             bins, chunk, count_tile),
         )  # fmt: skip
-        tiles = max(0, tiles - EARLY_FILLS)
     _launch(
-        sort_kernel, chunks + PADS + min(tiles, MAX_FILLS), (counts is None, *variant),
+        sort_kernel, chunks + PADS + fills, (1 if one_shot else 3, *variant),
         (topk_ids, topk_weights, counts, sorted_ids, sorted_weights, sorted_expert_ids,
          num_valid_ids, moe_buf, expert_mask, num_local_tokens, num_tokens, topk, num_experts,
-         block_size, shape[1], chunks, PADS, bins, chunk, tile, SCAN_TILE // bins, FILL_TILE,
-         EARLY_FILLS),
+         block_size, shape[1], chunks, group, PADS, bins, chunk, count_tile, SCAN_TILE // bins,
+         FILL_TILE),
     )  # fmt: skip
     return sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf
 

@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from adaptive_moe.policy.interval import clipped_moments, half_width, median
+from adaptive_moe.policy.interval import half_width, median, moments
 
 # Visits of each live candidate in one round.
 SWEEPS = 4
@@ -218,8 +218,8 @@ def _judge(samples: Samples, baseline: Samples, rule: Rule) -> Result:
     ratios = [math.log(ours / theirs) for ours, theirs in pairs]
     if len(ratios) < 2:
         return Result(name, Standing.UNSETTLED, middle)
-    mean, spread = clipped_moments(ratios)
-    sure = half_width(len(ratios), spread, 1.0 - rule.confidence)
+    mean, spread, memory = moments(ratios)
+    sure = memory * half_width(len(ratios), spread, 1.0 - rule.confidence)
     likely = half_width(len(ratios), spread, 1.0 - rule.tie_confidence)
     # expm1 turns a log-ratio into the fraction of the baseline's time that is saved.
     gain, low, high, tie_high = (

@@ -73,7 +73,9 @@ def merge(summaries: Sequence[Summary]) -> PolicyTable:
     common = tuple(c for c in order if all(c in s.candidates for s in summaries))
     texts = sorted({VETOED, *(text for s in summaries for text in s.texts if text)})
     parts = {
-        situation.value: _merge_section(list(_stacks(summaries, i, common, texts)), common, texts)
+        situation.value: _merge_section(
+            list(_stacks(summaries, i, common, texts)), common, texts, subject.rule.margin
+        )
         for i, situation in enumerate(Situation)
     }
     return PolicyTable(
@@ -119,12 +121,16 @@ def _stacks(
     summaries: Sequence[Summary], situation: int, common: Sequence[str], texts: Sequence[str]
 ) -> Iterator[_Stack]:
     """The ranks' sections of one situation: those that measured the same rows together."""
-    groups: dict[tuple[bytes, bytes], list[tuple[Section, Ints, list[int]]]] = {}
+    groups: dict[tuple[bytes, bytes], list[tuple[Section, Ints, list[int] | slice]]] = {}
     # A text's place, backwards: the first of two is the larger, and no text at all the least.
     places = {text: len(texts) - i for i, text in enumerate(texts)} | {"": 0}
     for summary in summaries:
         section = summary.sections[situation]
-        columns = [summary.candidates.index(name) for name in common]
+        if not len(section.tokens):
+            continue
+        columns: list[int] | slice = slice(None)
+        if summary.candidates != tuple(common):
+            columns = [summary.candidates.index(name) for name in common]
         place = np.array([places[text] for text in summary.texts], np.int64)
         key = (section.tokens.tobytes(), section.fraction.tobytes())
         groups.setdefault(key, []).append((section, place, columns))
@@ -145,7 +151,7 @@ def _marks(section: Section, place: Ints) -> Ints:
 
 
 def _merge_section(
-    stacks: Sequence[_Stack], common: Sequence[str], texts: Sequence[str]
+    stacks: Sequence[_Stack], common: Sequence[str], texts: Sequence[str], margin: float
 ) -> tuple[Bucket, ...]:
     rows = _rows(stacks, max_rows(len(common)))
     if not rows:
@@ -181,7 +187,7 @@ def _merge_section(
         verdict = conclude(results, int(rounds[i]))
         buckets.setdefault(num_tokens, []).append(Fill(fraction, verdict))
     return tuple(
-        Bucket(num_tokens, *combine([fill.verdict for fill in fills]), tuple(fills))
+        Bucket(num_tokens, *combine([fill.verdict for fill in fills], margin), tuple(fills))
         for num_tokens, fills in buckets.items()
     )
 
@@ -211,8 +217,6 @@ def _keys(stack: _Stack) -> list[Row]:
 
 def _vetoes(stack: _Stack, rows: Sequence[Row], texts: Sequence[str]) -> Ints:
     """The marks that these ranks set at rows they did not measure, [rows, candidates]."""
-    if not len(stack.tokens):
-        return np.zeros((len(rows), stack.marks.shape[2]), np.int64)
     wanted = np.array(rows)
     # The smallest count not below, else the last (policy/buckets.py); there, the fill that is next.
     place = np.minimum(np.searchsorted(stack.tokens, wanted[:, 0]), len(stack.tokens) - 1)

@@ -31,6 +31,7 @@ _MAX_TEXT, _MAX_TEXTS = 120, 128
 ORDER = (
     Standing.BASELINE,
     Standing.FASTER,
+    Standing.UNCONFIRMED,
     Standing.UNSETTLED,
     Standing.TIED,
     Standing.SLOWER,
@@ -175,16 +176,24 @@ def _take(rest: bytes, counts: Sequence[int], candidates: int, texts: int) -> li
         fraction, numbers = array("<f8", n), array("<f8", 4, n, candidates)
         tokens, rounds = array("<i4", n), array("<i4", n)
         standing, reason = array("u1", n, candidates), array("u1", n, candidates)
-        rising = bool((tokens >= 1).all() and (np.diff(tokens) >= 0).all())
-        real = bool(((fraction >= 0.0) & (fraction <= 1.0)).all() and (rounds >= 0).all())
-        times = bool((np.isnan(numbers[0]) | (numbers[0] > 0.0) & np.isfinite(numbers[0])).all())
-        known = bool((standing < len(ORDER)).all() and (reason < texts).all())
-        if not (rising and real and times and known):
+        section = Section(tokens, fraction, rounds, standing, reason, numbers)
+        if n and not _is_real(section, texts):
             raise ValueError("not a summary: token counts, times or standings out of bounds")
-        sections.append(Section(tokens, fraction, rounds, standing, reason, numbers))
+        sections.append(section)
     if place != len(rest):
         raise ValueError(f"not a summary: {len(rest)} bytes of arrays, {place} expected")
     return sections
+
+
+def _is_real(found: Section, texts: int) -> bool:
+    """Extremes, since one rank looks through thousands of these. nan is what was not measured."""
+    times = found.numbers[0]
+    rising = found.tokens[0] >= 1 and bool((found.tokens[1:] >= found.tokens[:-1]).all())
+    real = found.fraction.min() >= 0.0 and found.fraction.max() <= 1.0 and found.rounds.min() >= 0
+    known = found.standing.max() < len(ORDER) and found.reason.max() < texts
+    return bool(
+        rising and real and known and not (times <= 0.0).any() and not np.isinf(times).any()
+    )
 
 
 def _thinned(buckets: Sequence[Bucket], most: int) -> Sequence[Bucket]:

@@ -21,6 +21,8 @@ logger = logging.getLogger("adaptive_moe")
 # A first look this many times slower than the best is looked at once more, with the best beside it,
 # so that no single stall of the machine drops a good candidate.
 HOPELESS = 3.0
+# Rounds of a second pass for which its candidates are prepared once.
+LOT = 4
 
 
 def measure(
@@ -53,6 +55,36 @@ def measure(
     if len(live) < 2:
         return found
     return race(found, _prepare(binds, train, clock, found, live, call_us), rule, rounds, spent)
+
+
+def measure_again(
+    candidates: Sequence[Candidate],
+    train: Sequence[SortingInputs],
+    clock: Clock,
+    names: Sequence[str],
+    rule: Rule,
+    spent: Callable[[], bool],
+    call_us: float,
+) -> list[Samples]:
+    """Samples of a second pass over one bucket, of the baseline and whoever is to be confirmed.
+
+    In lots, each prepared anew: what one captured graph has of its own then shows as noise between
+    lots. The first two are of LOT rounds, and each next one doubles what there is.
+    """
+    found = [Samples(name) for name in names]
+    rounds, lot = 0, LOT
+    while rounds < rule.max_rounds:
+        rounds = min(rounds + lot, rule.max_rounds)
+        found = measure(candidates, train, clock, found, second(rule), rounds, spent, call_us)
+        if len(found[0].round_us) < rounds:
+            break
+        lot = rounds
+    return found
+
+
+def second(rule: Rule) -> Rule:
+    """The rule of a second pass: no verdict before two lots."""
+    return replace(rule, min_rounds=max(rule.min_rounds, 2 * LOT))
 
 
 def _prepare(

@@ -17,7 +17,7 @@ from adaptive_moe.policy.situation import Situation
 from adaptive_moe.tuning.clocks import Clock
 from adaptive_moe.tuning.explore import explore
 from adaptive_moe.tuning.inputs import Inputs
-from adaptive_moe.tuning.race import measure
+from adaptive_moe.tuning.race import measure, measure_again, second
 from adaptive_moe.tuning.rightness import Exclusion, Rightness
 
 logger = logging.getLogger("adaptive_moe")
@@ -140,16 +140,25 @@ class Section:
     def _again(self, num_tokens: int, deadline: float) -> None:
         """The second pass of one bucket: the baseline, and whoever was FASTER in the first."""
         self.told(num_tokens)
-        bucket, second = self.measured[num_tokens], []
+        bucket, second_pass = self.measured[num_tokens], []
         fills = self.inputs.fills(self.situation, num_tokens)
         for fill, verdict in zip(fills, self._first(num_tokens), strict=True):
             faster = [r.candidate for r in verdict.results if r.standing is Standing.FASTER]
-            fresh = [Samples(name) for name in (verdict.baseline.candidate, *faster)]
+            names = [verdict.baseline.candidate, *faster]
+            raced = [Samples(name) for name in names]
             if faster:
-                call_us = min(r.median_us for r in verdict.results if r.median_us)
-                fresh = self._race(num_tokens, fill, fresh, self.rule.max_rounds, deadline, call_us)
-            second.append(fresh)
-        bucket.second = second
+                raced = measure_again(
+                    self.candidates,
+                    self.inputs.train(self.situation, num_tokens, fill),
+                    self.clock(),
+                    names,
+                    self.rule,
+                    spent=lambda: self.now() > deadline,
+                    call_us=min(r.median_us for r in verdict.results if r.median_us),
+                )
+            self._exclude_failed(raced, num_tokens)
+            second_pass.append(raced)
+        bucket.second = second_pass
 
     def _race(
         self,
@@ -158,7 +167,6 @@ class Section:
         samples: Sequence[Samples],
         rounds: int,
         deadline: float,
-        call_us: float = 0.0,
     ) -> list[Samples]:
         shape = self.inputs.coverage.shape
         logger.debug("%s at %d tokens, %s", shape.describe(), num_tokens, self.situation.value)
@@ -170,12 +178,14 @@ class Section:
             self.rule,
             rounds,
             spent=lambda: self.now() > deadline,
-            call_us=call_us,
         )
+        self._exclude_failed(raced, num_tokens)
+        return raced
+
+    def _exclude_failed(self, raced: Sequence[Samples], num_tokens: int) -> None:
         for one in raced:
             if one.out is Standing.FAILED:
                 self.rightness.exclude(one.candidate, Exclusion(one.out, one.reason), num_tokens)
-        return raced
 
     def _first(self, num_tokens: int) -> list[Verdict]:
         """The verdicts of the first pass alone, by fill."""
@@ -184,8 +194,9 @@ class Section:
 
     def _verdicts(self, num_tokens: int) -> list[Verdict]:
         """The verdicts of both passes, by fill."""
-        first, second = self._first(num_tokens), self.measured[num_tokens].second
-        again = [decide(self.rightness.without_excluded(one), self.rule) for one in second]
+        first, rule = self._first(num_tokens), second(self.rule)
+        samples = self.measured[num_tokens].second
+        again = [decide(self.rightness.without_excluded(one), rule) for one in samples]
         return [
             confirm(verdict, again[place] if again else None, self.rule)
             for place, verdict in enumerate(first)

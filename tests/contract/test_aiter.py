@@ -39,7 +39,7 @@ def aiter():
 def undone(aiter, tmp_path, monkeypatch):
     """Each test begins with AITER as it is, and with nothing stored."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("ADAPTIVE_MOE_BUDGET_S", "5")  # enough on a busy machine
+    monkeypatch.setenv("ADAPTIVE_MOE_BUDGET_S", "30")  # for a busy machine; it ends when settled
     yield
     adaptive_moe.uninstall()
     aiter.sort.slow.clear()
@@ -118,6 +118,7 @@ def test_block_sizes_are_aiters_choice_by_count_and_each_is_measured(aiter):
     assert asked == list(BLOCK_SIZES.values())
     assert adaptive_moe.install()
     forward(aiter, MAX_TOKENS, dim=96)
+    aiter.sort.slow |= {0, 1}
     before = len(aiter.sort.calls)
     adaptive_moe.warm_up(MAX_TOKENS, CAPTURE_SIZES)
     assert {call.block_size for call in aiter.sort.calls[before:]} == {32, 64, 128}
@@ -127,6 +128,7 @@ def test_block_sizes_are_aiters_choice_by_count_and_each_is_measured(aiter):
 def test_only_counts_that_get_a_block_size_are_measured_with_it(aiter):
     assert adaptive_moe.install()
     forward(aiter, MAX_TOKENS, dim=104)
+    aiter.sort.slow |= {0, 1}
     before = len(aiter.sort.calls)
     adaptive_moe.warm_up(MAX_TOKENS, CAPTURE_SIZES)
     chooser = aiter.module.get_block_size_M
@@ -182,7 +184,7 @@ def test_an_error_in_the_compiled_sort_leaves_the_layer_serving(aiter, error):
     dim = 136 if isinstance(error, torch.OutOfMemoryError) else 144
     assert adaptive_moe.install()
     forward(aiter, MAX_TOKENS, dim=dim)
-    aiter.sort.slow |= {0, 1}
+    aiter.sort.slow |= {0}
     aiter.sort.broken[2] = error
     adaptive_moe.warm_up(MAX_TOKENS, CAPTURE_SIZES)
     assert 2 not in {forward(aiter, count, dim=dim).policy for count in BLOCK_SIZES}

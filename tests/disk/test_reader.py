@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from adaptive_moe.disk.folder import Store
-from adaptive_moe.disk.reader import find, newest, read_any, write_export
+from adaptive_moe.disk.reader import export_text, find, newest, read_any
 from adaptive_moe.disk.write import replace_file
 from adaptive_moe.policy.table import PolicyTable
 from tests.faults.made_up import SHAPE, key_of, made_up_table, stored_of
@@ -26,7 +26,7 @@ def test_a_file_of_the_store(tmp_path):
 
 def test_an_exported_file(tmp_path):
     stored = [stored_of(table) for table in TABLES]
-    write_export(tmp_path / "all.json", stored, "2026-01-01T00:00:00+00:00")
+    (tmp_path / "all.json").write_text(export_text(stored, "2026-01-01T00:00:00+00:00"))
     assert read_any(tmp_path / "all.json") == stored
 
 

@@ -22,6 +22,7 @@ from adaptive_moe.disk.folder import (
     open_store,
     read_file,
     stored_files,
+    write_file,
 )
 from adaptive_moe.kernels import Candidate, SortKernel, load_kernel
 from adaptive_moe.policy.decision import Rule, Standing
@@ -193,6 +194,11 @@ def test_what_is_not_sound_is_not_written(store, table, standing, caplog):
     assert loaded(store, key_of(table)) == table
     (said,) = [r for r in caplog.records if "not written" in r.message]
     assert said.levelno == logging.DEBUG
+    # Nor is it read, whoever wrote it.
+    write_file(path_of(store, bad), stored_of(bad))
+    with listening() as lines:
+        assert store.load(key_of(bad)) is None
+    assert "a candidate failed" in lines[0]
 
 
 @pytest.mark.parametrize(("quiet", "level"), [(False, logging.INFO), (True, logging.DEBUG)])
@@ -314,6 +320,21 @@ def test_impossible_measurements_are_refused(wrong):
     text = without(table, busy=(replace(bucket, fills=fills),))
     with pytest.raises(ValueError, match="impossible"):
         Stored.from_text(text)
+
+
+@pytest.mark.parametrize("where", ["bucket", "verdict", "both"])
+def test_a_choice_that_the_measurements_do_not_lead_to_is_refused(where):
+    """Policy 1 is the faster one; keeping the baseline would be a choice of somebody else."""
+    table = made_up_table(1, eager=(1,), graph=(), max_tokens=1)
+    (bucket,) = table.evidence.busy
+    assert bucket.candidate == "policy 1"
+    if where != "bucket":
+        verdict = replace(bucket.fills[0].verdict, candidate="policy 0")
+        bucket = replace(bucket, fills=(replace(bucket.fills[0], verdict=verdict),))
+    if where != "verdict":
+        bucket = replace(bucket, candidate="policy 0")
+    with pytest.raises(ValueError, match="measurements"):
+        Stored.from_text(without(table, busy=(bucket,)))
 
 
 def test_every_candidate_needs_a_result_in_every_fill():

@@ -5,6 +5,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from adaptive_moe.engines.entries import Entries
 from adaptive_moe.engines.hook import Key
 from tests.engines.hooking import (
     KEY,
@@ -79,9 +80,14 @@ def test_a_later_aiters_argument_tells_shapes_apart_by_its_value():
 
     module = ModuleType("aiter.fused_moe")
     module.moe_sorting = moe_sorting
-    installed(module, tables={KEY._replace(more=("rising",)): make_table({1: 2, 64: 2})})
+    hook = installed(module, tables={KEY._replace(more=("rising",)): make_table({1: 2, 64: 2})})
     assert module.moe_sorting(*sort_arguments(8)) == 2
     assert module.moe_sorting(*sort_arguments(8), order="falling") == 0
+    # A tensor is another object at each call.
+    before = set(hook.seen)
+    assert module.moe_sorting(*sort_arguments(8), order=torch.zeros(3)) == 0
+    assert set(hook.seen) == before
+    assert hook.counts().odd == 1
 
 
 def test_a_masked_call_accumulates_whatever_it_says(aiter):
@@ -91,6 +97,22 @@ def test_a_masked_call_accumulates_whatever_it_says(aiter):
     arguments[6] = torch.ones(16, dtype=torch.int32)
     aiter.moe_sorting(*arguments, accumulate=False)
     assert policy_that_arrived() == 2
+
+
+def test_layers_that_come_with_the_same_key_are_looked_up_once(aiter):
+    class Counting(Entries):
+        looked_up = 0
+
+        def __getitem__(self, key):
+            Counting.looked_up += 1
+            return super().__getitem__(key)
+
+    hook = installed(aiter, tables={KEY: make_table({1: 2, 64: 2})})
+    hook.layer.entries = Counting(hook.layer.entries)
+    for count in (8, 9, 10):
+        aiter.moe_sorting(*sort_arguments(count))
+        assert policy_that_arrived() == 2
+    assert Counting.looked_up == 1
 
 
 def test_a_table_set_while_calls_come_serves_the_next_one(aiter):

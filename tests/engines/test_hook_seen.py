@@ -14,6 +14,7 @@ from adaptive_moe.kernels.live import Buffer
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.settings import Mode, Settings
 from adaptive_moe.shape import SortingShape
+from tests.aiter_standin.load import load_aiter
 from tests.engines.hooking import (
     KEY,
     batch,
@@ -102,13 +103,15 @@ def test_whether_buffers_are_rounded_is_read_off_the_outputs(count, length, roun
     assert is_rounded((torch.zeros(length),), count, KEY) is rounded
 
 
-def test_a_batch_that_cannot_tell_leaves_it_to_a_later_one(aiter):
+@pytest.mark.parametrize(("version", "rounded"), [("main", False), ("september", True)])
+def test_a_batch_that_cannot_tell_leaves_it_to_a_later_one(version, rounded):
+    aiter = load_aiter(version)
     hook = installed(aiter)
     found = []
     for count in (1, 9, 10, 17):
         aiter.fused_moe(*batch(count))
         found.append(hook.seen[KEY].rounded)
-    assert found == [None, None, False, False]
+    assert found == [None, None, rounded, rounded]
     assert hook.seen[KEY].num_outputs == 5
 
 
@@ -272,9 +275,7 @@ def inputs(num_tokens):
     return SortingInputs(*sort_arguments(num_tokens)[:6])
 
 
-def test_the_baseline_is_measured_with_the_very_object_that_came(aiter):
-    from tests.aiter_standin.load import load_aiter
-
+def test_the_baseline_is_measured_with_the_very_object_that_came():
     aiter = load_aiter("v0.1.9")
     hook = installed(aiter, engine_policy=2)
     aiter.fused_moe(*batch(8), moe_sorting_dispatch_policy=2)

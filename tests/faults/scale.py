@@ -77,6 +77,7 @@ def _messages(shape: SortingShape, size: int) -> dict[int, bytes]:
                 shape=shape,
                 eager=sorted({*EAGER, *(n for n in more if n <= EAGER[-1])}),
                 graph=sorted({*GRAPH, *(n for n in more if n <= GRAPH[-1])}),
+                captured=range(1, GRAPH[-1] + 1),
                 rounds=12,
             )
         )

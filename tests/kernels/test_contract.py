@@ -216,7 +216,7 @@ def test_an_output_of_the_wrong_size_or_type_or_left_unwritten_is_named(
     tensor = outputs[place]
     with poisoned_memory():
         outputs[place] = {
-            "too short": tensor[:-1],
+            "too short": tensor[:-BLOCK],
             "wrong dtype": tensor.to(torch.float64),
             "unwritten": torch.empty_like(tensor),
         }[how]

@@ -178,6 +178,7 @@ def test_a_rank_that_is_late_reads_the_outcome_and_goes():
     same(world.all_bring(["a0", None], SHORT), "a0 -")
     world.start(1, "a1", over=over)
     same(world.wait(), "a0 -")
+    assert not world.store.check(["1/from/1"])
     same(world.all_bring(["b0", "b1"]), "b0 b1")
 
 
@@ -198,6 +199,16 @@ def test_an_exchange_that_was_abandoned_is_nobodys_outcome():
     world = World(2)
     over = look(world.channels[1], LONG)
     leave_open(world)
+    world.start(0, "a0")
+    world.until(lambda: world.opened() == 2)
+    world.start(1, "a1", over=over)
+    same(world.wait(), "a0 a1")
+
+
+def test_a_number_that_a_leader_took_and_never_opened_is_passed_over():
+    world = World(2)
+    over = look(world.channels[1], LONG)
+    world.store.add("number", 1)
     world.start(0, "a0")
     world.until(lambda: world.opened() == 2)
     world.start(1, "a1", over=over)
@@ -234,6 +245,17 @@ def test_who_has_little_to_measure_waits_for_who_said_it_has_much():
     threading.Event().wait(0.6)
     world.start(2, "a2", limit_s=LONG)
     same(world.wait(), "a0 a1 a2")
+
+
+def test_who_waits_hears_of_a_longer_limit_in_time():
+    """Rank 1 begins its warm-up while the leader waits for it already."""
+    world = World(2)
+    world.start(0, "a0", limit_s=0.3)
+    world.until(lambda: world.opened() == 1)
+    over = look(world.channels[1], LONG)
+    threading.Event().wait(0.5)
+    world.start(1, "a1", over=over)
+    same(world.wait(), "a0 a1")
 
 
 @pytest.mark.parametrize("nonsense", ["", "nan", "inf", "-1", "soon"])

@@ -462,10 +462,10 @@ def test_the_second_pass_comes_after_the_first_of_every_bucket_and_prepares_anew
     fake.clock = lambda situation, device: Preparing(lambda: fake.seconds)  # type: ignore[method-assign]
     table = fake.calibrate()
     grid = [b.num_tokens for b in table.evidence.busy]
-    # Of the baseline and the winner, and only of them.
-    last = prepared[-2 * len(grid) :]
-    assert sorted(last) == sorted((n, p) for n in grid for p in (0, 1))
-    assert {n for n, _ in prepared[: -2 * len(grid)]} >= set(grid)
+    # Of the baseline and the winner, and only of them, for each of two lots.
+    last = prepared[-4 * len(grid) :]
+    assert sorted(last) == sorted((n, p) for n in grid for p in (0, 1) for _ in range(2))
+    assert {n for n, _ in prepared[: -4 * len(grid)]} >= set(grid)
 
 
 def test_time_for_confirming_is_kept_back() -> None:

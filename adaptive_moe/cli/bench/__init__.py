@@ -19,7 +19,7 @@ from typing import Any
 from adaptive_moe import __version__
 from adaptive_moe.cli import LazyParser, output
 
-FLAT_LIST = re.compile(r"\[[^\[\]{}]*\]")
+_FLAT = re.compile(r"\[[^\[\]{}]*\]|\{[^\[\]{}]*\}")
 
 # name -> what it measures.
 BENCHES = {
@@ -55,8 +55,8 @@ def _fill(name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def as_text(figures: Mapping[str, Any]) -> str:
-    """JSON with flat lists on one line: a sweep stays readable, and its diff too."""
-    return FLAT_LIST.sub(lambda m: " ".join(m[0].split()), json.dumps(figures, indent=1))
+    """JSON with what is flat on one line: a sweep stays readable, and its diff too."""
+    return _FLAT.sub(lambda m: " ".join(m[0].split()), json.dumps(figures, indent=1))
 
 
 def stamp(device: Any = None) -> dict[str, Any]:

@@ -19,9 +19,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from adaptive_moe.cli import kernel as sorts
 from adaptive_moe.cli import options, output
 from adaptive_moe.cli.bench.oracle import OraclePoint, dense_counts, measure_oracle
+from adaptive_moe.cli.bench.seams import kernel_at, open_seam
 from adaptive_moe.models import find_model
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
@@ -37,7 +37,8 @@ SPEED_BAND = 1.25
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_shape_options(parser)
-    options.add_kernel_options(parser, names=("auto", "triton", "cpu"))
+    options.add_kernel_options(parser)
+    parser.add_argument("--sorts", default="policies", help="as ADAPTIVE_MOE_SORTS [policies]")
     parser.add_argument("--models", help="several known models, separated by commas")
     parser.add_argument(
         "--budget", type=float, metavar="S", help="seconds a calibration [30 on the CPU, else 0.75]"
@@ -52,24 +53,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from adaptive_moe.report.plot import draw, plot_format
 
     image_format = plot_format(args.plot) if args.plot else ""
-    name, _ = sorts.choose(args.kernel, ours_only=True)
-    on_cpu = name == "cpu"
-    kernel = sorts.load(name)
+    seam = open_seam(args.kernel)
+    on_cpu = not seam.on_gpu
     max_tokens = options.max_tokens_from(args, on_cpu=on_cpu)
     sizes = options.capture_sizes_from(args, max_tokens, on_cpu=on_cpu)
     plan = Plan(budget_s=args.budget or (options.CPU_BUDGET_S if on_cpu else Settings().budget_s))
     results = {}
     for model, shape in _shapes(args).items():
-        coverage = Coverage.up_to(shape, max_tokens, sizes).on(kernel.device.type)
-        table = calibrate(kernel, coverage, plan)
-        points = {
-            situation: measure_oracle(kernel, shape, situation, counts, args.oracle_passes)
-            for situation, counts in _sweeps(coverage, args.per_octave)
-        }
+        coverage = Coverage.up_to(shape, max_tokens, sizes).on(seam.device.type)
+        with kernel_at(seam, coverage, args.sorts) as kernel:
+            table = calibrate(kernel, coverage, plan)
+            points = {
+                situation: measure_oracle(kernel, shape, situation, counts, args.oracle_passes)
+                for situation, counts in _sweeps(coverage, args.per_octave)
+            }
         results[model] = shape_result(table, points)
         if args.plot and len(results) == 1:
             output.write(args.plot, draw(table, image_format))
-    return {**stamp(kernel.device), "kernel": kernel.name, "shapes": results}
+    return {**stamp(seam.device), "kernel": seam.name, "sorts": args.sorts, "shapes": results}
 
 
 def lines(figures: Mapping[str, Any]) -> Iterator[str]:

@@ -1,200 +1,145 @@
 """Every sort that can run here, side by side: times a call, and ratios to the best policy of the
 baseline's backend, replayed from a graph and eager with the device busy.
 
-`--against FILE` puts published or recorded times beside them: CSV with the columns model, tokens and
-one `NAME_us` for each sort, as calibration/ keeps them.
+`--against FILE` puts published or recorded times beside them: a CSV of calibration/recorded/, or
+one like it (recorded.py).
 """
 
 import argparse
-import csv
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptive_moe.cli import options
+from adaptive_moe.cli.bench.paired import in_rounds
+from adaptive_moe.cli.bench.recorded import Recorded, read_times, times_of
+from adaptive_moe.cli.bench.seams import Seam, kernel_at, open_seam
+from adaptive_moe.cli.bench.sorts_text import draw, lines
+from adaptive_moe.cli.bench.step_clocks import long_write
 from adaptive_moe.kernels import SortKernel
-from adaptive_moe.kernels.contract import SortingInputs
-from adaptive_moe.models import find_model
+from adaptive_moe.kernels.contract import SortingInputs, differences_from, expected
+from adaptive_moe.models import Model, find_model
+from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
-from adaptive_moe.shape import SortingShape
+from adaptive_moe.settings import parse_buckets
+from adaptive_moe.tuning.clocks import Clock, clock_for
+from adaptive_moe.tuning.inputs import Inputs
 
-MODELS = "mixtral-8x7b,qwen3-235b,gpt-oss-120b,deepseek-v3,kimi-k2-fused,qwen3-next-80b-fused"
-COUNTS = (
-    *(1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512),
-    *(1024, 2048, 4096, 8192, 16384),
-)
-ROUNDS = 12
+__all__ = ["add_options", "lines", "run"]
+
+# Those of calibration/recorded/sort_implementations_h100.csv.
+MODELS = "mixtral-8x7b,qwen3-235b,gpt-oss-120b,deepseek-v3,kimi-k2-fused,qwen3-next-80b"
+COUNTS = "1,2,4,8,12,16,24,32,48,64,96,128,192,256,384,512,1024,2048,4096,8192,16384"
 # A sort this many times slower than the fastest is looked at twice and timed no further.
 FAR_BEHIND = 6.0
+# A graph holds as few calls as it may of a batch with more entries: one-shot sorts are slow then.
+LARGE = 1 << 13
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default=MODELS, help="known models, separated by commas")
-    parser.add_argument("--kernel", choices=("auto", "aiter", "triton", "cpu"), default="auto")
-    parser.add_argument("--counts", default="", help="token counts, such as 1,64,512")
+    parser.add_argument(
+        "--kernel", choices=options.KERNELS, default="auto", help="whose seam [auto]"
+    )
+    parser.add_argument("--counts", default=COUNTS, help="token counts, such as 1,64,512")
     parser.add_argument("--block-size", type=int, default=32, help="rows of a GEMM tile [32]")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"a point [{ROUNDS}]")
+    parser.add_argument("--seconds", type=float, default=0.03, help="of sampling a point [0.03]")
     parser.add_argument("--against", type=Path, help="CSV of published or recorded times")
-    parser.add_argument("--plot", type=Path, help="also draw the first model here (.svg or .png)")
+    parser.add_argument("--plot", type=Path, help="also draw it here (.svg or .png)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from adaptive_moe.cli.bench import stamp
-    from adaptive_moe.settings import parse_buckets
 
-    counts = parse_buckets("--buckets", args.counts) or COUNTS
-    others = read_times(args.against) if args.against else {}
+    counts = parse_buckets("--counts", args.counts)
+    recorded = read_times(args.against) if args.against else []
+    seam = open_seam(args.kernel)
     results: dict[str, Any] = {}
-    device = None
     for name in args.models.split(","):
-        kernel = every_sort(args.kernel, find_model(name).shape(args.block_size))
-        device = kernel.device
-        on_gpu = device.type == "cuda"
-        situations = (Situation.GRAPH, Situation.BUSY) if on_gpu else (Situation.BUSY,)
-        shape = find_model(name).shape(args.block_size)
-        results[name] = {
-            s.value: _sweep(kernel, shape, s, counts, args.rounds, others.get(name, {}))
-            for s in situations
-        }
-        print("\n".join(table(name, results[name])), file=sys.stderr)
-        if args.plot and len(results) == 1:
-            draw(name, results[name], args.plot)
-    return {**stamp(device), "against": str(args.against or ""), "shapes": results}
-
-
-def every_sort(kernel: str, shape: SortingShape) -> SortKernel:
-    """The kernel with every sort that this machine has for the shape, whoever made it."""
-    from adaptive_moe.cli.bench.seams import open_seam
-
-    return open_seam(kernel).kernel(shape, sorts=("all",))
-
-
-def _sweep(
-    kernel: SortKernel,
-    shape: SortingShape,
-    situation: Situation,
-    counts: Sequence[int],
-    rounds: int,
-    others: Mapping[int, Mapping[str, float]],
-) -> list[dict[str, Any]]:
-    from adaptive_moe.tuning.clocks import TRAIN_LENGTH, clock_for
-    from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
-
-    clock = clock_for(situation, kernel.device)
-    routings = (Routing.UNIFORM, Routing.SKEWED)
-    tokens = [
-        route(shape, max(counts), routings[i % 2], 2000 + i, kernel.device)
-        for i in range(TRAIN_LENGTH[situation])
-    ]
-    mask = default_mask(shape, kernel.device)
-    rows = []
-    for count in counts:
-        train = [sorting_inputs(shape, t, count, mask) for t in tokens]
-        us = {**times(kernel, train, clock, rounds), **others.get(count, {})}
-        rows.append(row(count, us, kernel))
-    return rows
-
-
-def times(
-    kernel: SortKernel, train: Sequence[SortingInputs], clock: Any, rounds: int
-) -> dict[str, float]:
-    """Each candidate's median us a call, from interleaved rounds; a sort that fails is left out."""
-    samplers = {}
-    for candidate in kernel.candidates:
-        try:
-            candidate.bind(train[0])()  # compiles
-            samplers[candidate.name] = clock.prepare([candidate.bind(i) for i in train])
-        except (RuntimeError, ValueError) as error:
-            print(f"{candidate.name} cannot run here: {error}", file=sys.stderr)
-    first = {name: min(sample(), sample()) for name, sample in samplers.items()}
-    live = [name for name in first if first[name] <= FAR_BEHIND * min(first.values())]
-    found: dict[str, list[float]] = {name: [] for name in live}
-    for number in range(rounds):
-        order = live[number % len(live) :] + live[: number % len(live)]
-        for name in order[::-1] if number // len(live) % 2 else order:
-            found[name].append(samplers[name]())
-    return first | {name: statistics.median(us) for name, us in found.items()}
-
-
-def row(num_tokens: int, us: Mapping[str, float], kernel: SortKernel) -> dict[str, Any]:
-    """One count: us of each sort, and over the best of the baseline's own policies."""
-    policies = [c.name for c in kernel.candidates if c.name.startswith("policy ") and c.name in us]
-    best = min(us[name] for name in policies)
+        model = find_model(name)
+        results[name] = sweep(seam, model, counts, args.block_size, args.seconds, recorded)
+        print(f"{name}: measured", file=sys.stderr, flush=True)
+    if args.plot:
+        draw({name: found["situations"] for name, found in results.items()}, args.plot)
     return {
-        "num_tokens": num_tokens,
-        "us": {name: round(time, 3) for name, time in us.items()},
-        "ratio": {name: round(time / best, 4) for name, time in us.items()},
+        **stamp(seam.device),
+        "kernel": seam.name,
+        "against": args.against.name if args.against else None,
+        "shapes": results,
     }
 
 
-def read_times(path: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """model -> tokens -> sort -> us; ValueError naming what the file lacks."""
-    with path.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    if not rows or not {"model", "tokens"} <= rows[0].keys():
-        raise ValueError(f"{path} has no columns model and tokens: give a CSV with NAME_us columns")
-    found: dict[str, dict[int, dict[str, float]]] = {}
-    for one in rows:
-        known = found.setdefault(one["model"], {}).setdefault(int(one["tokens"]), {})
-        for column, text in one.items():
-            if column.endswith("_us") and text:
-                known[column.removesuffix("_us")] = float(text)
-    return found
+def sweep(
+    seam: Seam,
+    model: Model,
+    counts: Sequence[int],
+    block_size: int,
+    seconds: float,
+    recorded: Sequence[Recorded] = (),
+) -> dict[str, Any]:
+    """Times and ratios of every sort of one model, by situation and count."""
+    shape = model.shape(block_size, seam.dtype)
+    situations = (Situation.GRAPH, Situation.BUSY) if seam.on_gpu else (Situation.BUSY,)
+    coverage = Coverage.up_to(shape, max(counts), counts).on(seam.device.type)
+    with kernel_at(seam, coverage, "all") as kernel:
+        inputs = Inputs(coverage, None, kernel.device)
+        neutral = long_write(kernel.device)
+        clocks = {s: clock_for(s, kernel.device, neutral) for s in situations}
+        rows: dict[str, list[dict[str, Any]]] = {s.value: [] for s in situations}
+        left_out: dict[str, str] = {}
+        for count in counts:
+            right = _right(kernel, inputs.one(0, count, 1.0), left_out)
+            for situation, clock in clocks.items():
+                train = inputs.train(situation, count, 1.0)
+                us = times(right, train, clock, seconds)
+                others = times_of(recorded, model, situation, count)
+                rows[situation.value].append(row(count, us, others))
+        return {
+            "shape": shape.describe(),
+            "sorts": kernel.name,
+            "left_out": left_out,
+            "situations": rows,
+        }
 
 
-def table(name: str, situations: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Aligned lines: us of each sort at each count, the fastest marked."""
-    lines = []
-    for situation, rows in situations.items():
-        sorts = list(dict.fromkeys(sort for one in rows for sort in one["us"]))
-        cells = [["tokens", *sorts]]
-        for one in rows:
-            fastest = min(one["us"], key=one["us"].get)
-            cells.append(
-                [
-                    str(one["num_tokens"]),
-                    *(
-                        f"{one['us'][s]:.2f}{'*' if s == fastest else ' '}"
-                        if s in one["us"]
-                        else ""
-                        for s in sorts
-                    ),
-                ]
-            )
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        lines.append(f"{name}, {situation}: us a call, * the fastest")
-        lines += [
-            "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells
-        ]
-    return lines
+def _right(kernel: SortKernel, inputs: SortingInputs, left_out: dict[str, str]) -> SortKernel:
+    """The kernel without those that raise or return something else; and why they are left out."""
+    right = [kernel.baseline]
+    answer = expected(kernel.baseline.bind(inputs)())
+    for candidate in kernel.candidates[1:]:
+        try:
+            problems = differences_from(answer, candidate.bind(inputs)(), inputs)
+        except (RuntimeError, ValueError) as error:
+            problems = [f"{type(error).__name__}: {error}"]
+        if problems:
+            at = f"at {inputs.topk_ids.shape[0]} tokens"
+            left_out.setdefault(candidate.name, f"{at}: {problems[0]}")
+        else:
+            right.append(candidate)
+    return SortKernel(kernel.name, kernel.device, tuple(right))
 
 
-def draw(name: str, situations: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Ratios to the best policy against tokens, a panel a situation."""
-    from matplotlib.figure import Figure
+def times(
+    kernel: SortKernel, train: Sequence[SortingInputs], clock: Clock, seconds: float
+) -> dict[str, float]:
+    """Each candidate's median us a call, from interleaved rounds."""
+    call_us = float("inf") if train[0].topk_ids.numel() > LARGE else 0.0
+    samplers = {
+        candidate.name: clock.prepare([candidate.bind(i) for i in train], call_us)
+        for candidate in kernel.candidates
+    }
+    found = in_rounds(samplers, seconds, far_behind=FAR_BEHIND)
+    return {name: statistics.median(us) for name, us in found.items()}
 
-    markers = "osD^vPX*<>"
-    figure = Figure(figsize=(6.5 * len(situations), 4.5), layout="constrained")
-    for index, (situation, rows) in enumerate(situations.items()):
-        axes: Any = figure.add_subplot(1, len(situations), index + 1)
-        sorts = list(dict.fromkeys(sort for one in rows for sort in one["ratio"]))
-        for number, sort in enumerate(sorts):
-            points = [(r["num_tokens"], r["ratio"][sort]) for r in rows if sort in r["ratio"]]
-            axes.plot(
-                *zip(*points, strict=True),
-                marker=markers[number % len(markers)],
-                ls=("-", "--", ":", "-.")[number % 4],
-                ms=4,
-                lw=1.2,
-                label=sort,
-            )
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_ylim(0.3, 2.0)
-        axes.set_xlabel("tokens")
-        axes.set_ylabel("time over the best policy's")
-        axes.set_title(f"{name}, {situation}", fontsize=10)
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+
+def row(num_tokens: int, us: Mapping[str, float], others: Mapping[str, float]) -> dict[str, Any]:
+    """One count: us of each sort, and over the best of the baseline's own policies."""
+    best = min(time for name, time in us.items() if name.startswith("policy "))
+    everyone = {**us, **others}
+    return {
+        "num_tokens": num_tokens,
+        "us": {name: round(time, 3) for name, time in everyone.items()},
+        "ratio": {name: round(time / best, 4) for name, time in everyone.items()},
+    }

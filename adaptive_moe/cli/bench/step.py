@@ -1,293 +1,200 @@
 """What the choice of a sort brings a whole serving step, on the machine here: the judge.
 
 A model-like step (layer.py) is timed whole, with the baseline, with each candidate alone and with
-the table, one after the other in every round, in the three situations of serving:
+the table, all of them through the hook (variants.py) and one after the other in every round, in the
+three situations of serving:
 
     captured     the step is one graph, replayed
-    busy         eager, the host ahead of the device: a backlog first
+    busy         eager, the host ahead of the device
     as_it_comes  eager, from an idle device; the device waits for the host where it must
 
-For each situation: mean_loss and worst_loss, the fraction of a step that the table loses against
-the best candidate at each count; worst_over_baseline, the most it loses against the baseline
-anywhere; saved, the mean fraction of a step that it saves over the baseline. A table's choice is
-looked up in the candidates' own times: two instances of one graph differ by more than what is
-looked for. `table_us` is the table's own step, hook included.
+For each shape and situation, as fractions of a step:
+
+    mean_loss, worst_loss  what the table loses against the best candidate at each count
+    mean_loss_surely, worst_loss_surely  as far as a 95% interval excludes that it loses less: of
+                           candidates that take the same time, one always seems best
+    worst_over_baseline    the most that the table loses against the baseline
+    mean_saved, most_saved what it saves over the baseline
+    alone                  what each candidate alone loses
+
+A table's choice is looked up in the candidates' own times: two graphs of the same step differ by
+more than what is looked for. The variant `table` in the sweep is the table's own step.
 """
 
 import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 
+from adaptive_moe.cli import options
 from adaptive_moe.cli.bench.layer import LayerSizes, Step, layer_sizes
+from adaptive_moe.cli.bench.paired import Sample, in_rounds
 from adaptive_moe.cli.bench.seams import Seam, open_seam
+from adaptive_moe.cli.bench.step_clocks import StepClock
 from adaptive_moe.cli.bench.step_figures import (
     AS_IT_COMES,
     BUSY,
     CAPTURED,
-    TABLE,
+    Point,
     figures,
     overall,
     point,
 )
-from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.warm_up import warm_up
-from adaptive_moe.kernels.contract import SortingInputs
+from adaptive_moe.cli.bench.step_text import lines
+from adaptive_moe.cli.bench.variants import TABLE, Variants
 from adaptive_moe.models import find_model
-from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.settings import Mode, Settings
+from adaptive_moe.settings import Settings, parse_buckets, read_settings
+
+__all__ = ["add_options", "lines", "run"]
 
 MODELS = (
     "deepseek-v3,deepseek-v3-fused,kimi-k2,qwen3-235b,qwen3-next-80b,gpt-oss-120b,glm-4.5,"
     "llama-4-maverick,mixtral-8x7b"
 )
-CAPTURE_SIZES = (1, 2, 4, 8, 16, 24, 32, 64, 96, 128, 256, 512)
-EAGER_COUNTS = (1, 5, 16, 61, 128, 250, 384, 513, 768, 904, 1200, 2048, 4096, 8192)
-# A candidate this many times slower than the fastest step is timed no further: it is no rival, and
-# what runs after it would feel it.
+CAPTURED_COUNTS = "1,2,4,8,16,24,32,64,96,128,256,512"
+EAGER_COUNTS = "1,5,16,61,128,250,384,513,768,904,1200,2048,4096,8192"
+# With more tokens than this a step has fewer layers, as each takes longer, and is sampled for twice
+# the time: GEMMs at a GPU's power limit are noisier than the difference that is looked for.
+LARGE = 1024
+# A candidate whose step takes so many times the fastest's is no rival.
 FAR_BEHIND = 1.5
-MIN_ROUNDS, MAX_ROUNDS = 8, 120
-
-Sample = Callable[[], float]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default=MODELS, help="known models, separated by commas")
-    parser.add_argument("--kernel", choices=("auto", "aiter", "triton", "cpu"), default="auto")
+    parser.add_argument(
+        "--kernel", choices=options.KERNELS, default="auto", help="whose sort [auto]"
+    )
     parser.add_argument("--tensor-parallel", type=int, default=8, help="ranks of the model [8]")
     parser.add_argument("--block-size", type=int, default=32, help="rows of a GEMM tile [32]")
-    parser.add_argument("--baseline", type=int, default=0, help="the policy the engine passes [0]")
-    parser.add_argument("--sorts", default="policies", help="who may compete [policies]")
+    parser.add_argument("--baseline", type=int, default=0, help="the policy an engine passes [0]")
+    parser.add_argument("--sorts", default="policies", help="as ADAPTIVE_MOE_SORTS [policies]")
     parser.add_argument("--layers", type=int, default=8, help="layers of a step [8]")
+    parser.add_argument("--budget", type=float, default=0.75, help="seconds a calibration [0.75]")
     parser.add_argument("--seconds", type=float, default=0.35, help="of sampling a point [0.35]")
-    parser.add_argument("--captured", default="", help="captured counts, such as 1,8,64")
-    parser.add_argument("--eager", default="", help="eager counts, such as 513,2048")
+    parser.add_argument("--captured", default=CAPTURED_COUNTS, help="counts captured into graphs")
+    parser.add_argument("--eager", default=EAGER_COUNTS, help="counts of eager steps")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from adaptive_moe.cli.bench import stamp
 
     seam = open_seam(args.kernel)
-    on_gpu = seam.device.type == "cuda"
-    captured = _counts(args.captured) or CAPTURE_SIZES
-    eager = _counts(args.eager) or EAGER_COUNTS
-    results = {}
+    settings = read_settings(
+        {"ADAPTIVE_MOE_SORTS": args.sorts, "ADAPTIVE_MOE_BUDGET_S": str(args.budget)}
+    )
+    captured = parse_buckets("--captured", args.captured) if seam.on_gpu else ()
+    eager = parse_buckets("--eager", args.eager)
+    judge = partial(
+        judge_model, seam, settings=settings, captured=captured, eager=eager,
+        layers=args.layers, seconds=args.seconds, baseline=args.baseline,
+    )  # fmt: skip
+    shapes: dict[str, Any] = {}
     for name in args.models.split(","):
         sizes = layer_sizes(find_model(name), args.tensor_parallel, args.block_size, seam.dtype)
-        judged = _Judge(seam, sizes, args, captured if on_gpu else (), eager)
-        results[name] = judged.result()
-        _say(name, results[name]["situations"])
-        del judged
+        begun = time.monotonic()
+        try:
+            shapes[name] = judge(sizes)
+        except RuntimeError as error:  # out of memory, or no table: it costs this model only
+            shapes[name] = {"failed": f"{type(error).__name__}: {error}"}
+        seconds = round(time.monotonic() - begun, 1)
+        shapes[name]["seconds"] = seconds
+        print(f"{name}: judged in {seconds} s", file=sys.stderr, flush=True)
         gc.collect()
-        if on_gpu:
+        if seam.on_gpu:
             torch.cuda.empty_cache()
+    judged = [found["situations"] for found in shapes.values() if "situations" in found]
+    if not judged:
+        raise RuntimeError("; ".join(f"{name}: {s['failed']}" for name, s in shapes.items()))
     return {
         **stamp(seam.device),
         "kernel": seam.name,
+        "baseline": f"policy {args.baseline}",
+        "sorts": args.sorts,
         "tensor_parallel": args.tensor_parallel,
         "layers": args.layers,
-        "overall": overall([r["situations"] for r in results.values()]),
-        "shapes": results,
+        "overall": overall(judged),
+        "shapes": shapes,
     }
 
 
-class _Judge:
-    """One model: its step, its table, and every variant timed at every count."""
+def judge_model(
+    seam: Seam,
+    sizes: LayerSizes,
+    *,
+    settings: Settings,
+    captured: Sequence[int],
+    eager: Sequence[int],
+    layers: int,
+    seconds: float,
+    baseline: int = 0,
+) -> dict[str, Any]:
+    """The figures of the module's docstring for one model, and the whole sweep.
 
-    def __init__(
-        self,
-        seam: Seam,
-        sizes: LayerSizes,
-        args: argparse.Namespace,
-        captured: Sequence[int],
-        eager: Sequence[int],
-    ) -> None:
-        self.seam, self.sizes, self.args = seam, sizes, args
-        self.captured, self.eager = tuple(captured), tuple(eager)
-        largest = max(*captured, *eager) if captured else max(eager)
-        self.step = Step(sizes, args.layers, largest, seam.device)
-        self.few = Step.__new__(Step)
-        self.few.__dict__ = {**self.step.__dict__, "layers": max(2, args.layers // 4)}
-        self.baseline = seam.experts(sizes, args.baseline)
-        settings = Settings(mode=Mode.AUTO, sorts=tuple(args.sorts.split(",")))
-        self.hook = AiterHook(settings, engine_policy=args.baseline)
-        self.original = seam.module.moe_sorting
-        self.hook.install(seam.module)
-        try:
-            self.step.run(largest, self.baseline)
-            self.tables = dict(warm_up(self.hook, largest, self.captured).tables)
-            (key, seen), *_ = self.hook.seen.items()
-            self.kernel = self.hook.kernel(seen, key)
-        finally:
-            self.hook.uninstall()
+    RuntimeError where its sort got no table, or the device has not enough memory.
+    """
+    counts = sorted({*captured, *eager})
+    step = Step(sizes, counts[-1], seam.device)
+    experts = seam.experts(sizes.shape, baseline)
+    clock = StepClock(seam.device)
 
-    def result(self) -> dict[str, Any]:
-        """The figures of the module's docstring, and the whole sweep."""
+    def depth(num_tokens: int) -> int:
+        return layers if num_tokens <= LARGE else max(1, layers * LARGE // num_tokens)
+
+    with Variants(
+        seam.module, lambda n: step.run(n, 1, experts), counts, captured, settings, baseline
+    ) as variants:
+
+        def sampler(situation: str, num_tokens: int, variant: str) -> Sample:
+            once = partial(step.run, num_tokens, depth(num_tokens), experts)
+            variants.use(variant)
+            once()  # compiles
+            if situation == CAPTURED:
+                return clock.captured(once)
+            sample = (clock.busy if situation == BUSY else clock.as_it_comes)(once)
+
+            def switched() -> float:
+                variants.use(variant)
+                return sample()
+
+            return switched
+
+        def measured(situation: str, num_tokens: int) -> Point:
+            names, layers_here = variants.at(num_tokens), depth(num_tokens)
+            samplers = {v: sampler(situation, num_tokens, v) for v in names}
+            host = None
+            if situation == BUSY:
+                variants.use(names[0])
+                host = clock.host_us(partial(step.run, num_tokens, layers_here, experts))
+            time_here = seconds if num_tokens <= LARGE else 2 * seconds
+            times = in_rounds(samplers, time_here, far_behind=FAR_BEHIND, keep=(names[0], TABLE))
+            us = {v: [t / layers_here for t in found] for v, found in times.items()}
+            choice = variants.choice(num_tokens, captured=situation == CAPTURED)
+            return point(num_tokens, us, choice, host and host / layers_here)
+
         situations = {}
-        if self.captured:
-            situations[CAPTURED] = self._situation(CAPTURED, self.captured, self._captured_samples)
-            situations[BUSY] = self._situation(BUSY, self.eager, self._busy_samples)
-        situations[AS_IT_COMES] = self._situation(AS_IT_COMES, self.eager, self._idle_samples)
+        for situation, some in _plan(captured, eager, on_gpu=seam.on_gpu):
+            begun = time.monotonic()
+            points = [measured(situation, n) for n in some]
+            seconds_here = round(time.monotonic() - begun, 1)
+            situations[situation] = {**figures(points, captured), "seconds": seconds_here}
         return {
-            "shape": self.sizes.shape.describe(),
-            "calibration_seconds": [t.evidence.seconds for t in self.tables.values()],
+            "shape": sizes.shape.describe(),
+            "calibration_seconds": [t.evidence.seconds for t in variants.tables.values()],
+            "calls": asdict(variants.hook.counts()),
             "situations": situations,
         }
 
-    def choice(self, num_tokens: int, captured: bool) -> str:
-        """What the table runs, or the baseline where there is none."""
-        table: PolicyTable | None = next(iter(self.tables.values()), None)
-        if table is None:
-            return self.kernel.baseline.name
-        return table.candidate(num_tokens, captured=captured)
 
-    def _situation(
-        self, name: str, counts: Sequence[int], prepare: Callable[[int, str], Sample]
-    ) -> dict[str, Any]:
-        rows = []
-        for num_tokens in counts:
-            variants = [*(c.name for c in self.kernel.candidates), TABLE]
-            layers = self._step(num_tokens).layers
-            found = _sample_all({v: prepare(num_tokens, v) for v in variants}, self.args.seconds)
-            us = {v: [t / layers for t in times] for v, times in found.items()}
-            host = self._host_us(num_tokens) if name == BUSY else None
-            rows.append(point(num_tokens, us, self.choice(num_tokens, name == CAPTURED), host))
-        return figures(rows)
-
-    def _step(self, num_tokens: int) -> Step:
-        """Fewer layers where each takes long: what is looked for is a difference a layer."""
-        return self.step if num_tokens <= 1024 else self.few
-
-    @contextmanager
-    def _sorting_as(self, variant: str) -> Iterator[None]:
-        """Within it the seam sorts by the table, or by one candidate whatever is asked."""
-        if variant == TABLE:
-            self.hook.install(self.seam.module)
-            try:
-                yield
-            finally:
-                self.hook.uninstall()
-            return
-        (candidate,) = [c for c in self.kernel.candidates if c.name == variant]
-        bind = candidate.bind
-
-        def moe_sorting(*args: Any, **kwargs: Any) -> Any:
-            return bind(SortingInputs(*args[:8]))()
-
-        self.seam.module.moe_sorting = moe_sorting  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            self.seam.module.moe_sorting = self.original  # type: ignore[attr-defined]
-
-    def _run(self, num_tokens: int, variant: str) -> None:
-        with self._sorting_as(variant):
-            self._step(num_tokens).run(num_tokens, self.baseline)
-
-    def _captured_samples(self, num_tokens: int, variant: str) -> Sample:
-        self._run(num_tokens, variant)  # compiles what is not compiled
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run(num_tokens, variant)
-        start, end = _events()
-
-        def sample() -> float:
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end)) * 1e3
-
-        sample()
-        return sample
-
-    def _busy_samples(self, num_tokens: int, variant: str) -> Sample:
-        """From behind a backlog that is long enough for the host to enqueue the whole step; where
-        it was not, the sample is taken again behind a longer one."""
-        start, end = _events()
-        filler = torch.empty(64 << 20, dtype=torch.int32, device=self.seam.device)
-        backlog = 4
-
-        def sample() -> float:
-            nonlocal backlog
-            while True:
-                for _ in range(backlog):
-                    filler.zero_()
-                start.record()
-                self._run(num_tokens, variant)
-                end.record()
-                ahead = not start.query()
-                end.synchronize()
-                if ahead:
-                    return float(start.elapsed_time(end)) * 1e3
-                backlog *= 2
-
-        return sample
-
-    def _idle_samples(self, num_tokens: int, variant: str) -> Sample:
-        wait = torch.cuda.synchronize if self.seam.device.type == "cuda" else lambda: None
-
-        def sample() -> float:
-            wait()
-            begun = time.perf_counter()
-            self._run(num_tokens, variant)
-            wait()
-            return (time.perf_counter() - begun) * 1e6
-
-        return sample
-
-    def _host_us(self, num_tokens: int) -> float:
-        """What the host takes to enqueue a layer with the baseline."""
-        times = []
-        for _ in range(5):
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-            self._run(num_tokens, self.kernel.baseline.name)
-            times.append((time.perf_counter() - begun) * 1e6)
-        torch.cuda.synchronize()
-        return min(times) / self._step(num_tokens).layers
-
-
-def _sample_all(samplers: dict[str, Sample], seconds: float) -> dict[str, list[float]]:
-    """Rounds of all variants, the order rotated and reversed, until the time is over."""
-    first = {name: min(sample(), sample()) for name, sample in samplers.items()}
-    best = min(first.values())
-    live = [name for name in samplers if first[name] <= FAR_BEHIND * best or name == TABLE]
-    live += [name for name in list(samplers)[:1] if name not in live]  # the baseline stays
-    times: dict[str, list[float]] = {name: [] for name in live}
-    begun, number = time.monotonic(), 0
-    while number < MIN_ROUNDS or (number < MAX_ROUNDS and time.monotonic() < begun + seconds):
-        turn = number % len(live)
-        order = live[turn:] + live[:turn]
-        for name in order[::-1] if number // len(live) % 2 else order:
-            times[name].append(samplers[name]())
-        number += 1
-    return times
-
-
-def _say(name: str, situations: dict[str, Any]) -> None:
-    """What a person reads while it runs; the JSON has everything."""
-    for situation, found in situations.items():
-        print(
-            f"{name}, {situation}: loses {found['mean_loss']:.3%} of a step, at most "
-            f"{found['worst_loss']:.3%} (at {found['worst_at']} tokens); saves "
-            f"{found['mean_saved']:.2%}, at most {found['most_saved']:.2%} over the baseline",
-            file=sys.stderr,
-        )
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    from adaptive_moe.settings import parse_buckets
-
-    return parse_buckets("--buckets", text)
-
-
-def _events() -> tuple[Any, Any]:
-    event: Any = torch.cuda.Event
-    return event(enable_timing=True), event(enable_timing=True)
+def _plan(
+    captured: Sequence[int], eager: Sequence[int], *, on_gpu: bool
+) -> list[tuple[str, Sequence[int]]]:
+    """A CPU has only the last: nothing is captured, and nobody runs ahead of anybody."""
+    first = [(CAPTURED, captured), (BUSY, eager)] if on_gpu else []
+    return [(s, counts) for s, counts in [*first, (AS_IT_COMES, eager)] if counts]

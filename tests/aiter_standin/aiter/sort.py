@@ -89,11 +89,9 @@ def sort(
         num_local_tokens,
         int(dispatch_policy),
         accumulate=accumulate,
-    )
-    if since("september"):
         # Whole blocks, so that a GEMM that reads one to its end stays within the buffer.
-        whole = len(sorted_expert_ids) * int(block_size)
-        sorted_ids, sorted_weights = (_grown(x, whole) for x in (sorted_ids, sorted_weights))
+        rounded=since("september"),
+    )
     if output is not None and accumulate:
         moe_buf = output.zero_()
     if failure == "wrong":
@@ -101,11 +99,3 @@ def sort(
     outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
     latest.append(outputs)
     return outputs
-
-
-def _grown(entries, length):
-    if len(entries) >= length:
-        return entries
-    grown = entries.new_empty(length)
-    grown[: len(entries)] = entries
-    return grown

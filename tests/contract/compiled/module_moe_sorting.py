@@ -1,6 +1,6 @@
 """In place of AITER's compiled sort: our CPU sort, into the buffers that AITER's Python allocated.
 
-`calls` holds what arrived; policies in `slow` take a millisecond longer, so that there is something
+`calls` holds what arrived; policies in `slow` take two milliseconds longer, so there is something
 to choose whatever the machine; those in `broken` raise what is given for them.
 """
 
@@ -47,7 +47,7 @@ def moe_sorting_fwd(
     if dispatch_policy in broken:
         raise broken[dispatch_policy]
     if dispatch_policy in slow:
-        time.sleep(0.001)
+        time.sleep(0.002)
     outputs = cpu_sort.moe_sorting(
         topk_ids,
         topk_weights,

@@ -1,0 +1,70 @@
+"""A whole step, timed in each of the three situations of serving by the clocks that time a sort."""
+
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+
+from adaptive_moe.cli.bench.paired import Sample
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.tuning.clocks import GRAPH_BACKLOG, BusyClock, Graphs, Neutral, clock_for
+
+# A step takes a slow host longer to enqueue than thousands of short writes take the device, and the
+# device's queue holds a thousand: the backlog's writes are long (40 us on an H100).
+WRITE_BYTES = 128 << 20
+# Two graphs of the same kernels differ by up to a few percent: a sampler goes round so many.
+INSTANCES = 3
+
+Run = Callable[[], object]
+
+
+def long_write(device: torch.device) -> Run:
+    """The neutral predecessor for whom the host must get far ahead; a short one on the CPU."""
+    if device.type == "cpu":
+        return Neutral(device)
+    buffer = torch.empty(WRITE_BYTES, dtype=torch.uint8, device=device)
+    return buffer.zero_
+
+
+class StepClock:
+    """Samplers of whole steps on `device`, in microseconds a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        neutral = long_write(device)
+        self._as_it_comes = clock_for(Situation.IDLE, device, neutral)
+        if device.type != "cpu":
+            self._graphs = Graphs(device)
+            self._replays = BusyClock(neutral, least=GRAPH_BACKLOG)
+            self._busy = BusyClock(neutral)
+
+    def captured(self, run: Run) -> Sample:
+        """Replays of the step, by turns of INSTANCES graphs of it. It must have run before."""
+        replays = [self._graphs.capture([run]) for _ in range(INSTANCES)]
+        for replay in replays:  # the first replay uploads a graph
+            replay()
+        turns = itertools.cycle(replays)
+
+        def replay_next() -> None:
+            next(turns)()
+
+        return self._replays.prepare([replay_next])
+
+    def busy(self, run: Run) -> Sample:
+        """The eager step, all of it enqueued before the device reaches it."""
+        return self._busy.prepare([run])
+
+    def as_it_comes(self, run: Run) -> Sample:
+        """The eager step, from an idle device."""
+        return self._as_it_comes.prepare([run])
+
+    def host_us(self, run: Run) -> float:
+        """What the host takes to enqueue a step."""
+        times = []
+        for _ in range(5):
+            torch.cuda.synchronize(self.device)
+            begun = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - begun) * 1e6)
+        return min(times)

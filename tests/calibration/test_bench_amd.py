@@ -1,0 +1,87 @@
+"""make bench-amd, which somebody with an MI300X runs for us once: it must work the first time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calibration import bench_amd
+
+ROOT = Path(__file__).parents[2]
+STANDIN = ROOT / "tests" / "aiter_standin"
+
+
+@pytest.fixture(scope="module")
+def sent_back(tmp_path_factory):
+    """The file that comes back, made on the stand-in's AITER; quick."""
+    out = tmp_path_factory.mktemp("amd") / "amd.json"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "calibration/bench_amd.py",
+            "--quick",
+            "--models",
+            "qwen3-30b",
+            "--out",
+            out,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{STANDIN}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout
+    return json.loads(out.read_text())
+
+
+def test_every_part_has_its_figures(sent_back):
+    assert list(sent_back["parts"]) == [
+        *("doctor", "calibrate qwen3-30b", "regret", "step policies", "step all", "sorts")
+    ]
+    results = {name: part["result"] for name, part in sent_back["parts"].items()}
+    assert results["doctor"]["findings"]["aiter"]
+    assert results["calibrate qwen3-30b"]["kernel"].startswith("aiter ")
+    for name in ("regret", "step policies", "step all", "sorts"):
+        assert results[name]["kernel"] == "aiter"
+        assert "failed" not in results[name]["shapes"]["qwen3-30b"]
+    alone = results["step all"]["shapes"]["qwen3-30b"]["situations"]["as_it_comes"]["alone"]
+    assert list(alone) == ["policy 0", "policy 1", "policy 2", "ck", "flydsl"]
+    assert {"device", "arch", "torch"} <= sent_back["environment"].keys()
+
+
+def test_a_part_that_fails_is_told_and_the_file_is_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        bench_amd, "parts", lambda *_, **__: [("good", ["doctor", "--json"]), ("bad", ["bench"])]
+    )
+    out = tmp_path / "amd.json"
+    monkeypatch.setattr(sys, "argv", ["bench_amd.py", "--out", str(out)])
+    assert bench_amd.main() == 1
+    found = json.loads(out.read_text())["parts"]
+    assert found["good"]["result"]["findings"]
+    assert (found["bad"]["exit"], "required" in found["bad"]["said"]) == (2, True)
+    assert "bad: FAILED" in capsys.readouterr().err
+
+
+def test_a_part_that_hangs_does_not_hold_up_the_others(monkeypatch):
+    monkeypatch.setattr(bench_amd, "LIMIT_S", 0.01)
+    part = bench_amd.run(["doctor", "--json"], {})
+    assert part["exit"] is None
+    assert "still running" in part["said"]
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("AMD Instinct MI300X", "mi300x"),
+        ("AMD Instinct MI355X OAM", "mi355x_oam"),
+        ("NVIDIA H100 80GB HBM3", "h100_80gb_hbm3"),
+        ("", "unknown"),
+    ],
+)
+def test_the_file_is_named_after_the_gpu(device, name):
+    assert bench_amd.slug(device) == name
