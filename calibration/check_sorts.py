@@ -31,6 +31,7 @@ from adaptive_moe.cli.bench.paired import in_rounds
 from adaptive_moe.cli.bench.recorded import Recorded, read_times, times_of
 from adaptive_moe.cli.bench.seams import Seam, kernel_at, seam_of
 from adaptive_moe.cli.bench.step import judge_model
+from adaptive_moe.cli.bench.step_clocks import long_write
 from adaptive_moe.kernels import load_kernel
 from adaptive_moe.kernels.aiter_padding import one_shot_rows
 from adaptive_moe.models import Model, find_model
@@ -57,7 +58,7 @@ class Spin:
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         if self.on_gpu:
-            clock = clock_for(Situation.GRAPH, device)
+            clock = clock_for(Situation.GRAPH, device, long_write(device))
             short, long = (
                 min(sample() for _ in range(20))
                 for sample in (clock.prepare([self._cycles(c)] * 4) for c in (10_000, 50_000))
@@ -149,7 +150,7 @@ def slowed_seam(kernel: str, model: Model, block_size: int, scale: float) -> Sea
     counts = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096)
     live: dict[int, tuple[int, float]] = {}
     with kernel_at(plain, coverage.on(plain.device.type), "policies") as own:
-        clock = clock_for(Situation.GRAPH, own.device)
+        clock = clock_for(Situation.GRAPH, own.device, long_write(own.device))
         inputs = Inputs(coverage, None, own.device)
         for count in counts:
             train = inputs.train(Situation.GRAPH, count, 1.0)[:4]
@@ -190,11 +191,13 @@ def check(kernel: str, model: Model, args: argparse.Namespace) -> dict[str, Any]
             oracle[situation] = {p.num_tokens: p.us for p in points}
             for p in points:
                 chosen = table.candidate(p.num_tokens, captured=situation is Situation.GRAPH)
+                bucket = table.bucket(p.num_tokens, situation)
                 us = {name: round(t, 3) for name, t in p.us.items()}
                 over = round(p.us[chosen] / min(p.us.values()), 4)
                 rows.append({
                     "situation": situation.value, "num_tokens": p.num_tokens,
                     "chosen": chosen, "over_best": over, "us": us,
+                    "reason": bucket.reason if bucket else None,
                 })  # fmt: skip
     settings = read_settings(
         {"ADAPTIVE_MOE_SORTS": args.sorts, "ADAPTIVE_MOE_BUDGET_S": str(args.budget)}

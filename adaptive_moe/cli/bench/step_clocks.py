@@ -10,10 +10,21 @@ from adaptive_moe.cli.bench.paired import Sample
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.tuning.clocks import GRAPH_BACKLOG, BusyClock, Graphs, Neutral, clock_for
 
+# A step takes a slow host longer to enqueue than thousands of short writes take the device, and the
+# device's queue holds a thousand: the backlog's writes are long (40 us on an H100).
+WRITE_BYTES = 128 << 20
 # Two graphs of the same kernels differ by up to a few percent: a sampler goes round so many.
 INSTANCES = 3
 
 Run = Callable[[], object]
+
+
+def long_write(device: torch.device) -> Run:
+    """The neutral predecessor for whom the host must get far ahead; a short one on the CPU."""
+    if device.type == "cpu":
+        return Neutral(device)
+    buffer = torch.empty(WRITE_BYTES, dtype=torch.uint8, device=device)
+    return buffer.zero_
 
 
 class StepClock:
@@ -21,7 +32,7 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        neutral = Neutral(device)
+        neutral = long_write(device)
         self._as_it_comes = clock_for(Situation.IDLE, device, neutral)
         if device.type != "cpu":
             self._graphs = Graphs(device)
