@@ -18,8 +18,9 @@ PHASES = {"triton one-shot": 1, "triton multi-phase": 2}
 
 def sorts(live: "Live", shape: "SortingShape") -> Iterator[OtherSort]:
     # A sixth result would be the local ids. Experts and topk of a SortingShape always fit.
-    known = live.rounded is not None and live.num_outputs == 5
-    if live.device.type == "cpu" or not known or shape.block_size not in BLOCK_SIZES:
+    if live.device.type == "cpu" or live.rounded is None or live.num_outputs != 5:
+        return
+    if shape.block_size not in BLOCK_SIZES:
         return
     try:
         import triton
