@@ -146,7 +146,7 @@ def check(found: Calibration) -> None:
                 if not (result.gain or 0.0) < 1.0 or not (result.median_us or 1.0) > 0.0:
                     raise ValueError(f"its measurements are impossible: {result}")
             fits = bool(bucket.fills) and all(_supported(v, found) for v in bucket.verdicts)
-            if not fits or combine(bucket.verdicts)[0] != bucket.candidate:
+            if not fits or combine(bucket.verdicts, found.rule.margin)[0] != bucket.candidate:
                 raise ValueError(
                     f"{bucket.candidate} at {bucket.num_tokens} tokens is not what its own "
                     "measurements support"

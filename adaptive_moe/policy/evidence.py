@@ -27,6 +27,9 @@ class Bucket:
     reason: str
     fills: tuple[Fill, ...]
 
+    def __repr__(self) -> str:
+        return f"Bucket({self.num_tokens} tokens: {self.candidate}, {self.reason})"
+
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
         return tuple(fill.verdict for fill in self.fills)
@@ -53,6 +56,12 @@ class Calibration:
     graph: tuple[Bucket, ...]
     busy: tuple[Bucket, ...]
     idle: tuple[Bucket, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"Calibration({self.coverage.describe()} on {self.kernel}, "
+            f"{len(self.buckets)} buckets, {self.created})"
+        )
 
     def section(self, situation: Situation) -> tuple[Bucket, ...]:
         """The buckets of one situation, by token count."""

@@ -31,6 +31,7 @@ _MAX_TEXT, _MAX_TEXTS = 120, 128
 ORDER = (
     Standing.BASELINE,
     Standing.FASTER,
+    Standing.UNCONFIRMED,
     Standing.UNSETTLED,
     Standing.TIED,
     Standing.SLOWER,

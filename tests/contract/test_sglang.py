@@ -214,3 +214,18 @@ def test_what_is_measured_is_sglangs_small_sort_as_it_serves(sglang, small_sort)
     assert serving == [(4, True)]
     assert len(measured) > 2  # besides SGLang's second run
     assert {emits for _, emits in measured} == {True}
+
+
+def test_what_was_calibrated_before_is_what_the_next_start_finds(tmp_path):
+    """`adaptive-moe calibrate --for sglang`, then SGLang's start: nothing is measured."""
+    layer = "--experts 16 --topk 4 --hidden 64 --inter 16"
+    calls = f"--for sglang --max-batched-tokens {PREFILL} --capture-sizes 1,8,64"
+    out = run(
+        f"-m adaptive_moe calibrate --kernel aiter {layer} {calls} --budget 3",
+        ADAPTIVE_MOE_CACHE_DIR=str(tmp_path / "adaptive_moe"),
+    )
+    assert "written to" in out
+    log = run(f"sglang_worker.py {tmp_path}", **{VARIABLE: "auto"})
+    first, again = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
+    assert [rank["measured"] for rank in (*first, *again)] == [0, 0]
+    assert len(first[0]["tables"]) == 1
