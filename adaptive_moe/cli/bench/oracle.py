@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adaptive_moe.cli.bench.step_clocks import long_write
 from adaptive_moe.kernels import Candidate, SortKernel
 from adaptive_moe.kernels.contract import SortingInputs
 from adaptive_moe.policy.situation import Situation
@@ -61,7 +60,7 @@ def measure_oracle(
         route(shape, largest, ROUTINGS[i % 2], FIRST_SEED + i, kernel.device) for i in range(length)
     ]
     mask = default_mask(shape, kernel.device)
-    clock = clock_for(situation, kernel.device, long_write(kernel.device))
+    clock = clock_for(situation, kernel.device)
     timed: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
     for _ in range(-(-passes // 4) if situation is Situation.GRAPH else passes):
         for count in counts:

@@ -17,7 +17,6 @@ from adaptive_moe.cli.bench.paired import in_rounds
 from adaptive_moe.cli.bench.recorded import Recorded, read_times, times_of
 from adaptive_moe.cli.bench.seams import Seam, kernel_at, open_seam
 from adaptive_moe.cli.bench.sorts_text import draw, lines
-from adaptive_moe.cli.bench.step_clocks import long_write
 from adaptive_moe.kernels import SortKernel
 from adaptive_moe.kernels.contract import SortingInputs, differences_from, expected
 from adaptive_moe.models import Model, find_model
@@ -85,8 +84,7 @@ def sweep(
     coverage = Coverage.up_to(shape, max(counts), counts).on(seam.device.type)
     with kernel_at(seam, coverage, "all") as kernel:
         inputs = Inputs(coverage, None, kernel.device)
-        neutral = long_write(kernel.device)
-        clocks = {s: clock_for(s, kernel.device, neutral) for s in situations}
+        clocks = {s: clock_for(s, kernel.device) for s in situations}
         rows: dict[str, list[dict[str, Any]]] = {s.value: [] for s in situations}
         left_out: dict[str, str] = {}
         for count in counts:

@@ -8,23 +8,13 @@ import torch
 
 from adaptive_moe.cli.bench.paired import Sample
 from adaptive_moe.policy.situation import Situation
-from adaptive_moe.tuning.clocks import GRAPH_BACKLOG, BusyClock, Graphs, Neutral, clock_for
+from adaptive_moe.tuning.clocks import GRAPH_BACKLOG_US, BusyClock, clock_for
+from adaptive_moe.tuning.device import Graphs, Neutral, Spin
 
-# A step takes a slow host longer to enqueue than thousands of short writes take the device, and the
-# device's queue holds a thousand: the backlog's writes are long (40 us on an H100).
-WRITE_BYTES = 128 << 20
 # Two graphs of the same kernels differ by up to a few percent: a sampler goes round so many.
 INSTANCES = 3
 
 Run = Callable[[], object]
-
-
-def long_write(device: torch.device) -> Run:
-    """The neutral predecessor for whom the host must get far ahead; a short one on the CPU."""
-    if device.type == "cpu":
-        return Neutral(device)
-    buffer = torch.empty(WRITE_BYTES, dtype=torch.uint8, device=device)
-    return buffer.zero_
 
 
 class StepClock:
@@ -32,12 +22,13 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        neutral = long_write(device)
+        neutral = Neutral(device)
         self._as_it_comes = clock_for(Situation.IDLE, device, neutral)
         if device.type != "cpu":
+            spin = Spin(device)
             self._graphs = Graphs(device)
-            self._replays = BusyClock(neutral, least=GRAPH_BACKLOG)
-            self._busy = BusyClock(neutral)
+            self._replays = BusyClock(neutral, spin, least_us=GRAPH_BACKLOG_US)
+            self._busy = BusyClock(neutral, spin)
 
     def captured(self, run: Run) -> Sample:
         """Replays of the step, by turns of INSTANCES graphs of it. It must have run before."""
