@@ -34,7 +34,7 @@ from adaptive_moe.policy.decision import (
 )
 from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.tuning.explore import SKETCH_ROUNDS, explore, more_rounds, promised
-from adaptive_moe.tuning.race import measure, measure_again, second
+from adaptive_moe.tuning.race import LOT, measure, measure_again, second
 from calibration.record import main, stamp
 from calibration.simulated import DEVICES, Device, SimulatedClock, Steady
 
@@ -61,18 +61,22 @@ class Lone:
         )  # type: ignore[list-item]
         return decide(self.samples, RULE)
 
-    def confirmed(self) -> Verdict:
-        """The verdict after a second pass, for which some time has passed."""
+    def confirmed(self, *, alone: bool) -> Verdict:
+        """The verdict after a second pass, which comes some time later, and whose two lots lie
+        apart where there are other buckets to confirm."""
         first, device = decide(self.samples, RULE), self.device
         faster = [r.candidate for r in first.results if r.standing is Standing.FASTER]
         if not faster:
             return first
-        device.elsewhere()
         call_us = min(r.median_us for r in first.results if r.median_us)
-        again = measure_again(
-            *(device.candidates(), [None], self.clock, [BASE, *faster], RULE),  # type: ignore[list-item]
-            *(device.next_round, call_us),
-        )
+        again = [Samples(name) for name in (BASE, *faster)]
+        for lot, rounds in enumerate((LOT, 2 * LOT, RULE.max_rounds)):
+            if lot == 0 or not alone:
+                device.elsewhere()
+            again = measure_again(
+                *(device.candidates(), [None], self.clock, again, RULE),  # type: ignore[list-item]
+                *(rounds, device.next_round, call_us),
+            )
         return confirm(first, decide(again, second(RULE)), RULE)
 
 
@@ -96,14 +100,17 @@ class Outcome:
         return self.true_us[self.verdict.candidate] / min(self.true_us.values()) - 1.0
 
 
-def simulate_bucket(device: Device, *, neutral: bool = True) -> Outcome:
-    """A sketch, more rounds where that is promising, and a second pass for a winner."""
+def simulate_bucket(device: Device, *, neutral: bool = True, alone: bool = True) -> Outcome:
+    """A sketch, more rounds where that is promising, and a second pass for a winner.
+
+    alone: no other bucket has one.
+    """
     bucket, rounds = Lone(device, neutral=neutral), SKETCH_ROUNDS
     first = bucket.first(rounds)
     while rounds < RULE.max_rounds and promised(first, RULE):
         rounds = more_rounds(rounds, RULE)
         first = bucket.first(rounds)
-    return Outcome(device.true_us, first, bucket.confirmed(), device.samples)
+    return Outcome(device.true_us, first, bucket.confirmed(alone=alone), device.samples)
 
 
 def simulate_table(
@@ -119,7 +126,10 @@ def simulate_table(
         return Bucket(num_tokens, verdict.candidate, verdict.reason, (Fill(1.0, verdict),))
 
     found = explore(range(1, MAX_TOKENS + 1), (), RULE, measured, lambda: True)
-    return {num_tokens: buckets[num_tokens].confirmed().candidate for num_tokens in sorted(found)}
+    return {
+        num_tokens: buckets[num_tokens].confirmed(alone=False).candidate
+        for num_tokens in sorted(found)
+    }
 
 
 def serves(table: Mapping[int, str], num_tokens: int) -> str:
@@ -174,10 +184,11 @@ def figures(buckets: int, seed: int, name: str) -> dict[str, Any]:
     """What the module's docstring names, for one clock."""
     rng = random.Random(f"{seed} {name}")
 
-    def many(true_us: Callable[[], Times]) -> list[Outcome]:
-        return [simulate_bucket(DEVICES[name](true_us(), rng)) for _ in range(buckets)]
+    def many(true_us: Callable[[], Times], *, alone: bool = False) -> list[Outcome]:
+        devices = (DEVICES[name](true_us(), rng) for _ in range(buckets))
+        return [simulate_bucket(device, alone=alone) for device in devices]
 
-    same = many(lambda: {BASE: 10.0, ONE: 10.0, TWO: 10.0})
+    same = many(lambda: {BASE: 10.0, ONE: 10.0, TWO: 10.0}, alone=True)
     first = [o.first.candidate != BASE for o in same]
     mixed = many(
         lambda: {BASE: 10.0, **{p: 10.0 * math.exp(rng.gauss(0.0, 0.1)) for p in (ONE, TWO)}}

@@ -27,7 +27,8 @@ from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.tuning import clocks
 from adaptive_moe.tuning.calibrator import Plan, calibrate
-from adaptive_moe.tuning.clocks import BusyClock, GraphClock, Graphs, Neutral, clock_for
+from adaptive_moe.tuning.clocks import BusyClock, GraphClock, clock_for
+from adaptive_moe.tuning.device import Graphs, Neutral, Spin
 from adaptive_moe.tuning.inputs import Inputs
 from calibration.record import main, stamp
 
@@ -88,7 +89,7 @@ def _busy(kernel: SortKernel, coverage: Coverage) -> dict[str, Any]:
     inputs, neutral = Inputs(coverage, None, kernel.device), Neutral(kernel.device)
     rows = []
     for num_tokens in (1, 64, 1024, 16384):
-        clock = BusyClock(neutral)
+        clock = BusyClock(neutral, Spin(kernel.device))
         train = inputs.train(Situation.BUSY, num_tokens, 1.0)
         calls = [kernel.baseline.bind(one) for one in train]
         begun = time.perf_counter()
@@ -106,7 +107,7 @@ def _busy(kernel: SortKernel, coverage: Coverage) -> dict[str, Any]:
             )
         ]
         rows.append(
-            [num_tokens, first, clock.invalid, clock.backlog]
+            [num_tokens, first, clock.invalid, round(clock.backlog_us)]
             + [round(us, 2) for us in (busy, *others, host_us)]
         )
     return {
@@ -114,7 +115,7 @@ def _busy(kernel: SortKernel, coverage: Coverage) -> dict[str, Any]:
             "num_tokens",
             "late_first",
             "late_of_60",
-            "backlog",
+            "backlog_us",
             "busy",
             "graph",
             "idle",
@@ -132,7 +133,7 @@ def _carry_over(kernel: SortKernel, coverage: Coverage) -> dict[str, Any]:
     for num_tokens in (16, 64, 256):
         row: list[Any] = [num_tokens]
         for before in (Neutral(kernel.device), lambda: nothing.add_(1)):
-            clock = GraphClock(before, graphs.capture)
+            clock = GraphClock(before, Spin(kernel.device), graphs.capture)
             train = inputs.train(Situation.GRAPH, num_tokens, 1.0)
             one, two = (
                 clock.prepare([c.bind(i) for i in train], 5.0) for c in kernel.candidates[1:]

@@ -8,6 +8,8 @@ from adaptive_moe.policy.environment import Environment
 from adaptive_moe.policy.situation import Situation
 
 SCHEMA = 2
+# Raise when the same samples would be taken or judged differently than before.
+DECISION_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_moe.disk.file import differences
 from adaptive_moe.policy.decision import OUT, Result, Standing, conclude
 from adaptive_moe.policy.environment import Environment
 from adaptive_moe.policy.evidence import Bucket, Calibration, Fill
 from adaptive_moe.policy.losses import combine
-from adaptive_moe.policy.plain import from_plain
+from adaptive_moe.policy.plain import differences, from_plain
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks.summary import ORDER, Section, Subject, Summary, max_rows, parse

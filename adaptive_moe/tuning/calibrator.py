@@ -26,14 +26,15 @@ from adaptive_moe.policy.environment import describe_environment
 from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.tuning.clocks import Clock, Neutral, clock_for
+from adaptive_moe.tuning.clocks import Clock, clock_for
+from adaptive_moe.tuning.device import Neutral
 from adaptive_moe.tuning.errors import (
     BudgetError,
     CalibrationFailedError,
     CalibrationRefusedError,
 )
 from adaptive_moe.tuning.inputs import Inputs
-from adaptive_moe.tuning.race import short
+from adaptive_moe.tuning.race import LOT, short
 from adaptive_moe.tuning.rightness import Rightness
 from adaptive_moe.tuning.section import Section
 
@@ -161,22 +162,23 @@ def _sections(
     if clock_factory is None:
         clock_factory = partial(clock_for, neutral=Neutral(kernel.device))
     tell = _Told(progress)
-    sections = {
-        situation: Section(
-            situation,
-            domain,
-            plan.first,
-            _settled(earlier, situation, kernel, inputs, plan.rule),
-            inputs,
-            rightness,
-            partial(clock_factory, situation, kernel.device),
-            plan.rule,
-            lambda: now() - rightness.seconds,
-            partial(tell, situation),
-        )
-        for situation in Situation
-        if (domain := coverage.counts(situation))
-    }
+    sections: dict[Situation, Section] = {}
+    for situation in Situation:
+        if domain := coverage.counts(situation):
+            sections[situation] = Section(
+                situation,
+                domain,
+                plan.first,
+                _settled(earlier, situation, kernel, inputs, plan.rule),
+                inputs,
+                rightness,
+                partial(clock_factory, situation, kernel.device),
+                plan.rule,
+                lambda: now() - rightness.seconds,
+                partial(tell, situation),
+                # An idle device is only asked about those who do not lose on a busy one.
+                sections[Situation.BUSY] if situation is Situation.IDLE else None,
+            )
     tell.total = sum(len(section.grid) for section in sections.values())
     return sections
 
@@ -191,9 +193,12 @@ def _measure(sections: list[Section], budget_s: float) -> None:
         free = deadline - now() - sum(done.reserve() for done in sections[:place])
         section.explore(now() + free / (len(sections) - place))
     needed = [section.reserve() for section in sections]
-    for place, section in enumerate(sections):
-        share = needed[place] / (sum(needed[place:]) or 1.0)
-        section.confirm(now() + share * (deadline - now()))
+    # Twice a lot of everybody, so that even the two lots lie apart; then more for who needs it.
+    for rounds, part in ((LOT, 0.5), (2 * LOT, 1.0), (sections[0].rule.max_rounds, 1.0)):
+        end = now() + part * (deadline - now())
+        for place, section in enumerate(sections):
+            share = needed[place] / (sum(needed[place:]) or 1.0)
+            section.confirm(rounds, now() + share * (end - now()))
 
 
 def _settled(

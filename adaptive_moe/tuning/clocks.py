@@ -21,32 +21,30 @@ depends on who ran before.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from adaptive_moe.policy.situation import Situation
+from adaptive_moe.tuning.device import Graphs, Neutral, Spin, Train, gpu_event
 
-Train = Sequence[Callable[[], object]]
 Sampler = Callable[[], float]
 Events = Callable[[], Any]
 
 # A replay costs 0.2 us more or less for one graph than for another that holds the same kernels
-# (measured on an H200); with so long a replay this is a quarter of a percent.
-REPLAY_US = 80.0
+# (measured on an H200); with so long a replay this is a third of a percent, and the second
+# pass has other graphs.
+REPLAY_US = 60.0
 # Calls in a sample. In a graph more inputs cost little: as many of the train, in whole lots of
 # GRAPH_LOT, as it takes to last REPLAY_US. Two eager calls, a routing each, give as sure a verdict
 # as four or eight for the time they take (measured on an H200).
 GRAPH_LOT = 4
-TRAIN_LENGTH = {Situation.GRAPH: 8 * GRAPH_LOT, Situation.BUSY: 2, Situation.IDLE: 2}
+TRAIN_LENGTH = {Situation.GRAPH: 5 * GRAPH_LOT, Situation.BUSY: 2, Situation.IDLE: 2}
 
-# What the neutral predecessor writes at least: an L2 that reports less has a larger cache behind
-# it (MI300X: 4 MiB an XCD), and a GEMM of a serving step writes as much.
-NEUTRAL_BYTES = 32 << 20
-CPU_NEUTRAL_BYTES = 4 << 20
-# Writes in the backlog of a busy sample, to begin with and at most. A replay is enqueued at once.
-BACKLOG, GRAPH_BACKLOG, MAX_BACKLOG = 4, 1, 1024
+# Microseconds of backlog in front of a sample, to begin with and at most. A replay is enqueued at
+# once; calls of a Python function are not.
+BACKLOG_US, GRAPH_BACKLOG_US, MAX_BACKLOG_US = 100.0, 10.0, 50_000.0
 
 
 class Clock(Protocol):
@@ -61,20 +59,6 @@ class Clock(Protocol):
 class NeverAheadError(RuntimeError):
     """The device reached the start of a sample before the host had enqueued it, however long the
     backlog: the calls wait for the device themselves."""
-
-
-class Neutral:
-    """The predecessor of every sample: one write of more than the L2 holds, enqueued."""
-
-    def __init__(self, device: torch.device) -> None:
-        size = CPU_NEUTRAL_BYTES
-        if device.type != "cpu":
-            properties: Any = torch.cuda.get_device_properties(device)
-            size = max(getattr(properties, "L2_cache_size", 0), NEUTRAL_BYTES)
-        self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
-
-    def __call__(self) -> None:
-        self._buffer.zero_()
 
 
 class WallClock:
@@ -98,41 +82,36 @@ class WallClock:
         return sample
 
 
-def gpu_event() -> Any:
-    # torch's stubs leave this untyped in some releases and typed in others.
-    event: Any = torch.cuda.Event
-    return event(enable_timing=True)
-
-
 class BusyClock:
     """Events around calls that are all enqueued before the device reaches the first of them.
 
-    A backlog of neutral writes keeps the device busy meanwhile; the last of them is the neutral
-    predecessor. A sample whose start event is done before its last call is enqueued has timed the
-    host, and is no sample: the backlog grows by half, and it is taken again. A longer backlog
-    stays, but for an eighth a sampler, so that one stall of the host is not paid for ever after.
+    A backlog keeps the device busy meanwhile, and then comes the neutral predecessor. A sample
+    whose start event is done before its last call is enqueued has timed the host, and is no sample:
+    the backlog grows by half, and it is taken again. A longer backlog stays, but for an eighth a
+    sampler, so that one stall of the host is not paid for ever after.
 
-    backlog: writes of it, now. invalid: how many samples were none.
+    backlog_us: how much of it, now. invalid: how many samples were none.
     """
 
     def __init__(
         self,
         neutral: Callable[[], object],
+        spin: Callable[[float], object],
         events: Events = gpu_event,
-        least: int = BACKLOG,
+        least_us: float = BACKLOG_US,
     ) -> None:
-        self.neutral, self.events, self.least = neutral, events, least
-        self.backlog = least
+        self.neutral, self.spin, self.events, self.least_us = neutral, spin, events, least_us
+        self.backlog_us = least_us
         self.invalid = 0
 
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
-        self.backlog = max(self.least, self.backlog - self.backlog // 8)
+        self.backlog_us = max(self.least_us, self.backlog_us * 7 / 8)
         start, end = self.events(), self.events()
 
         def sample() -> float:
             while True:
-                for _ in range(self.backlog):
-                    self.neutral()
+                self.spin(self.backlog_us)
+                self.neutral()
                 start.record()
                 for call in train:
                     call()
@@ -147,9 +126,9 @@ class BusyClock:
 
     def _grow(self) -> None:
         self.invalid += 1
-        if self.backlog >= MAX_BACKLOG:
-            raise NeverAheadError(f"the host is not ahead behind {self.backlog} large writes")
-        self.backlog += (self.backlog + 1) // 2
+        if self.backlog_us >= MAX_BACKLOG_US:
+            raise NeverAheadError(f"the host is not ahead behind {self.backlog_us:.0f} us of work")
+        self.backlog_us *= 1.5
 
 
 class IdleClock:
@@ -188,11 +167,12 @@ class GraphClock:
     def __init__(
         self,
         neutral: Callable[[], object],
+        spin: Callable[[float], object],
         capture: Callable[[Train], Callable[[], object]],
         events: Events = gpu_event,
     ) -> None:
         self._capture = capture
-        self._busy = BusyClock(neutral, events, GRAPH_BACKLOG)
+        self._busy = BusyClock(neutral, spin, events, GRAPH_BACKLOG_US)
 
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
         calls = train[: calls_of(len(train), call_us)]
@@ -200,36 +180,6 @@ class GraphClock:
         replay()  # the first replay uploads the graph
         sample = self._busy.prepare([replay])
         return lambda: sample() / len(calls)
-
-
-class Graphs:
-    """Captures on a stream of its own.
-
-    In `thread_local` mode, with a private memory pool shared by its graphs (they never run at once
-    and nobody reads their outputs) and none of torch's collect-and-empty-cache preamble: the
-    process's allocator and capture state are left as found.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        stream: Any = torch.cuda.Stream
-        self._stream = stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        # torch forgets a pool with its last graph; this one lives as long as the clock.
-        self._keeper = self.capture([lambda: torch.zeros(1, dtype=torch.float32, device=device)])
-
-    def capture(self, calls: Train) -> Callable[[], object]:
-        """A call that replays the graph of these calls."""
-        graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                for call in calls:
-                    call()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return graph.replay
 
 
 def calls_of(train: int, call_us: float) -> int:
@@ -251,5 +201,5 @@ def clock_for(
     if device.type == "cpu":
         return WallClock(neutral=neutral)
     if situation is Situation.GRAPH:
-        return GraphClock(neutral, Graphs(device).capture)
-    return BusyClock(neutral) if situation is Situation.BUSY else IdleClock(neutral)
+        return GraphClock(neutral, Spin(device), Graphs(device).capture)
+    return BusyClock(neutral, Spin(device)) if situation is Situation.BUSY else IdleClock(neutral)

@@ -48,6 +48,8 @@ def measure(
         call_us = min(known)
     elif call_us == 0.0:
         everybody = [s.candidate for s in found if s.out is None]
+        if len(everybody) < 2:
+            return found
         samplers = _prepare(binds, train, clock, found, everybody, call_us=math.inf)
         found, call_us = first_look(found, samplers)
     # Who is settled already takes no part, and is not captured into a graph for it.
@@ -61,24 +63,24 @@ def measure_again(
     candidates: Sequence[Candidate],
     train: Sequence[SortingInputs],
     clock: Clock,
-    names: Sequence[str],
+    samples: Sequence[Samples],
     rule: Rule,
+    rounds: int,
     spent: Callable[[], bool],
     call_us: float,
 ) -> list[Samples]:
-    """Samples of a second pass over one bucket, of the baseline and whoever is to be confirmed.
+    """Samples of the second pass over one bucket, of the baseline and whoever is to be confirmed,
+    brought to `rounds` rounds.
 
     In lots, each prepared anew: what one captured graph has of its own then shows as noise between
     lots. The first two are of LOT rounds, and each next one doubles what there is.
     """
-    found = [Samples(name) for name in names]
-    rounds, lot = 0, LOT
-    while rounds < rule.max_rounds:
-        rounds = min(rounds + lot, rule.max_rounds)
-        found = measure(candidates, train, clock, found, second(rule), rounds, spent, call_us)
-        if len(found[0].round_us) < rounds:
+    found, rule = list(samples), second(rule)
+    while (done := len(found[0].round_us)) < rounds:
+        upto = min(max(LOT, 2 * done), rounds)
+        found = measure(candidates, train, clock, found, rule, upto, spent, call_us)
+        if len(found[0].round_us) < upto:
             break
-        lot = rounds
     return found
 
 

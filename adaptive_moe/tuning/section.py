@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from adaptive_moe.policy.buckets import first_buckets
-from adaptive_moe.policy.decision import Rule, Samples, Standing, Verdict, confirm, decide
+from adaptive_moe.policy.buckets import bucket_of, first_buckets
+from adaptive_moe.policy.decision import Result, Rule, Samples, Standing, Verdict, confirm, decide
 from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.policy.losses import combine, loss_us
 from adaptive_moe.policy.situation import Situation
@@ -21,6 +21,8 @@ from adaptive_moe.tuning.race import measure, measure_again, second
 from adaptive_moe.tuning.rightness import Exclusion, Rightness
 
 logger = logging.getLogger("adaptive_moe")
+
+RULED_OUT = "not measured: it is slower on a busy device"
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Section:
 
     wanted: counts to begin with. kept: settled buckets of an earlier calibration, which are not
     measured again. now: seconds, but for those of checking. told(num_tokens): called before each
-    step.
+    step. other: a situation explored before this one; who loses in it can serve in neither, and is
+    not measured.
     """
 
     def __init__(
@@ -56,10 +59,11 @@ class Section:
         rule: Rule,
         now: Callable[[], float],
         told: Callable[[int], None],
+        other: "Section | None" = None,
     ) -> None:
         self.situation, self.domain, self.wanted, self.kept = situation, domain, wanted, kept
         self.inputs, self.rightness, self.rule = inputs, rightness, rule
-        self.now, self.told = now, told
+        self.now, self.told, self.other = now, told, other
         self.candidates = rightness.kernel.candidates
         self.measured: dict[int, Measured] = {}
         # The clock is made when first needed: it takes memory, and all may be known already.
@@ -104,13 +108,21 @@ class Section:
         """Seconds that confirming will take: a winner once more what its bucket took."""
         return sum(bucket.seconds for bucket in self.measured.values() if bucket.saves)
 
-    def confirm(self, deadline: float) -> None:
-        """The second pass: every bucket with a winner, those first that save most."""
+    def confirm(self, rounds: int, deadline: float) -> None:
+        """The second pass, brought to so many rounds: every bucket with a winner, those first that
+        save most."""
         winners = [n for n in self._buckets if n in self.measured and self.measured[n].saves]
         winners.sort(key=lambda n: -self.measured[n].saves)
         for left, num_tokens in zip(range(len(winners), 0, -1), winners, strict=True):
             slot = self.now() + 2.0 * (deadline - self.now()) / (left + 1)
-            self._again(num_tokens, slot)
+            self._again(num_tokens, rounds, slot)
+
+    def losers(self, num_tokens: int) -> set[str]:
+        """Who is slower in the bucket that serves that count, in any of its fills."""
+        bucket = self._buckets[bucket_of(num_tokens, self._buckets)]
+        verdicts = self.kept[bucket].verdicts if bucket in self.kept else self._first(bucket)
+        slower = (Standing.SLOWER, Standing.HOPELESS)
+        return {r.candidate for v in verdicts for r in v.results if r.standing in slower}
 
     def buckets(self) -> tuple[Bucket, ...]:
         """What the samples decide, with everything known by now about each candidate."""
@@ -125,8 +137,7 @@ class Section:
         fills = self.inputs.fills(self.situation, num_tokens)
         if num_tokens not in self.measured:
             self.rightness.check(self.situation, num_tokens)
-            fresh = [Samples(candidate.name) for candidate in self.candidates]
-            self.measured[num_tokens] = Measured([fresh for _ in fills])
+            self.measured[num_tokens] = Measured([self._fresh(num_tokens) for _ in fills])
         bucket, begun = self.measured[num_tokens], self.now()
         bucket.first = [
             self._race(num_tokens, fill, samples, rounds, deadline)
@@ -137,28 +148,37 @@ class Section:
         won = [v for v in verdicts if v.candidate != v.baseline.candidate]
         bucket.saves = max((loss_us(v, v.baseline.candidate) for v in won), default=0.0)
 
-    def _again(self, num_tokens: int, deadline: float) -> None:
+    def _fresh(self, num_tokens: int) -> list[Samples]:
+        """Nothing measured yet; and nothing to measure of whom the other situation rules out."""
+        out = self.other.losers(num_tokens) if self.other else set()
+        return [
+            Samples(c.name, (), Standing.SLOWER, RULED_OUT) if c.name in out else Samples(c.name)
+            for c in self.candidates
+        ]
+
+    def _again(self, num_tokens: int, rounds: int, deadline: float) -> None:
         """The second pass of one bucket: the baseline, and whoever was FASTER in the first."""
         self.told(num_tokens)
-        bucket, second_pass = self.measured[num_tokens], []
+        bucket, first = self.measured[num_tokens], self._first(num_tokens)
+        if not bucket.second:
+            bucket.second = [
+                [Samples(r.candidate) for r in (v.baseline, *_faster(v))] for v in first
+            ]
         fills = self.inputs.fills(self.situation, num_tokens)
-        for fill, verdict in zip(fills, self._first(num_tokens), strict=True):
-            faster = [r.candidate for r in verdict.results if r.standing is Standing.FASTER]
-            names = [verdict.baseline.candidate, *faster]
-            raced = [Samples(name) for name in names]
-            if faster:
-                raced = measure_again(
-                    self.candidates,
-                    self.inputs.train(self.situation, num_tokens, fill),
-                    self.clock(),
-                    names,
-                    self.rule,
-                    spent=lambda: self.now() > deadline,
-                    call_us=min(r.median_us for r in verdict.results if r.median_us),
-                )
-            self._exclude_failed(raced, num_tokens)
-            second_pass.append(raced)
-        bucket.second = second_pass
+        for place, (fill, verdict) in enumerate(zip(fills, first, strict=True)):
+            if len(bucket.second[place]) < 2:
+                continue
+            bucket.second[place] = measure_again(
+                self.candidates,
+                self.inputs.train(self.situation, num_tokens, fill),
+                self.clock(),
+                self.rightness.without_excluded(bucket.second[place]),
+                self.rule,
+                rounds,
+                spent=lambda: self.now() > deadline,
+                call_us=min(r.median_us for r in verdict.results if r.median_us),
+            )
+            self._exclude_failed(bucket.second[place], num_tokens)
 
     def _race(
         self,
@@ -210,3 +230,7 @@ class Section:
         fills = self.inputs.fills(self.situation, num_tokens)
         parts = tuple(Fill(f, verdict) for f, verdict in zip(fills, verdicts, strict=True))
         return Bucket(num_tokens, *combine(verdicts, self.rule.margin), parts)
+
+
+def _faster(verdict: Verdict) -> list[Result]:
+    return [r for r in verdict.results if r.standing is Standing.FASTER]

@@ -267,7 +267,7 @@ def test_ranks_over_gloo_end_with_identical_tables(faults):
 
 def test_late_stopped_dead_and_silent_ranks(faults):
     assert faults["faults"]["failures"] == {}
-    assert len(faults["faults"]["scenarios"]) == 12
+    assert len(faults["faults"]["scenarios"]) == 13
 
 
 def test_ranks_killed_at_random_moments(faults):

@@ -59,7 +59,8 @@ MODELS = (
 )
 CAPTURED_COUNTS = "1,2,4,8,16,24,32,64,96,128,256,512"
 EAGER_COUNTS = "1,5,16,61,128,250,384,513,768,904,1200,2048,4096,8192"
-# A step with more tokens than this takes long enough for a quarter of the layers.
+# With more tokens than this a step has fewer layers, as each takes longer, and is sampled for twice
+# the time: GEMMs at a GPU's power limit are noisier than the difference that is looked for.
 LARGE = 1024
 # A candidate whose step takes so many times the fastest's is no rival.
 FAR_BEHIND = 1.5
@@ -144,7 +145,7 @@ def judge_model(
     clock = StepClock(seam.device)
 
     def depth(num_tokens: int) -> int:
-        return layers if num_tokens <= LARGE else max(1, layers // 4)
+        return layers if num_tokens <= LARGE else max(1, layers * LARGE // num_tokens)
 
     with Variants(
         seam.module, lambda n: step.run(n, 1, experts), counts, captured, settings, baseline
@@ -171,7 +172,8 @@ def judge_model(
             if situation == BUSY:
                 variants.use(names[0])
                 host = clock.host_us(partial(step.run, num_tokens, layers_here, experts))
-            times = in_rounds(samplers, seconds, far_behind=FAR_BEHIND, keep=(names[0], TABLE))
+            time_here = seconds if num_tokens <= LARGE else 2 * seconds
+            times = in_rounds(samplers, time_here, far_behind=FAR_BEHIND, keep=(names[0], TABLE))
             us = {v: [t / layers_here for t in found] for v, found in times.items()}
             choice = variants.choice(num_tokens, captured=situation == CAPTURED)
             return point(num_tokens, us, choice, host and host / layers_here)
