@@ -260,7 +260,7 @@ def test_what_was_calibrated_before_is_what_the_next_start_finds(tmp_path):
     layer = "--experts 16 --topk 4 --hidden 64 --inter 16"
     calls = f"--for sglang --max-batched-tokens {PREFILL} --capture-sizes 1,8,64"
     out = run(
-        f"-m adaptive_moe calibrate --kernel aiter {layer} {calls} --budget 5",
+        f"-m adaptive_moe calibrate --kernel aiter {layer} {calls} --budget 30",
         ADAPTIVE_MOE_CACHE_DIR=str(tmp_path / "adaptive_moe"),
     )
     assert "written to" in out
