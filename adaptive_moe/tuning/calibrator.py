@@ -34,7 +34,7 @@ from adaptive_moe.tuning.errors import (
     CalibrationRefusedError,
 )
 from adaptive_moe.tuning.inputs import Inputs
-from adaptive_moe.tuning.race import LOT, short
+from adaptive_moe.tuning.race import LOT, LOTS, short
 from adaptive_moe.tuning.rightness import Rightness
 from adaptive_moe.tuning.section import Section
 
@@ -49,6 +49,10 @@ __all__ = [
 logger = logging.getLogger("adaptive_moe")
 
 CAPTURING = "the current stream is being captured into a graph: calibrate before or after capture"
+
+# How the budget is shared: the idle device is asked about the fewest counts that matter, and its
+# answers are as noisy as a host is.
+WEIGHT = {Situation.GRAPH: 2.0, Situation.BUSY: 2.0, Situation.IDLE: 1.0}
 
 ClockFactory = Callable[[Situation, torch.device], Clock]
 Progress = Callable[[int, int, str], None]
@@ -155,7 +159,7 @@ def _sections(
             sections[situation] = Section(
                 situation,
                 domain,
-                plan.first,
+                plan.first or _grid(coverage, situation),
                 _settled(earlier, situation, kernel, inputs, plan.rule),
                 inputs,
                 rightness,
@@ -178,14 +182,28 @@ def _measure(sections: list[Section], budget_s: float) -> None:
     deadline = now() + budget_s
     for place, section in enumerate(sections):
         free = deadline - now() - sum(done.reserve() for done in sections[:place])
-        section.explore(now() + free / (len(sections) - place))
+        weights = [WEIGHT[one.situation] for one in sections[place:]]
+        section.explore(now() + free * weights[0] / sum(weights))
     needed = [section.reserve() for section in sections]
-    # Twice a lot of everybody, so that even the two lots lie apart; then more for who needs it.
-    for rounds, part in ((LOT, 0.5), (2 * LOT, 1.0), (sections[0].rule.max_rounds, 1.0)):
-        end = now() + part * (deadline - now())
+    # A lot of everybody, and again, so that even the lots lie apart; then more for who needs it.
+    steps = [*(LOT * lot for lot in range(1, LOTS + 1)), sections[0].rule.max_rounds]
+    for step, rounds in enumerate(steps):
+        end = now() + (deadline - now()) / max(1, LOTS - step)
         for place, section in enumerate(sections):
             share = needed[place] / (sum(needed[place:]) or 1.0)
             section.confirm(rounds, now() + share * (end - now()))
+
+
+def _grid(coverage: Coverage, situation: Situation) -> tuple[int, ...]:
+    """The counts to begin with: powers of two.
+
+    But powers of four for eager calls of as few tokens as graphs hold: those are rare, both
+    situations must be measured for them, and the explorer still goes where there is something.
+    """
+    powers = [1 << k for k in range(coverage.max_tokens.bit_length())]
+    if situation is Situation.GRAPH or not coverage.captured:
+        return tuple(powers)
+    return tuple(n for n in powers if n >= coverage.busy_from or n.bit_length() % 2)
 
 
 def _settled(
