@@ -184,14 +184,13 @@ def _measure(sections: list[Section], budget_s: float) -> None:
         free = deadline - now() - sum(done.reserve() for done in sections[:place])
         weights = [WEIGHT[one.situation] for one in sections[place:]]
         section.explore(now() + free * weights[0] / sum(weights))
-    needed = [section.reserve() for section in sections]
+    free, needed = deadline - now(), sum(section.reserve() for section in sections)
+    for section in sections:
+        section.choose(free * section.reserve() / (needed or 1.0))
     # A lot of everybody, and again, so that even the lots lie apart; then more for who needs it.
-    steps = [*(LOT * lot for lot in range(1, LOTS + 1)), sections[0].rule.max_rounds]
-    for step, rounds in enumerate(steps):
-        end = now() + (deadline - now()) / max(1, LOTS - step)
-        for place, section in enumerate(sections):
-            share = needed[place] / (sum(needed[place:]) or 1.0)
-            section.confirm(rounds, now() + share * (end - now()))
+    for rounds in (*(LOT * lot for lot in range(1, LOTS + 1)), sections[0].rule.max_rounds):
+        for section in sections:
+            section.confirm(rounds, deadline)
 
 
 def _grid(coverage: Coverage, situation: Situation) -> tuple[int, ...]:

@@ -482,6 +482,24 @@ def test_time_for_confirming_is_kept_back() -> None:
     assert {s for b in table.evidence.busy for s in standings(b)[:1]} == {Standing.FASTER}
 
 
+def test_where_not_all_winners_can_be_confirmed_those_that_save_most_are() -> None:
+    """Winners at every count, and time for a few: not a third of the way with each of them."""
+
+    def us(policy: int, rows: int, real: int) -> float:
+        return 100.0 if policy == 0 else 99.0 if policy == 2 else 50.0 + rows / 4
+
+    whole = Fake(us).calibrate()
+    assert {s for b in whole.evidence.busy for s in standings(b)[:1]} == {Standing.FASTER}
+    found = {}
+    for budget_s in (0.04, 0.06, 0.08):
+        busy = Fake(us).calibrate(budget_s=budget_s).evidence.busy
+        found[budget_s] = [b.num_tokens for b in busy if standings(b)[0] is Standing.FASTER]
+    assert 1 <= len(found[0.04]) < len(whole.evidence.busy)
+    assert len(found[0.04]) <= len(found[0.06]) <= len(found[0.08])
+    # What saves most is at the smallest counts.
+    assert found[0.04] == [b.num_tokens for b in whole.evidence.busy][: len(found[0.04])]
+
+
 # What is known already
 
 
