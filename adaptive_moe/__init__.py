@@ -1,53 +1,141 @@
-"""Picks the MoE sorting dispatch policy for each batch from what was measured at warm-up.
+"""Picks the sort of an MoE layer for each batch from what was measured at warm-up.
 
-The names below are imported on first use, so that importing the package costs a serving process
-neither torch nor numpy.
+In a process that serves with AITER:
+
+    install()                      wrap AITER's sort; from now on its calls are seen
+    warm_up(max_tokens)            after a first forward: measure, and choose from then on
+    counts()                       what became of the calls so far
+    uninstall()                    AITER as it was
+
+By hand:
+
+    kernel = load_kernel("cpu")    or "triton"; a SortKernel of your own: CONTRIBUTING.md
+    coverage = Coverage.up_to(SortingShape(256, 8, 7168), max_tokens=4096)
+    table = calibrate(kernel, coverage, Plan(budget_s=10.0))
+    table.candidate(24)            who sorts a batch of 24 tokens
+
+docs/api.md has all of it. The names are imported on first use, so that importing the package costs
+a serving process neither torch nor numpy.
 """
 
 import sys
 
 TYPE_CHECKING = False  # what type checkers take for true; importing typing would cost milliseconds
 if TYPE_CHECKING:
+    from adaptive_moe.engines.counters import Counts as Counts
     from adaptive_moe.engines.process import counts as counts
     from adaptive_moe.engines.process import install as install
     from adaptive_moe.engines.process import uninstall as uninstall
     from adaptive_moe.engines.process import warm_up as warm_up
+    from adaptive_moe.engines.seen import Key as Key
+    from adaptive_moe.engines.warm_up import WarmUp as WarmUp
+    from adaptive_moe.kernels import Candidate as Candidate
+    from adaptive_moe.kernels import KernelUnavailableError as KernelUnavailableError
+    from adaptive_moe.kernels import SortKernel as SortKernel
+    from adaptive_moe.kernels import load_kernel as load_kernel
+    from adaptive_moe.policy.coverage import Coverage as Coverage
+    from adaptive_moe.policy.decision import Result as Result
+    from adaptive_moe.policy.decision import Rule as Rule
+    from adaptive_moe.policy.decision import Standing as Standing
+    from adaptive_moe.policy.decision import Verdict as Verdict
+    from adaptive_moe.policy.environment import Environment as Environment
+    from adaptive_moe.policy.evidence import Bucket as Bucket
+    from adaptive_moe.policy.evidence import Calibration as Calibration
+    from adaptive_moe.policy.evidence import Fill as Fill
+    from adaptive_moe.policy.situation import Situation as Situation
     from adaptive_moe.policy.table import PolicyTable as PolicyTable
+    from adaptive_moe.settings import LogDetail as LogDetail
+    from adaptive_moe.settings import Mode as Mode
     from adaptive_moe.settings import Settings as Settings
+    from adaptive_moe.settings import SettingsError as SettingsError
     from adaptive_moe.settings import read_settings as read_settings
     from adaptive_moe.shape import SortingShape as SortingShape
+    from adaptive_moe.tuning.calibrator import BudgetError as BudgetError
+    from adaptive_moe.tuning.calibrator import CalibrationFailedError as CalibrationFailedError
+    from adaptive_moe.tuning.calibrator import CalibrationRefusedError as CalibrationRefusedError
+    from adaptive_moe.tuning.calibrator import Plan as Plan
     from adaptive_moe.tuning.calibrator import calibrate as calibrate
+    from adaptive_moe.tuning.clocks import Clock as Clock
 
 __version__ = "0.1.0"
 
+if sys.version_info < (3, 10):  # noqa: UP036  run from a checkout
+    raise ImportError("adaptive_moe needs Python 3.10 or newer, not " + sys.version.split()[0])
+
 _HOME = {
+    "Bucket": "adaptive_moe.policy.evidence",
+    "BudgetError": "adaptive_moe.tuning.calibrator",
+    "Calibration": "adaptive_moe.policy.evidence",
+    "CalibrationFailedError": "adaptive_moe.tuning.calibrator",
+    "CalibrationRefusedError": "adaptive_moe.tuning.calibrator",
+    "Candidate": "adaptive_moe.kernels",
+    "Counts": "adaptive_moe.engines.counters",
+    "Clock": "adaptive_moe.tuning.clocks",
+    "Coverage": "adaptive_moe.policy.coverage",
+    "Environment": "adaptive_moe.policy.environment",
+    "Fill": "adaptive_moe.policy.evidence",
+    "KernelUnavailableError": "adaptive_moe.kernels",
+    "Key": "adaptive_moe.engines.seen",
+    "LogDetail": "adaptive_moe.settings",
+    "Mode": "adaptive_moe.settings",
+    "Plan": "adaptive_moe.tuning.calibrator",
     "PolicyTable": "adaptive_moe.policy.table",
+    "Result": "adaptive_moe.policy.decision",
+    "Rule": "adaptive_moe.policy.decision",
     "Settings": "adaptive_moe.settings",
+    "SettingsError": "adaptive_moe.settings",
+    "Situation": "adaptive_moe.policy.situation",
+    "SortKernel": "adaptive_moe.kernels",
     "SortingShape": "adaptive_moe.shape",
+    "Standing": "adaptive_moe.policy.decision",
+    "Verdict": "adaptive_moe.policy.decision",
+    "WarmUp": "adaptive_moe.engines.warm_up",
     "calibrate": "adaptive_moe.tuning.calibrator",
     "counts": "adaptive_moe.engines.process",
     "install": "adaptive_moe.engines.process",
+    "load_kernel": "adaptive_moe.kernels",
     "read_settings": "adaptive_moe.settings",
     "uninstall": "adaptive_moe.engines.process",
     "warm_up": "adaptive_moe.engines.process",
 }
 
 __all__ = [
+    "Bucket",
+    "BudgetError",
+    "Calibration",
+    "CalibrationFailedError",
+    "CalibrationRefusedError",
+    "Candidate",
+    "Clock",
+    "Counts",
+    "Coverage",
+    "Environment",
+    "Fill",
+    "KernelUnavailableError",
+    "Key",
+    "LogDetail",
+    "Mode",
+    "Plan",
     "PolicyTable",
+    "Result",
+    "Rule",
     "Settings",
+    "SettingsError",
+    "Situation",
+    "SortKernel",
     "SortingShape",
+    "Standing",
+    "Verdict",
+    "WarmUp",
     "__version__",
     "calibrate",
     "counts",
     "install",
+    "load_kernel",
     "read_settings",
     "uninstall",
     "warm_up",
 ]
-
-
-if sys.version_info < (3, 10):  # noqa: UP036  run from a checkout
-    raise ImportError("adaptive_moe needs Python 3.10 or newer, not " + sys.version.split()[0])
 
 
 def __getattr__(name: str) -> object:

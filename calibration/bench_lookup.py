@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from adaptive_moe.policy.decision import Rule
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.policy.decision import Result, Rule, Standing, Verdict
 from adaptive_moe.policy.environment import Environment
-from adaptive_moe.policy.table import SCHEMA, Bucket, Calibration, PolicyTable
+from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration, Fill
+from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
 from calibration.record import main, stamp
 
@@ -94,21 +96,29 @@ def allocations(array: bytes, counts: Sequence[int]) -> int:
 
 
 def table_of(buckets: int) -> PolicyTable:
-    """A table over 1..LAST with that many buckets of alternating policies."""
+    """A table over 1..LAST with that many buckets, in each of which the next candidate is ahead."""
     counts = sorted({1 + i * (LAST - 1) // (buckets - 1) for i in range(buckets)})
-    nowhere = Environment("none", "none", 1, "", "none", "none")
+    names = ("policy 0", "policy 1", "policy 2")
+    coverage = Coverage.up_to(SortingShape(8, 2, 64), LAST, busy_from=1)
+
+    def bucket(count: int, place: int) -> Bucket:
+        verdict = Verdict(names[place], True, 0, "made up", (Result(names[0], Standing.BASELINE),))
+        return Bucket(count, names[place], "made up", (Fill(1.0, verdict),))
+
     return PolicyTable(
         Calibration(
             schema=SCHEMA,
-            shape=SortingShape(8, 2, 64),
+            coverage=coverage,
             kernel="none",
-            policies=(0, 1, 2),
-            environment=nowhere,
+            candidates=names,
+            environment=Environment("none", "none", 1, "", "none", "none"),
             rule=Rule(),
-            max_tokens=LAST,
+            budget_s=1.0,
             created="",
             seconds=0.0,
-            eager=tuple(Bucket(n, i % 3, "made up", ()) for i, n in enumerate(counts)),
+            graph=(),
+            busy=tuple(bucket(count, place % 3) for place, count in enumerate(counts)),
+            idle=(),
         )
     )
 

@@ -2,7 +2,7 @@
 
 seconds_per_shape       wall clock of one calibration, kernels already compiled, the median
 speedup_vs_exhaustive   time of triton.testing.do_bench (do_bench_cudagraph for graph calls) of
-                        every policy at every count the calibration measured, over that
+                        every candidate at every count and situation that was measured, over that
 extra_memory_ratio      peak of memory the calibration allocated, over one largest call's own
 """
 
@@ -10,16 +10,17 @@ import argparse
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from adaptive_moe import cli
+from adaptive_moe.cli import options
 from adaptive_moe.kernels import SortKernel, load_kernel
 from adaptive_moe.models import find_model
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.calibrator import Plan, calibrate
@@ -34,15 +35,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     kernel = load_kernel("triton")
-    plan = Plan(cli.GPU_MAX_TOKENS, cli.CAPTURE_SIZES)
+    plan = Plan()
     shapes: dict[str, dict[str, Any]] = {}
     for name in args.models.split(","):
         shape = find_model(name).shape()
-        calibrate(kernel, shape, plan)  # compiles
-        own = largest_call_bytes(kernel, shape, plan.max_tokens)
-        runs = [measured_calibration(kernel, shape, plan) for _ in range(args.repeats)]
+        coverage = Coverage.up_to(shape, options.GPU_MAX_TOKENS, options.CAPTURE_SIZES)
+        calibrate(kernel, coverage, plan)  # compiles
+        own = largest_call_bytes(kernel, shape, coverage.max_tokens)
+        runs = [measured_calibration(kernel, coverage, plan) for _ in range(args.repeats)]
         table = runs[-1][0]
-        exhaustive = exhaustive_seconds(kernel, shape, table)
+        exhaustive = exhaustive_seconds(kernel, table)
         seconds = statistics.median(seconds for _, seconds, _ in runs)
         shapes[name] = {
             "seconds_per_shape": round(seconds, 3),
@@ -50,13 +52,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "exhaustive_seconds": round(exhaustive, 3),
             "speedup_vs_exhaustive": round(exhaustive / seconds, 2),
             "extra_memory_ratio": round(max(peak for _, _, peak in runs) / own, 3),
-            "buckets": len(table.evidence.eager) + len(table.evidence.graph),
+            "buckets": len(table.evidence.buckets),
         }
     every = shapes.values()
     return {
         **stamp(kernel.device),
-        "capture_sizes": len(plan.capture_sizes),
-        "max_tokens": plan.max_tokens,
+        "capture_sizes": len(options.CAPTURE_SIZES),
+        "max_tokens": options.GPU_MAX_TOKENS,
         "seconds_per_shape": max(s["seconds_per_shape"] for s in every),
         "speedup_vs_exhaustive": min(s["speedup_vs_exhaustive"] for s in every),
         "extra_memory_ratio": max(s["extra_memory_ratio"] for s in every),
@@ -65,14 +67,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured_calibration(
-    kernel: SortKernel, shape: SortingShape, plan: Plan
+    kernel: SortKernel, coverage: Coverage, plan: Plan
 ) -> tuple[PolicyTable, float, int]:
     """The table, wall-clock seconds, and bytes at the peak beyond what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     begun = time.perf_counter()
-    table = calibrate(kernel, shape, plan)
+    table = calibrate(kernel, coverage, plan)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - begun
     left = torch.cuda.memory_allocated() - before
@@ -88,31 +90,31 @@ def largest_call_bytes(kernel: SortKernel, shape: SortingShape, max_tokens: int)
     tokens = route(shape, max_tokens, Routing.UNIFORM, 0, kernel.device)
     inputs = sorting_inputs(shape, tokens, max_tokens, default_mask(shape, kernel.device))
     torch.cuda.reset_peak_memory_stats()
-    kernel.moe_sorting(*inputs.arguments(2))
+    kernel.candidates[-1].bind(inputs)()
     return torch.cuda.max_memory_allocated() - before
 
 
-def exhaustive_seconds(kernel: SortKernel, shape: SortingShape, table: PolicyTable) -> float:
-    """Wall-clock seconds of timing every policy at every measured count the usual way."""
+def exhaustive_seconds(kernel: SortKernel, table: PolicyTable) -> float:
+    """Wall-clock seconds of timing every candidate at every measured count, in every situation it
+    was measured in, the usual way."""
     from triton.testing import do_bench, do_bench_cudagraph
 
-    tokens = route(shape, table.evidence.max_tokens, Routing.UNIFORM, 0, kernel.device)
+    coverage = table.evidence.coverage
+    shape = coverage.shape
+    tokens = route(shape, coverage.max_tokens, Routing.UNIFORM, 0, kernel.device)
     mask = default_mask(shape, kernel.device)
     torch.cuda.synchronize()
     begun = time.perf_counter()
-    for buckets, bench in (
-        (table.evidence.eager, do_bench),
-        (table.evidence.graph, do_bench_cudagraph),
-    ):
-        for bucket in buckets:
+    for situation in Situation:
+        for bucket in table.evidence.section(situation):
             inputs = sorting_inputs(shape, tokens, bucket.num_tokens, mask)
-            for policy in kernel.policies:
-                call = partial(kernel.moe_sorting, *inputs.arguments(policy))
-                if bench is do_bench_cudagraph:
+            for candidate in kernel.candidates:
+                call = candidate.bind(inputs)
+                if situation is Situation.GRAPH:
                     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-                        bench(call)
+                        do_bench_cudagraph(call)
                 else:
-                    bench(call)
+                    do_bench(call)
     torch.cuda.synchronize()
     return time.perf_counter() - begun
 

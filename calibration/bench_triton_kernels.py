@@ -44,7 +44,6 @@ SHAPES = {  # experts, topk, width of moe_buf
 TOKENS = [
     1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384
 ]  # fmt: skip
-ROUTINGS = ("alternating",)
 BLOCK_SIZE = 32
 CALLS = 16  # calls in one graph or one eager train
 ROUNDS = 15
@@ -221,31 +220,29 @@ def main() -> None:
     recorded = read_recorded(arguments.against) if arguments.against else {}
     began = time.time()
     rows = []
-    for (model, shape), num_tokens, kind in itertools.product(SHAPES.items(), TOKENS, ROUTINGS):
+    for (model, shape), num_tokens in itertools.product(SHAPES.items(), TOKENS):
         num_experts, topk, model_dim = shape
-        kinds = ("uniform", "skewed") if kind == "alternating" else (kind,)
         inputs = [
-            routing(kinds[seed % len(kinds)], num_tokens, num_experts, topk, seed)
-            for seed in range(4)
+            routing(kind, num_tokens, num_experts, topk, seed)
+            for seed, kind in enumerate(("uniform", "skewed") * 2)
         ]
         calls = {
             "one_shot": sort_call(1, shape),
             "multi_phase": sort_call(2, shape),
             "zero": zero_call(model_dim),
+            "one_shot_no_buf": sort_call(1, shape, accumulate=False),
+            "multi_phase_no_buf": sort_call(2, shape, accumulate=False),
         }
-        if kind == "alternating":
-            calls["one_shot_no_buf"] = sort_call(1, shape, accumulate=False)
-            calls["multi_phase_no_buf"] = sort_call(2, shape, accumulate=False)
-            if others["vllm"] == "loaded":
-                calls["vllm_align"] = vllm_call(num_experts)
-            if sglang is not None and num_tokens * topk <= 64:  # where SGLang uses it
-                calls["sglang_small"] = sglang_call(sglang, num_experts)
-        row = {
+        if others["vllm"] == "loaded":
+            calls["vllm_align"] = vllm_call(num_experts)
+        if sglang is not None and num_tokens * topk <= 64:  # where SGLang uses it
+            calls["sglang_small"] = sglang_call(sglang, num_experts)
+        row: dict[str, Any] = {
             "model": model, "num_experts": num_experts, "topk": topk, "model_dim": model_dim,
-            "num_tokens": num_tokens, "routing": kind,
+            "num_tokens": num_tokens, "routing": "uniform and skewed alternating",
             **measure(calls, inputs, ROUNDS if num_tokens <= 1024 else 5),
         }  # fmt: skip
-        if kind == "alternating" and (model, num_tokens) in recorded:
+        if (model, num_tokens) in recorded:
             graph = row["graph_us"]
             best = min(graph["one_shot"], graph["multi_phase"])
             row["of_the_recorded_best"] = round(best / recorded[model, num_tokens], 3)
@@ -262,6 +259,7 @@ def main() -> None:
         "calls_a_graph": CALLS,
         "rounds": ROUNDS,
         "others": others,
+        "against": arguments.against.name if arguments.against else None,
         "seconds": round(time.time() - began, 1),
         "rows": rows,
     }
@@ -272,11 +270,8 @@ def main() -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Of the alternating rows; all are in the file."""
     print("model tokens | graph us: one-shot multi zero, of the recorded best | eager us: 1 2")
     for row in rows:
-        if row["routing"] != "alternating":
-            continue
         graph, eager = row["graph_us"], row["eager_us"]
         print(
             f"{row['model']:11s} {row['num_tokens']:6d} | {graph['one_shot']:8.2f} "

@@ -39,6 +39,7 @@ from adaptive_moe.policy.situation import Situation
 from adaptive_moe.settings import read_settings
 from adaptive_moe.tuning.calibrator import Plan, calibrate
 from adaptive_moe.tuning.clocks import clock_for
+from adaptive_moe.tuning.device import Spin
 from adaptive_moe.tuning.inputs import Inputs
 from calibration import record
 
@@ -51,37 +52,27 @@ STEP_CAPTURED, STEP_EAGER = (1, 4, 16, 32, 64, 128, 256, 512), (768, 2048, 4096)
 HOPELESS = 4.0
 
 
-class Spin:
-    """Keeps the device busy for so long; on the CPU, the calling thread."""
+class Wait:
+    """Keeps the device busy for so long; on the CPU, the calling thread.
+
+    least_us: what it costs to wait for nothing, a launch.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
+        self.least_us = 0.0
         if self.on_gpu:
-            clock = clock_for(Situation.GRAPH, device)
-            short, long = (
-                min(sample() for _ in range(20))
-                for sample in (clock.prepare([self._cycles(c)] * 4) for c in (10_000, 50_000))
-            )
-            self.cycles_per_us = 40_000 / (long - short)
-            # A kernel more costs its launch, whatever it does.
-            self.launch_us = max(0.0, short - 10_000 / self.cycles_per_us)
+            self.spin = Spin(device)
+            times = clock_for(Situation.GRAPH, device).prepare([lambda: self.spin(5.0)] * 4)
+            self.least_us = max(0.0, min(times() for _ in range(20)) - 5.0)
 
     def __call__(self, us: float) -> None:
         if self.on_gpu:
-            self._cycles(int((us - self.launch_us) * self.cycles_per_us))()
+            self.spin(us - self.least_us)
         else:
             end = time.perf_counter() + us * 1e-6
             while time.perf_counter() < end:
                 pass
-
-    @property
-    def least_us(self) -> float:
-        return self.launch_us if self.on_gpu else 0.0
-
-    @staticmethod
-    def _cycles(count: int) -> Callable[[], None]:
-        sleep: Any = torch.cuda._sleep
-        return lambda: sleep(count)
 
 
 class Slowed:
@@ -92,13 +83,13 @@ class Slowed:
         sort: Callable[..., Any],
         fastest: Callable[[int], tuple[int, float]],
         target: Callable[[int, int], float],
-        spin: Spin,
+        wait: Wait,
     ) -> None:
-        self.sort, self.spin = sort, spin
+        self.sort, self.wait = sort, wait
 
         @functools.cache
         def plan(policy: int, num_tokens: int) -> tuple[int, float]:
-            """The policy that really runs, and how long to spin after it."""
+            """The policy that really runs, and how much longer it is to take."""
             runs, us = fastest(num_tokens)
             return runs, target(policy, num_tokens) - us
 
@@ -108,10 +99,10 @@ class Slowed:
         num_tokens = topk_ids.shape[0]
         *arguments, policy = rest
         one_shot = policy == 1 or (policy == 0 and num_tokens <= one_shot_rows(experts))
-        runs, wait = self.plan(1 if one_shot else 2, num_tokens)
+        runs, more_us = self.plan(1 if one_shot else 2, num_tokens)
         outputs = self.sort(topk_ids, weights, experts, *arguments, runs)
-        if wait > self.spin.least_us:
-            self.spin(wait)
+        if more_us > self.wait.least_us:
+            self.wait(more_us)
         return outputs
 
 
@@ -169,7 +160,7 @@ def slowed_seam(kernel: str, model: Model, block_size: int, scale: float) -> Sea
 
     sort = plain.module.moe_sorting
     target = targets(read_times(RECORDED), model, scale)
-    return seam_of(kernel, Slowed(sort, fastest, target, Spin(plain.device)))
+    return seam_of(kernel, Slowed(sort, fastest, target, Wait(plain.device)))
 
 
 def check(kernel: str, model: Model, args: argparse.Namespace) -> dict[str, Any]:
@@ -190,11 +181,13 @@ def check(kernel: str, model: Model, args: argparse.Namespace) -> dict[str, Any]
             oracle[situation] = {p.num_tokens: p.us for p in points}
             for p in points:
                 chosen = table.candidate(p.num_tokens, captured=situation is Situation.GRAPH)
+                bucket = table.bucket(p.num_tokens, situation)
                 us = {name: round(t, 3) for name, t in p.us.items()}
                 over = round(p.us[chosen] / min(p.us.values()), 4)
                 rows.append({
                     "situation": situation.value, "num_tokens": p.num_tokens,
                     "chosen": chosen, "over_best": over, "us": us,
+                    "reason": bucket.reason if bucket else None,
                 })  # fmt: skip
     settings = read_settings(
         {"ADAPTIVE_MOE_SORTS": args.sorts, "ADAPTIVE_MOE_BUDGET_S": str(args.budget)}

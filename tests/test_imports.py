@@ -1,11 +1,20 @@
 """What importing costs, and what the package promises to export."""
 
+import inspect
+import pydoc
 import subprocess
 import sys
+import typing
 
 import pytest
+import torch
 
 import adaptive_moe
+from adaptive_moe.engines.coverage import Piece
+from adaptive_moe.engines.seen import SeenCall
+from adaptive_moe.engines.warm_up import WarmUp
+from adaptive_moe.tuning.calibrator import Plan
+from tests.tables import make_table
 
 HEAVY = ("torch", "numpy", "vllm", "sglang", "aiter", "triton", "matplotlib")
 
@@ -41,3 +50,65 @@ def test_every_public_name_resolves_and_no_other():
         assert getattr(adaptive_moe, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         adaptive_moe.nonsense  # noqa: B018
+
+
+def test_dir_and_help_show_the_public_names():
+    assert set(adaptive_moe.__all__) <= set(dir(adaptive_moe))
+    text = pydoc.plain(pydoc.render_doc(adaptive_moe))
+    for name in ("warm_up(", "class PolicyTable", "load_kernel(", "class WarmUp", "class Mode"):
+        assert name in text
+
+
+def functions():
+    return [
+        f for name in adaptive_moe.__all__ if inspect.isfunction(f := getattr(adaptive_moe, name))
+    ]
+
+
+def ours(hint):
+    """Classes of this package in a type, however deep."""
+    if isinstance(hint, type) and hint.__module__.startswith("adaptive_moe"):
+        yield hint
+    for part in typing.get_args(hint):
+        if isinstance(part, list):
+            for one in part:
+                yield from ours(one)
+        else:
+            yield from ours(part)
+
+
+def test_whatever_a_public_function_takes_or_returns_is_public():
+    public = [getattr(adaptive_moe, name) for name in adaptive_moe.__all__]
+    seen = set()
+    for function in functions():
+        names = vars(sys.modules[function.__module__]) | {"dist": torch.distributed, "Piece": Piece}
+        for hint in typing.get_type_hints(function, globalns=names).values():
+            seen.update(ours(hint))
+    seen -= {Piece, SeenCall}  # of a chooser, which only an engine's plugin has
+    assert {Plan, WarmUp} < seen
+    assert [cls for cls in seen if cls not in public] == []
+
+
+def test_public_functions_say_what_they_take_return_and_raise():
+    for function in functions():
+        doc = inspect.getdoc(function) or ""
+        assert len(doc) > 40, function
+        parameters = [p for p in inspect.signature(function).parameters if p != "environ"]
+        if len(parameters) > 1:
+            assert "Args:" in doc, function
+            for parameter in parameters:
+                assert f"{parameter}:" in doc, (function, parameter)
+
+
+def test_reprs_are_short():
+    table = make_table({1: 0, 64: 1}, graph={1: 2})
+    made = WarmUp({}, (), 0.5)
+    for thing in (
+        table,
+        table.evidence,
+        table.evidence.busy[0],
+        made,
+        Plan(),
+        adaptive_moe.Mode.AUTO,
+    ):
+        assert len(repr(thing)) < 200

@@ -19,8 +19,8 @@ class Progress:
     def __init__(self, budget_s: float, *, quiet: bool = False) -> None:
         self.budget_s = budget_s
         self.quiet = quiet
-        self.begun = time.monotonic()
-        self.said = -PLAIN_EVERY_S
+        self.begun = self.said = -PLAIN_EVERY_S
+        self.done = sys.maxsize
         self.bar: Any = None
 
     def __enter__(self) -> "Progress":
@@ -37,12 +37,16 @@ class Progress:
         return self
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        elapsed = time.monotonic() - self.begun
+        now = time.monotonic()
+        if done < self.done:  # the next table begins, with a budget of its own
+            self.begun = now
+        self.done = done
+        elapsed = now - self.begun
         if self.bar is not None:
             self.bar.n = min(elapsed, self.budget_s)
             self.bar.set_description_str(f"{done}/{total} buckets, {what}")
-        elif not self.quiet and elapsed - self.said >= PLAIN_EVERY_S:
-            self.said = elapsed
+        elif not self.quiet and now - self.said >= PLAIN_EVERY_S:
+            self.said = now
             line = f"{elapsed:.1f} of {self.budget_s:.1f} s: {done}/{total} buckets, {what}"
             print(line, file=sys.stderr, flush=True)
 

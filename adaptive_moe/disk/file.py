@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule, Standing, Verdict, conclude
 from adaptive_moe.policy.environment import Environment, describe_environment
-from adaptive_moe.policy.evidence import SCHEMA, Calibration
+from adaptive_moe.policy.evidence import DECISION_VERSION, SCHEMA, Calibration
 from adaptive_moe.policy.losses import combine
-from adaptive_moe.policy.plain import from_plain, to_plain
+from adaptive_moe.policy.plain import differences, from_plain, to_plain
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from adaptive_moe.kernels import SortKernel
     from adaptive_moe.tuning.calibrator import Plan
 
-# Raise when the same samples would be taken or judged differently than before.
-DECISION_VERSION = 3
+__all__ = ["DECISION_VERSION", "Key", "Request", "Stored", "check", "differences", "key_for"]
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def check(found: Calibration) -> None:
                 if not (result.gain or 0.0) < 1.0 or not (result.median_us or 1.0) > 0.0:
                     raise ValueError(f"its measurements are impossible: {result}")
             fits = bool(bucket.fills) and all(_supported(v, found) for v in bucket.verdicts)
-            if not fits or combine(bucket.verdicts)[0] != bucket.candidate:
+            if not fits or combine(bucket.verdicts, found.rule.margin)[0] != bucket.candidate:
                 raise ValueError(
                     f"{bucket.candidate} at {bucket.num_tokens} tokens is not what its own "
                     "measurements support"
@@ -168,24 +167,5 @@ def _supported(verdict: Verdict, found: Calibration) -> bool:
     )
 
 
-def differences(theirs: object, ours: object, where: str = "here") -> list[str]:
-    """Of two keys, field by field, such as `environment.torch ('2.9.0', here '2.13.0')`."""
-    found = []
-    for name, value in _flat(to_plain(theirs)).items():
-        here = _flat(to_plain(ours)).get(name)
-        if value != here:
-            found.append(f"{name} ({value!r}, {where} {here!r})")
-    return found
-
-
 def _hash_line(body: str) -> str:
     return f'{{"sha256": "{hashlib.sha256(body.encode("utf-8", "replace")).hexdigest()}",\n'
-
-
-def _flat(plain: object, name: str = "") -> dict[str, object]:
-    if not isinstance(plain, dict):
-        return {name: plain}
-    found: dict[str, object] = {}
-    for key, value in plain.items():
-        found.update(_flat(value, f"{name}.{key}" if name else str(key)))
-    return found

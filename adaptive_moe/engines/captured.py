@@ -7,7 +7,7 @@ put behind arrays that count, and put back. Replays never come by.
 from collections import Counter
 from typing import Any
 
-from adaptive_moe.engines.wrapper import ASK, Entry
+from adaptive_moe.engines.entries import ASK, Entry
 from adaptive_moe.policy.table import PolicyTable
 
 

@@ -1,14 +1,50 @@
-"""From a table to what the hot path reads: see Entry in wrapper.py."""
+"""What the hot path reads, and how it is made from a table."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaptive_moe.engines.counters import Counters
-from adaptive_moe.engines.wrapper import ASK, Entry
 from adaptive_moe.kernels import POLICIES, policy_name
 from adaptive_moe.policy.table import PolicyTable
 
 _POLICY_OF = {policy_name(policy): policy for policy in POLICIES}
+
+
+# In an entry's array: the answer differs between captured and eager calls, so ask.
+ASK = 255
+
+
+class Entries(dict[tuple[Any, ...], "Entry"]):
+    """By key; never changed, but replaced whole: the hot path reads it without a lock.
+
+    latest: the key of the latest call and its entry. Layers of one model mostly come with the same
+    key, and comparing it takes half the time of hashing it.
+    """
+
+    __slots__ = ("latest",)
+
+    def __init__(self, entries: Mapping[tuple[Any, ...], "Entry"]) -> None:
+        super().__init__(entries)
+        self.latest: tuple[Any, ...] = (None,) * len(Entry._fields)
+
+
+class Entry(NamedTuple):
+    """What becomes of the calls with one key.
+
+    array    a byte a token count: an index into `choices`, 0 for the call as it came, or ASK
+    both     where it is ASK: the arrays of eager and of captured calls
+    choices  policies, and from index `plain` on other sorts
+    stay, go what to count at index 0, and at any other
+    grows    True where the last byte speaks for every count beyond
+    """
+
+    array: bytes
+    both: tuple[bytes, bytes]
+    choices: tuple[Any, ...]
+    plain: int
+    stay: Callable[[], int]
+    go: Callable[[], int]
+    grows: bool
 
 
 def entry_for(
@@ -26,8 +62,7 @@ def entry_for(
     places = bytes(order.index(name) if name in order else 0 for name in names)
     length = max(len(table.eager), len(table.graph))
     both = tuple(
-        # An empty batch is nobody's choice.
-        b"\0" + _stretched(array.translate(places.ljust(256, b"\0")), length)[1:]
+        _stretched(array.translate(places.ljust(256, b"\0")), length)
         for array in (table.eager, table.graph)
     )
     return Entry(

@@ -18,11 +18,11 @@ from types import ModuleType
 from typing import Any
 
 from adaptive_moe.engines.counters import Counters, Counts
-from adaptive_moe.engines.entries import entry_for, unanswered
+from adaptive_moe.engines.entries import Entries, Entry, entry_for, unanswered
 from adaptive_moe.engines.rare import RareCalls
 from adaptive_moe.engines.seam import Layer
 from adaptive_moe.engines.seen import Key, SeenCall
-from adaptive_moe.engines.wrapper import Entries, Entry, fixed, measured
+from adaptive_moe.engines.wrapper import fixed, measured
 from adaptive_moe.kernels import POLICIES, SortKernel
 from adaptive_moe.kernels.aiter import meaning_of, seam_problem
 from adaptive_moe.kernels.live import Live, live_kernel

@@ -16,11 +16,10 @@ from dataclasses import replace
 from typing import Any
 
 from adaptive_moe.engines.counters import Counters
-from adaptive_moe.engines.entries import grown, left_alone
+from adaptive_moe.engines.entries import Entries, Entry, grown, left_alone
 from adaptive_moe.engines.reading import OddCallError, extras, read, seen_call
 from adaptive_moe.engines.seam import Layer
 from adaptive_moe.engines.seen import Key, SeenCall, is_rounded
-from adaptive_moe.engines.wrapper import Entries, Entry
 
 logger = logging.getLogger("adaptive_moe")
 

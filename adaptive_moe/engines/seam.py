@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from adaptive_moe.engines.wrapper import Entries
+from adaptive_moe.engines.entries import Entries
 from adaptive_moe.kernels.aiter import SEAM
 
 # AITER's function that picks block_size for a token count, called just before each sort.

@@ -52,7 +52,7 @@ def after_capture() -> None:
     _told.hook.observe(None)
     found = _told.captured.read()
     if found and is_rank_zero():
-        words = ", ".join(f"{count} calls of {name}" for name, count in found.items())
+        words = ", ".join(f"{count:,} calls of {name}" for name, count in found.items())
         logger.info("the graphs hold %s", words)
     _write("capture")
 

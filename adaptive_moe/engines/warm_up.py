@@ -45,6 +45,10 @@ class WarmUp:
     seconds: float
     origins: Mapping[Key, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        made = ", ".join(f"{key.describe()} {self.origins.get(key, '')}" for key in self.tables)
+        return f"WarmUp([{made}], {len(self.problems)} problems, {self.seconds:.2f} s)"
+
 
 def warm_up(
     hook: AiterHook,

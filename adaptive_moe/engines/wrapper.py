@@ -8,52 +8,16 @@ array by the token count. Everything rarer is left to rare.py, in plain Python.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+from adaptive_moe.engines.entries import ASK
 from adaptive_moe.engines.seen import TRUE
 from adaptive_moe.kernels.aiter import BUFFERS, KNOWN, LEADING, UNSORTED
 
 if TYPE_CHECKING:
     from adaptive_moe.engines.counters import Counters
     from adaptive_moe.engines.seam import Layer
-
-# In an entry's array: the answer differs between captured and eager calls, so ask.
-ASK = 255
-
-
-class Entries(dict[tuple[Any, ...], "Entry"]):
-    """By key; never changed, but replaced whole: the hot path reads it without a lock.
-
-    latest: the key of the latest call and its entry. Layers of one model mostly come with the same
-    key, and comparing it takes half the time of hashing it.
-    """
-
-    __slots__ = ("latest",)
-
-    def __init__(self, entries: Mapping[tuple[Any, ...], "Entry"]) -> None:
-        super().__init__(entries)
-        self.latest: tuple[Any, ...] = (None,) * len(Entry._fields)
-
-
-class Entry(NamedTuple):
-    """What becomes of the calls with one key.
-
-    array    a byte a token count: an index into `choices`, 0 for the call as it came, or ASK
-    both     where it is ASK: the arrays of eager and of captured calls
-    choices  policies, and from index `plain` on other sorts
-    stay, go what to count at index 0, and at any other
-    grows    True where the last byte speaks for every count beyond
-    """
-
-    array: bytes
-    both: tuple[bytes, bytes]
-    choices: tuple[Any, ...]
-    plain: int
-    stay: Callable[[], int]
-    go: Callable[[], int]
-    grows: bool
-
 
 # AITER's own, for a seam that does not say.
 _DEFAULTS = {

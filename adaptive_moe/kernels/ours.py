@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from adaptive_moe.kernels.live import Live
     from adaptive_moe.shape import SortingShape
 
-MAX_EXPERTS, MAX_TOPK, BLOCK_SIZES = 1024, 16, range(16, 257, 16)
+BLOCK_SIZES = range(16, 257, 16)
 PHASES = {"triton one-shot": 1, "triton multi-phase": 2}
 
 
 def sorts(live: "Live", shape: "SortingShape") -> Iterator[OtherSort]:
-    if live.device.type == "cpu" or live.local_ids or live.rounded is None or live.num_outputs != 5:
+    # A sixth result would be the local ids. Experts and topk of a SortingShape always fit.
+    if live.device.type == "cpu" or live.rounded is None or live.num_outputs != 5:
         return
-    fits = shape.num_experts <= MAX_EXPERTS and shape.topk <= MAX_TOPK
-    if not fits or shape.block_size not in BLOCK_SIZES:
+    if shape.block_size not in BLOCK_SIZES:
         return
     try:
         import triton

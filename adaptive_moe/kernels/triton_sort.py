@@ -5,7 +5,8 @@ a multiple of `block_size`, so that each block of a grouped GEMM works for one e
 give the same answer and differ in how the work is laid out:
 
 1  one-shot: a single launch, in which every program counts the whole batch by itself and then
-   places its own chunk of it. Nothing is cheaper to launch; the counting grows with the batch.
+   places its own chunk of it. Nothing is cheaper to launch, but every program's time grows with
+   the batch: fastest up to 500 (512 experts) or 3,000 entries (128), hopeless with many more.
 2  multi-phase: two launches and a workspace. The first counts experts per chunk of entries; in
    the second every chunk derives its own place from those counts. Pays for one more launch.
 0  chooses between them by a rule (`one_shot_tokens`) that knows only the shape.
@@ -23,13 +24,13 @@ import triton
 from adaptive_moe.kernels.contract import buffer_length
 from adaptive_moe.kernels.triton_kernels import count_kernel, sort_kernel
 
-# Tuned on an H100 (calibration/bench_triton_kernels.py).
-# Entries that one-shot places at once, each compared with every other, and that it counts at once.
-# Counting a tile takes longer the more bins there are, so with many it is done in smaller ones.
+# Tuned on an H100 (calibration/bench_triton_kernels.py). First, how many entries a program places
+# at once, each compared with every other, and how many it counts at once. Counting a tile takes
+# longer the more bins there are, so one-shot, which counts most, does it in smaller ones then.
 FEW_BINS = 128
 ONE_SHOT_FEW_BINS = (32, 512)
 ONE_SHOT_MANY_BINS = (64, 256)
-MULTI_PHASE = (128, 512)  # the same
+MULTI_PHASE = (128, 512)
 MAX_CHUNKS = 256  # programs that place
 MAX_ROWS = 64  # of counts, each of as few chunks as that allows; every program reads them all
 PADS = 32  # programs that write padding
@@ -101,8 +102,8 @@ def moe_sorting(
     moe_buf [M, model_dim]: zeros; an empty [0, 0] where the caller reduces by itself
         (`accumulate=False`) and no expert is hidden
 
-    Nothing waits for the device, so a call can be captured into a graph (call it once before, with
-    any number of tokens, since the first call compiles).
+    Nothing waits for the device, so a call can be captured into a graph. The first call compiles:
+    make one before with each policy (policy 0 runs either), with any number of tokens.
     """
     _check(topk_ids, topk_weights, num_experts, moebuf_dtype, block_size)
     if expert_mask is not None and (expert_mask.dtype, expert_mask.numel()) != (
@@ -130,7 +131,7 @@ def moe_sorting(
     tiles = -(-size // FILL_TILE)
     fills = min(tiles, FEW_FILLS if tiles <= MANY_TILES else MAX_FILLS)
     one_shot = dispatch_policy == 1 or (
-        dispatch_policy == 0 and num_tokens <= one_shot_tokens(num_experts)
+        not dispatch_policy and num_tokens <= one_shot_tokens(num_experts)
     )
     chunk, count_tile = MULTI_PHASE
     if one_shot:

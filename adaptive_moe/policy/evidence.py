@@ -8,6 +8,8 @@ from adaptive_moe.policy.environment import Environment
 from adaptive_moe.policy.situation import Situation
 
 SCHEMA = 2
+# Raise when the same samples would be taken or judged differently than before.
+DECISION_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Bucket:
     candidate: str
     reason: str
     fills: tuple[Fill, ...]
+
+    def __repr__(self) -> str:
+        return f"Bucket({self.num_tokens} tokens: {self.candidate}, {self.reason})"
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -53,6 +58,12 @@ class Calibration:
     graph: tuple[Bucket, ...]
     busy: tuple[Bucket, ...]
     idle: tuple[Bucket, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"Calibration({self.coverage.describe()} on {self.kernel}, "
+            f"{len(self.buckets)} buckets, {self.created})"
+        )
 
     def section(self, situation: Situation) -> tuple[Bucket, ...]:
         """The buckets of one situation, by token count."""

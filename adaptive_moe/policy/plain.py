@@ -39,6 +39,25 @@ def from_plain(kind: type[T], value: Any, where: str = "calibration") -> T:
     return typing.cast(T, read(value, where))
 
 
+def differences(theirs: object, ours: object, where: str = "here") -> list[str]:
+    """Of two keys, field by field, such as `environment.torch ('2.9.0', here '2.13.0')`."""
+    found = []
+    for name, value in _flat(to_plain(theirs)).items():
+        here = _flat(to_plain(ours)).get(name)
+        if value != here:
+            found.append(f"{name} ({value!r}, {where} {here!r})")
+    return found
+
+
+def _flat(plain: object, name: str = "") -> dict[str, object]:
+    if not isinstance(plain, dict):
+        return {name: plain}
+    found: dict[str, object] = {}
+    for key, value in plain.items():
+        found.update(_flat(value, f"{name}.{key}" if name else str(key)))
+    return found
+
+
 # Reads a value, or raises ValueError naming the place.
 _Reader = Callable[[Any, str], Any]
 

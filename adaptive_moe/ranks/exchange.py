@@ -21,60 +21,28 @@ Nothing waits without a limit or holds what another needs, and the caller's thre
 the store: it leaves an exchange behind whose store does not answer.
 """
 
-import math
-import queue
-import threading
-import time
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
 
 from adaptive_moe.ranks.channel import Channel, KeyValueStore
+from adaptive_moe.ranks.waiting import Patience, announce, bounded, read, wait
+
+logger = logging.getLogger("adaptive_moe")
 
 # The others wait this fraction longer than the leader.
 GRACE = 0.25
 # An exchange as a whole, in limits: for the leader to come, for it to decide, and then some.
 WHOLE = 3.0
-# All ranks together ask the store this often a second while they wait, at most.
-ASKS_PER_S = 5000
-# No rank can make the others wait longer than this, whatever it says.
-MOST_S = 3600.0
 
 _DECIDED = "decided"
 _ABANDONED = "abandoned"
-_OPEN, _NUMBER, _LIMIT = "open", "number", "limit"
+_OPEN, _NUMBER = "open", "number"
 
 Decide = Callable[[Mapping[int, bytes | None]], bytes]
-T = TypeVar("T")
 
 
 class NoDecisionError(RuntimeError):
     """The ranks have no decision; the text says why."""
-
-
-class _GoneError(Exception):
-    """The caller has left; nobody is interested in the outcome."""
-
-
-@dataclass
-class Patience:
-    """limit_s: how long this rank waits for one thing; grows to what others have said they need.
-    left: the caller waits no more."""
-
-    limit_s: float
-    left: bool = False
-
-    def check(self) -> None:
-        """Whoever was left behind must not take part any more once the store answers."""
-        if self.left:
-            raise _GoneError
-
-    def learn(self, store: KeyValueStore) -> bool:
-        """Take over a longer limit that a rank has announced; whether there is one."""
-        said = min(_real(_read(store, _LIMIT)), MOST_S)
-        longer = said > self.limit_s
-        self.limit_s = max(self.limit_s, said)
-        return longer
 
 
 def look(channel: Channel, limit_s: float, timeout_s: float = 5.0) -> int | None:
@@ -84,13 +52,14 @@ def look(channel: Channel, limit_s: float, timeout_s: float = 5.0) -> int | None
 
     def work() -> int:
         store = channel.connect()
-        _announce(store, limit_s)
+        announce(store, limit_s)
         return _over(store)
 
     try:
         return bounded(work, lambda: timeout_s)
     # A store can fail in any way its transport likes; the exchange itself will say how.
-    except Exception:
+    except Exception as error:
+        logger.debug("what exchange is over is not known: %s", short(error))
         return None
 
 
@@ -127,13 +96,13 @@ def exchange(
 def _lead(
     store: KeyValueStore, channel: Channel, message: bytes, decide: Decide, patience: Patience
 ) -> bytes:
-    before, number = _number(_read(store, _OPEN)), store.add(_NUMBER, 1)
+    before, number = _number(read(store, _OPEN)), store.add(_NUMBER, 1)
     if before and _outcome(store, before, _ABANDONED) == _ABANDONED:
         _forget(store, before, channel.size)
     store.set(_OPEN, str(number))
     keys = {rank: f"{number}/from/{rank}" for rank in range(1, channel.size)}
     names = list(keys.values())
-    everybody = _wait(lambda: store.check(names), store, patience, 1.0, channel.size)
+    everybody = wait(lambda: store.check(names), store, patience, 1.0, channel.size)
     messages: dict[int, bytes | None] = {0: message}
     for rank, key in keys.items():
         there = everybody or store.check([key])
@@ -155,7 +124,7 @@ def _follow(
     store: KeyValueStore, channel: Channel, message: bytes, patience: Patience, over: int | None
 ) -> bytes:
     turn, number = channel.turn, _over(store) if over is None else over
-    if turn.number <= _number(_read(store, _OPEN)):
+    if turn.number <= _number(read(store, _OPEN)):
         # Another thread's exchange, while this one waited for its turn, is not one it is late for.
         number = max(number, turn.number)
     while True:
@@ -164,7 +133,7 @@ def _follow(
         if not store.check([f"{number}/outcome"]):
             store.set(f"{number}/from/{channel.rank}", message)
         key, size = f"{number}/outcome", channel.size
-        _wait(lambda: store.check([key]), store, patience, 1.0 + GRACE, size)  # noqa: B023
+        wait(lambda: store.check([key]), store, patience, 1.0 + GRACE, size)  # noqa: B023
         waited = f"{patience.limit_s * (1.0 + GRACE):.3g} s"
         vain = f"rank {channel.rank} waited {waited} for the leader's decision in vain"
         outcome = _outcome(store, number, vain)
@@ -177,22 +146,22 @@ def _next(store: KeyValueStore, channel: Channel, patience: Patience, over: int)
     late."""
 
     def opened() -> bool:
-        return _number(_read(store, _OPEN)) > over
+        return _number(read(store, _OPEN)) > over
 
-    if not _wait(opened, store, patience, 1.0 + GRACE, channel.size):
+    if not wait(opened, store, patience, 1.0 + GRACE, channel.size):
         waited = f"{patience.limit_s * (1.0 + GRACE):.3g} s"
         raise NoDecisionError(
             f"rank {channel.rank} waited {waited} for the leader to open an exchange in vain"
         )
-    latest = _number(_read(store, _OPEN))
+    latest = _number(read(store, _OPEN))
     passed = range(over + 1, latest)
-    outcomes = ((number, _read(store, f"{number}/outcome")) for number in passed)
+    outcomes = ((number, read(store, f"{number}/outcome")) for number in passed)
     return next((n for n, outcome in outcomes if outcome not in ("", _ABANDONED)), latest)
 
 
 def _over(store: KeyValueStore) -> int:
     """The number of the latest exchange that nobody can join any more; 0 for none."""
-    latest = _number(_read(store, _OPEN))
+    latest = _number(read(store, _OPEN))
     return latest if not latest or store.check([f"{latest}/outcome"]) else latest - 1
 
 
@@ -209,49 +178,8 @@ def _decision(store: KeyValueStore, number: int, outcome: str) -> bytes:
     return bytes(store.get(f"{number}/decision"))
 
 
-def _announce(store: KeyValueStore, limit_s: float) -> None:
-    """Raise the limit in the store to this one. It never falls: too long a wait for a rank that is
-    dead is better than too short a one for a rank that measures."""
-    for _ in range(8):  # others raise it at the same time; whoever loses so often gives up
-        text = _read(store, _LIMIT)
-        if _real(text) >= limit_s:
-            return
-        store.compare_set(_LIMIT, text, repr(limit_s))
-
-
-def _read(store: KeyValueStore, key: str) -> str:
-    """The text under a key, empty where there is none; `get` alone would wait for it."""
-    return bytes(store.get(key)).decode() if store.check([key]) else ""
-
-
 def _number(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() else 0
-
-
-def _real(text: str) -> float:
-    """Seconds that a rank wrote, perhaps one of another version of this; 0.0 for nonsense."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        return 0.0
-    return seconds if 0.0 < seconds < math.inf else 0.0
-
-
-def _wait(
-    there: Callable[[], bool], store: KeyValueStore, patience: Patience, limits: float, size: int
-) -> bool:
-    """Ask until it is there; False after so many limits."""
-    begun = time.monotonic()
-    pause, longest = 0.001, max(0.02, 2 * size / ASKS_PER_S)
-    while not there():
-        patience.check()
-        left = begun + limits * patience.limit_s - time.monotonic()
-        if left <= 0.0 and not patience.learn(store):
-            return False
-        time.sleep(max(0.0, min(pause, left)))
-        pause = min(1.5 * pause, longest)
-    patience.check()
-    return True
 
 
 def _forget(store: KeyValueStore, number: int, size: int) -> None:
@@ -261,29 +189,6 @@ def _forget(store: KeyValueStore, number: int, size: int) -> None:
             store.delete_key(f"{number}/from/{rank}")
         except Exception:  # not every store can
             return
-
-
-def bounded(work: Callable[[], T], seconds: Callable[[], float]) -> T:
-    """work()'s result or exception; TimeoutError after so many seconds, leaving it behind."""
-    answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((work(), None))
-        except BaseException as error:
-            answers.put((None, error))
-
-    threading.Thread(target=run, name="adaptive-moe-exchange", daemon=True).start()
-    begun = time.monotonic()
-    while (left := begun + seconds() - time.monotonic()) > 0.0:
-        try:
-            result, error = answers.get(timeout=left)
-        except queue.Empty:
-            continue
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
-    raise TimeoutError(f"the ranks' store did not answer within {seconds():.3g} s")
 
 
 def short(error: BaseException) -> str:

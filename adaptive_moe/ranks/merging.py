@@ -24,12 +24,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_moe.disk.file import differences
 from adaptive_moe.policy.decision import OUT, Result, Standing, conclude
 from adaptive_moe.policy.environment import Environment
 from adaptive_moe.policy.evidence import Bucket, Calibration, Fill
 from adaptive_moe.policy.losses import combine
-from adaptive_moe.policy.plain import from_plain
+from adaptive_moe.policy.plain import differences, from_plain
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks.summary import ORDER, Section, Subject, Summary, max_rows, parse
@@ -73,7 +72,9 @@ def merge(summaries: Sequence[Summary]) -> PolicyTable:
     common = tuple(c for c in order if all(c in s.candidates for s in summaries))
     texts = sorted({VETOED, *(text for s in summaries for text in s.texts if text)})
     parts = {
-        situation.value: _merge_section(list(_stacks(summaries, i, common, texts)), common, texts)
+        situation.value: _merge_section(
+            list(_stacks(summaries, i, common, texts)), common, texts, subject.rule.margin
+        )
         for i, situation in enumerate(Situation)
     }
     return PolicyTable(
@@ -149,7 +150,7 @@ def _marks(section: Section, place: Ints) -> Ints:
 
 
 def _merge_section(
-    stacks: Sequence[_Stack], common: Sequence[str], texts: Sequence[str]
+    stacks: Sequence[_Stack], common: Sequence[str], texts: Sequence[str], margin: float
 ) -> tuple[Bucket, ...]:
     rows = _rows(stacks, max_rows(len(common)))
     if not rows:
@@ -185,7 +186,7 @@ def _merge_section(
         verdict = conclude(results, int(rounds[i]))
         buckets.setdefault(num_tokens, []).append(Fill(fraction, verdict))
     return tuple(
-        Bucket(num_tokens, *combine([fill.verdict for fill in fills]), tuple(fills))
+        Bucket(num_tokens, *combine([fill.verdict for fill in fills], margin), tuple(fills))
         for num_tokens, fills in buckets.items()
     )
 

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_moe.disk.file import DECISION_VERSION
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule, Standing
-from adaptive_moe.policy.evidence import Bucket, Calibration
+from adaptive_moe.policy.evidence import DECISION_VERSION, Bucket, Calibration
 from adaptive_moe.policy.plain import to_plain
 from adaptive_moe.policy.situation import Situation
 
@@ -31,6 +30,7 @@ _MAX_TEXT, _MAX_TEXTS = 120, 128
 ORDER = (
     Standing.BASELINE,
     Standing.FASTER,
+    Standing.UNCONFIRMED,
     Standing.UNSETTLED,
     Standing.TIED,
     Standing.SLOWER,

@@ -7,7 +7,6 @@ is applied. Hollow markers are unsettled.
 """
 
 import io
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.words import candidate_words, sections, situation_words
 
 FORMATS = ("png", "svg")
-# Savings and losses beyond this are drawn at the edge: what matters is near zero.
-MOST_SHOWN = 0.6
+# A loss beyond this is drawn at the edge: what matters is near zero.
+MOST_LOST = 0.6
 MARGIN_LINE = (0, (1, 2))
 
 
@@ -69,7 +68,7 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
         raise ValueError("plots need matplotlib: pip install 'adaptive-moe[plot]'") from None
     found = table.evidence
     measured = list(sections(found))
-    figure = Figure(figsize=(4.4 * len(measured) + 2.2, 5.6), layout="constrained")
+    figure = Figure(figsize=(max(4.4 * len(measured), 6.4) + 2.4, 5.6), layout="constrained")
     grid: Any = figure.subplots(
         3, len(measured), squeeze=False, sharex="col", height_ratios=(3.0, 2.0, 0.35)
     )
@@ -80,7 +79,10 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
         times.set_title(situation_words(found, situation), fontsize=10)
     _draw_legend(figure, table)
     figure.suptitle(
-        f"{found.coverage.describe()}\n{found.kernel}, {found.environment.device}", fontsize=10
+        f"{found.coverage.describe()}\n{found.kernel}, {found.environment.device}",
+        fontsize=10,
+        x=0.01,
+        ha="left",
     )
     out = io.BytesIO()
     # Text stays text, and nothing depends on the moment or on chance.
@@ -129,7 +131,7 @@ def _draw_points(times: Any, savings: Any, table: PolicyTable, situation: Situat
     times.set_ylabel("us a call")
     savings.axhline(found.rule.margin, color="grey", lw=0.9, ls=MARGIN_LINE)
     savings.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
-    savings.set_ylabel("saved of the baseline's time")
+    savings.set_ylabel("time saved")
 
 
 def _draw_band(axes: Any, table: PolicyTable, situation: Situation) -> None:
@@ -213,5 +215,4 @@ def _mark(axes: Any, x: float, y: float, style: Style, result: Result) -> None:
 
 
 def _shown(fraction: float | None) -> float:
-    value = fraction or 0.0
-    return math.copysign(min(abs(value), MOST_SHOWN), value)
+    return max(fraction or 0.0, -MOST_LOST)

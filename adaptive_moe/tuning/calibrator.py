@@ -86,13 +86,26 @@ def calibrate(
     now: Callable[[], float] = time.monotonic,
     progress: Progress = lambda done, total, what: None,
 ) -> PolicyTable:
-    """Measure what `coverage` names on `kernel` and return its table with all evidence.
+    """Measure what `coverage` names on `kernel`, and decide.
 
-    expert_mask is the caller's own where it has one; else the shape's default. earlier: evidence of
-    the same kernel, candidates and rule; its settled buckets are not measured again. Raises
-    CalibrationRefusedError while the current stream is being captured, CalibrationFailedError where
-    the baseline fails, BudgetError where not even one round fits. Another candidate that fails or
-    is wrong only loses its candidacy.
+    Args:
+        kernel: who sorts, and who may take the baseline's place.
+        coverage: the token counts, and in which situations they come.
+        plan: how to measure; by default 0.75 s by the default rule.
+        expert_mask: the caller's own, int32 of [num_experts]; by default the shape's.
+        earlier: evidence of the same kernel and shape; its settled buckets are not measured again.
+        clock_factory: the clock of a situation on a device.
+        now: seconds, for the budget.
+        progress: called with buckets measured, buckets known of, and what comes next.
+
+    Returns:
+        The table with all its evidence. A candidate that fails, or returns something else than the
+        baseline, only loses its candidacy.
+
+    Raises:
+        CalibrationRefusedError: the current stream is being captured.
+        CalibrationFailedError: the baseline fails, for a reason of the moment.
+        BudgetError: not even one round fits.
     """
     plan = plan or Plan()
     coverage = coverage.on(kernel.device.type)

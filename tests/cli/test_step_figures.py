@@ -87,6 +87,13 @@ def test_a_candidate_far_behind_was_looked_at_and_its_loss_is_kept():
     assert found["sweep"][0]["loss_us"]["policy 1"] == [800.0, 800.0, 800.0]
 
 
+def test_a_candidate_looked_at_in_slow_rounds_is_not_slow_for_that():
+    us = {"policy 0": [300.0] * LOOKS + [100.0] * 20, "policy 1": [330.0] * LOOKS}
+    found = point(8, {**us, "table": us["policy 0"]}, "policy 0")
+    assert found.us["policy 1"] == 130.0
+    assert found.lost("policy 1") == pytest.approx(0.3)
+
+
 def test_overall_is_the_mean_of_means_and_the_worst_of_worsts():
     good = figures([of(64, "policy 0", policy_0=100, policy_1=120, table=100)], captured=(32,))
     bad = figures([of(64, "policy 1", policy_0=100, policy_1=120, table=120)], captured=(32,))

@@ -213,3 +213,19 @@ def test_a_masked_and_padded_call_keeps_its_arguments(aiter):
     assert after[3].tolist() == before[3].tolist() == [valid, 30]
     assert torch.equal(after[0][:valid], before[0][:valid])
     assert torch.equal(after[2][: valid // 32], before[2][: valid // 32])
+
+
+def test_what_was_calibrated_before_is_what_the_next_start_finds(aiter, monkeypatch, capsys):
+    """`adaptive-moe calibrate` on AMD's AITER, block sizes by its own chooser; then a start."""
+    from adaptive_moe.cli import main
+
+    monkeypatch.setenv("ADAPTIVE_MOE_BUDGET_S", "0.5")
+    layer = f"--experts {EXPERTS} --topk {TOPK} --hidden 768 --inter {INTER}"
+    calls = f"--max-batched-tokens {MAX_TOKENS} --capture-sizes 1,8,64"
+    assert main(["calibrate", "--kernel", "aiter", *layer.split(), *calls.split()]) == 0
+    assert "written to" in capsys.readouterr().out
+    assert adaptive_moe.install()
+    forward(aiter, MAX_TOKENS, dim=768)
+    made = adaptive_moe.warm_up(MAX_TOKENS, CAPTURE_SIZES)
+    assert set(made.origins.values()) == {"stored"}
+    assert {key.block_size for key in made.tables} == set(BLOCK_SIZES.values())

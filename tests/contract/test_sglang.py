@@ -1,6 +1,7 @@
 """The plugin in a real SGLang, whose code runs on the CPU; run.py runs it in its environment."""
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from processes import STANDIN
@@ -106,6 +108,43 @@ def test_the_baseline_stays_where_it_is_fastest(sglang, monkeypatch):
 def test_what_was_never_measured_runs_the_baseline(sglang):
     for count in (1, 8, 100, PREFILL):
         assert forward(sglang.runner, count, dim=384).policy == BASELINE
+
+
+def test_without_graphs_sglang_shows_its_shapes_and_all_is_calibrated(sglang, monkeypatch):
+    """ModelRunner.init_cuda_graphs itself, with nothing to capture; the dummy batch is SGLang's own
+    to make, so only how it is asked for is held against its code."""
+    import sglang.srt.model_executor.model_runner as module
+    from sglang.srt.model_executor.runner.base_runner import BaseRunner
+
+    asked = []
+
+    class Eager:
+        attn_tp_size, _eager_max_bs = 1, 8
+        model_runner = SimpleNamespace(
+            spec_algorithm=SimpleNamespace(is_speculative=lambda: False), canary_manager=None
+        )
+
+        def _alloc_dummy_decode_buffers(self, *args, **kwargs):
+            inspect.signature(BaseRunner._alloc_dummy_decode_buffers).bind(self, *args, **kwargs)
+            return "buffers"
+
+        def _dummy_run(self, *args, **kwargs):
+            inspect.signature(BaseRunner._dummy_run).bind(self, *args, **kwargs)
+            asked.append(kwargs["batch_size"])
+            forward(sglang.runner, kwargs["batch_size"], dim=448)
+
+    nothing = SimpleNamespace(runner=None)
+    captured = SimpleNamespace(
+        eager_runner=Eager(), prefill=nothing, decode=nothing, memory_usage={}, time_usage={}
+    )
+    monkeypatch.setattr(module, "capture_cuda_graphs", lambda **options: captured)
+    monkeypatch.setattr(module, "prebuild_deepep_v2_buffer", lambda **options: None, raising=False)
+    runner = module.ModelRunner.__new__(module.ModelRunner)
+    runner.is_draft_worker, runner.model, runner.tp_group = False, None, None
+    monkeypatch.setattr("adaptive_moe.engines.sglang._tensor_parallel", lambda: None)
+    runner.init_cuda_graphs()
+    assert asked == [8]
+    assert forward(sglang.runner, 8, dim=448).policy == 1
 
 
 def aiter_calls():
@@ -214,3 +253,18 @@ def test_what_is_measured_is_sglangs_small_sort_as_it_serves(sglang, small_sort)
     assert serving == [(4, True)]
     assert len(measured) > 2  # besides SGLang's second run
     assert {emits for _, emits in measured} == {True}
+
+
+def test_what_was_calibrated_before_is_what_the_next_start_finds(tmp_path):
+    """`adaptive-moe calibrate --for sglang`, then SGLang's start: nothing is measured."""
+    layer = "--experts 16 --topk 4 --hidden 64 --inter 16"
+    calls = f"--for sglang --max-batched-tokens {PREFILL} --capture-sizes 1,8,64"
+    out = run(
+        f"-m adaptive_moe calibrate --kernel aiter {layer} {calls} --budget 5",
+        ADAPTIVE_MOE_CACHE_DIR=str(tmp_path / "adaptive_moe"),
+    )
+    assert "written to" in out
+    log = run(f"sglang_worker.py {tmp_path}", **{VARIABLE: "auto"})
+    first, again = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
+    assert [rank["measured"] for rank in (*first, *again)] == [0, 0]
+    assert len(first[0]["tables"]) == 1

@@ -78,12 +78,23 @@ def test_unset_it_imports_nothing_and_touches_nothing():
 
 
 @pytest.mark.parametrize(
-    ("value", "read"), [("auto", 0), ("AUTO", 0), (" Auto ", 0), ("2", 2), ("0", 0), ("", 0)]
+    ("value", "read"),
+    [
+        ("auto", 0),
+        ("AUTO", 0),
+        (" Auto ", 0),
+        ("2", 2),
+        ("0", 0),
+        ("", 0),
+        ("off", 0),
+        ("300", 300),
+    ],
 )
 def test_every_reader_in_vllm_accepts(envs, value, read, monkeypatch):
     from vllm._aiter_ops import rocm_aiter_ops
 
     monkeypatch.setenv(VARIABLE, value)
+    read = read if KNOWS_THE_VARIABLE else 0
     assert getattr(envs, VARIABLE) == read
     envs.enable_envs_cache()
     assert getattr(envs, VARIABLE) == read
@@ -95,6 +106,7 @@ def test_every_reader_in_vllm_accepts(envs, value, read, monkeypatch):
         rocm_aiter_ops.refresh_env_variables()
         if "_MOE_DISPATCH_POLICY" in inspect.getsource(rocm_aiter_ops.refresh_env_variables):
             assert read == rocm_aiter_ops._MOE_DISPATCH_POLICY
+        rocm_aiter_ops._MOE_DISPATCH_POLICY = None
     assert envs.compile_factors()[VARIABLE] == read
 
 
@@ -103,24 +115,36 @@ def test_unset_reads_as_before(envs, monkeypatch):
     assert getattr(envs, VARIABLE) == 0
 
 
-@pytest.mark.parametrize("value", ["x", "3x", "-1", "auto,2"])
-def test_a_bad_value_is_one_clear_error_wherever_vllm_reads_it(envs, value, monkeypatch):
+@pytest.mark.skipif(not KNOWS_THE_VARIABLE, reason="this vLLM does not read it")
+@pytest.mark.parametrize("value", ["x", "3x", "auto,2", "2.0"])
+def test_a_bad_value_of_vllms_own_raises_as_without_us(envs, value, monkeypatch):
     monkeypatch.setenv(VARIABLE, value)
-    with pytest.raises(ValueError, match=f"{VARIABLE}='{re.escape(value)}'.*auto.*integer"):
+    with pytest.raises(ValueError, match="invalid literal for int"):
         getattr(envs, VARIABLE)
-    with pytest.raises(ValueError, match="is not accepted"):
+    with pytest.raises(ValueError, match="invalid literal for int"):
         envs.enable_envs_cache()
     uncached(envs)
 
 
-def test_both_variables_in_conflict_say_which_is_which(envs, monkeypatch):
-    monkeypatch.setenv("ADAPTIVE_MOE_DISPATCH_POLICY", "2")
-    with pytest.raises(ValueError, match=f"{VARIABLE}='auto' and ADAPTIVE_MOE_DISPATCH_POLICY='2'"):
-        getattr(envs, VARIABLE)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ADAPTIVE_MOE_DISPATCH_POLICY", "2"),
+        ("ADAPTIVE_MOE_DISPATCH_POLICY", "3x"),
+        ("ADAPTIVE_MOE_BUDGET_S", "fast"),
+        ("ADAPTIVE_MOE_BUGET_S", "1"),
+    ],
+)
+def test_no_variable_of_ours_makes_vllm_raise(envs, name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert getattr(envs, VARIABLE) == 0
+    envs.enable_envs_cache()
+    assert getattr(envs, VARIABLE) == 0
+    uncached(envs)
 
 
 def test_workers_forked_or_not_calibrate_in_kernel_warmup_and_sort_by_their_tables():
-    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "5", "AITER_STANDIN_SLOW": "0"}
+    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "30", "AITER_STANDIN_SLOW": "0"}
     done = run("worker.py", **environ)
     log = done.stdout + done.stderr
     results = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
@@ -128,7 +152,7 @@ def test_workers_forked_or_not_calibrate_in_kernel_warmup_and_sort_by_their_tabl
         assert result["blocks"] == [16, 64]  # as AITER will ask up to and from 32 tokens
         assert result["policies"] == result["expected"]
         assert result["policies"][1] != 0  # which was made the slow one
-        assert result["eager"] == 6
+        assert result["answered"] == 6
     # The first warm-up of each worker came before its model had sorted anything.
     assert log.count("auto has nothing to choose") == 2
     assert len(HEADLINE.findall(log)) == 4
@@ -143,7 +167,7 @@ def engines(tmp_path_factory):
     folders = [str(root / name) for name in ("cold", "warm", "none", "a", "b")]
     cold, warm, none, a, b = folders
     mixed = f"tensor:{cold},{warm},{none}-"
-    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "5", "AITER_STANDIN_SLOW": "0"}
+    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "30", "AITER_STANDIN_SLOW": "0"}
     done = run(f"worker.py tensor:{warm} {mixed} {mixed} data:{a},{b}", **environ)
     log = done.stdout + done.stderr
     starts = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
@@ -195,7 +219,7 @@ def test_the_tables_policy_arrives_through_vllms_own_implementation(envs):
     (key,) = [key for key in hook.seen if key.block_size == 16]
     hook.set_tables({key: make_table({1: 1, 8: 2, 16: 0, 32: 1})})
     assert [int(worker.forward(n).policy) for n in (1, 2, 8, 9, 16, 17)] == [1, 2, 2, 0, 0, 1]
-    hook.tables = {}
+    hook.drop_tables()
 
 
 def test_plugins_loaded_twice_are_one_layer(envs):

@@ -120,9 +120,14 @@ def start() -> dict[str, Any]:
     return {
         "blocks": sorted(tables),
         "policies": [int(call.policy) for call in calls],
-        "expected": [tables[call.block_size].policy(call.num_tokens) for call in calls],
-        "eager": process.counts().eager,
+        "expected": [chosen(tables[call.block_size], call.num_tokens) for call in calls],
+        "answered": process.counts().chosen + process.counts().baseline,
     }
+
+
+def chosen(table: Any, num_tokens: int) -> int:
+    """The policy that the table has for that many tokens."""
+    return int(table.candidate(num_tokens).removeprefix("policy "))
 
 
 def start_rank(how: str, rank: int, size: int, method: str, folder: str) -> dict[str, Any]:

@@ -322,6 +322,21 @@ def test_impossible_measurements_are_refused(wrong):
         Stored.from_text(text)
 
 
+@pytest.mark.parametrize("where", ["bucket", "verdict", "both"])
+def test_a_choice_that_the_measurements_do_not_lead_to_is_refused(where):
+    """Policy 1 is the faster one; keeping the baseline would be a choice of somebody else."""
+    table = made_up_table(1, eager=(1,), graph=(), max_tokens=1)
+    (bucket,) = table.evidence.busy
+    assert bucket.candidate == "policy 1"
+    if where != "bucket":
+        verdict = replace(bucket.fills[0].verdict, candidate="policy 0")
+        bucket = replace(bucket, fills=(replace(bucket.fills[0], verdict=verdict),))
+    if where != "verdict":
+        bucket = replace(bucket, candidate="policy 0")
+    with pytest.raises(ValueError, match="measurements"):
+        Stored.from_text(without(table, busy=(bucket,)))
+
+
 def test_every_candidate_needs_a_result_in_every_fill():
     table = made_up_table(1, shape=PADDED, eager=(1,), graph=(), max_tokens=1)
     (bucket,) = table.evidence.busy

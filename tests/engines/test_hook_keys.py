@@ -5,8 +5,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from adaptive_moe.engines.entries import Entries
 from adaptive_moe.engines.hook import Key
-from adaptive_moe.engines.wrapper import Entries
 from tests.engines.hooking import (
     KEY,
     batch,

@@ -33,9 +33,12 @@ class Sort:
     def __init__(self):
         self.calls = []
         self.error = None
+        self.together = None  # a barrier, where calls are to raise at the same moment
 
     def __call__(self, *leading):
         self.calls.append(leading)
+        if self.together is not None:
+            self.together.wait(30.0)
         if self.error is not None:
             raise self.error
         *arguments, accumulate = leading
@@ -188,8 +191,11 @@ def test_a_sort_behind_a_wrapper_that_hides_the_seam_falls_back_to_the_call_as_m
     assert arrived()[0].policy == 0
 
 
-def test_threads_in_which_a_sort_raises_get_every_call_answered(aiter, others, switch_often):
+def test_threads_in_which_a_sort_raises_get_every_call_answered(
+    aiter, others, switch_often, caplog
+):
     hook = serving(aiter, {64: 3})
+    others.bitonic.together = threading.Barrier(8)
     others.bitonic.error = RuntimeError("no")
     before, start = number_of_sorts(), threading.Barrier(8)
 
@@ -207,3 +213,4 @@ def test_threads_in_which_a_sort_raises_get_every_call_answered(aiter, others, s
     counts = hook.counts()
     assert counts.chosen + counts.baseline == 400
     assert counts.fell_back == counts.chosen == len(others.bitonic.calls)
+    assert caplog.text.count("is off in this process") == 1

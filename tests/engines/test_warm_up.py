@@ -460,10 +460,13 @@ def test_layers_on_two_gpus_are_measured_each_on_its_own(tmp_path):
 def test_with_other_ranks_both_gpus_of_a_process_run_what_was_agreed(tmp_path):
     made = {}
 
+    hooks = [two_gpus(tmp_path / str(number)) for number in (0, 1)]
+    ranks = [Rank(tmp_path / "unused", number, dims=()) for number in (0, 1)]
+
     def run(number, channel):
-        hook = two_gpus(tmp_path / str(number))
-        measure = Rank(tmp_path / "unused", number, dims=()).measure
-        made[number] = warm_up.warm_up(hook, 64, measure=measure, connect=lambda: channel)
+        made[number] = warm_up.warm_up(
+            hooks[number], 64, measure=ranks[number].measure, connect=lambda: channel
+        )
 
     threads = [
         threading.Thread(target=run, args=(number, channel))

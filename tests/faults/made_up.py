@@ -60,7 +60,7 @@ def made_up_table(
                     found = replace(found, out=out[place][0], reason=out[place][1])
                 samples.append(found)
             parts.append(Fill(fraction, decide(samples, rule)))
-        return Bucket(count, *combine([part.verdict for part in parts]), tuple(parts))
+        return Bucket(count, *combine([part.verdict for part in parts], rule.margin), tuple(parts))
 
     sizes = graph if captured is None else captured
     return PolicyTable(

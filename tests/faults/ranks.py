@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -280,6 +281,37 @@ def second_exchange(limit_s: float) -> dict[str, Any]:
     return _judged(answers, good, 20.0 * limit_s)
 
 
+def groups_of_the_same_ranks(limit_s: float) -> dict[str, Any]:
+    """Two groups with the same members, at the same time and not in the same order."""
+
+    def work(rank: int) -> Any:
+        groups = [dist.new_group([0, 1, 2]) for _ in range(2)]
+        found: dict[int, dict[str, Any]] = {}
+
+        def take_part(place: int) -> None:
+            own = made_up_table(10 * place + rank, **SHORT)
+            time.sleep(0.05 * (place == rank % 2))
+            agreed = agree(_bring(own), {}, open_channel(groups[place]), limit_s=10.0 * limit_s)
+            found[place] = {"table": hash_of(agreed), "seconds": agreed.seconds}
+
+        threads = [threading.Thread(target=take_part, args=(place,)) for place in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        tables = {str(place): one["table"] for place, one in sorted(found.items())}
+        return {
+            "tables": tables,
+            "seconds": max(one["seconds"] for one in found.values()),
+            "log": [],
+        }
+
+    answers = results_of(_hosted(3, work))
+    same = len({str(a["tables"]) for a in answers}) == 1
+    apart = len(set(answers[0]["tables"].values()) - {None}) == 2
+    return _judged(answers, same and apart, 10.0 * limit_s)
+
+
 SCENARIOS: dict[str, Callable[[float], dict[str, Any]]] = {
     "warm, cold, failed and no MoE layer": mixed,
     "nobody has a MoE layer": nobody_has_a_layer,
@@ -293,6 +325,7 @@ SCENARIOS: dict[str, Callable[[float], dict[str, Any]]] = {
     "the leader dies, and the store with it": leader_dies_with_the_store,
     "the store stops answering": store_stops_answering,
     "a second exchange after a failed one": second_exchange,
+    "two groups of the same ranks at once": groups_of_the_same_ranks,
 }
 
 

@@ -241,7 +241,11 @@ def test_arguments_that_cannot_be_sorted_are_refused_by_name(
 
 def test_the_kernel_is_found_by_name_and_an_unknown_one_is_refused() -> None:
     kernel = load_kernel("cpu")
-    assert (kernel.name, kernel.device, kernel.policies) == ("cpu", CPU, POLICIES)
-    assert_is_by_hand(make_inputs(), kernel.moe_sorting(*make_inputs().arguments(2)))
+    assert (kernel.name, kernel.device) == ("cpu", CPU)
+    assert [candidate.name for candidate in kernel.candidates] == [
+        f"policy {policy}" for policy in POLICIES
+    ]
+    for candidate in kernel.candidates:
+        assert_is_by_hand(make_inputs(), candidate.bind(make_inputs())())
     with pytest.raises(ValueError, match="'gpu' is not known: give cpu or triton"):
         load_kernel("gpu")

@@ -57,6 +57,7 @@ def test_the_backend_is_the_one_that_really_runs(with_flydsl):
     assert live(module).backend(0) == "opus"
     module._USE_FLYDSL_MOE_SORTING = True
     assert (live(module).backend(0), live(module).backend(2)) == ("flydsl", "opus")
+    assert live(module, return_local_topk_ids=True).backend(0) == "opus"
     assert "flydsl or opus" in name(live(module))
     assert "opus or flydsl" in name(live(module, baseline=2))
     module.is_flydsl_available = lambda: False

@@ -1,6 +1,7 @@
 """Which sorts are offered beside the baseline, and that one module and one line add another."""
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -77,9 +78,11 @@ def test_opus_is_a_candidate_where_somebody_stands_in_its_place(made):
         return own(*args, **kwargs)
 
     made._moe_sorting_impl = small_batches
-    (opus,) = offered(live(made), SHAPE, ("opus",), {})
-    opus.call(*range(8), True)
-    assert made.log == [(0, True, False, True)]
+    for local_ids in (False, True):
+        found = live(made, num_outputs=5 + local_ids, return_local_topk_ids=local_ids)
+        (opus,) = offered(found, SHAPE, ("opus",), {})
+        opus.call(*range(8), True)
+        assert made.log.pop() == (0, True, local_ids, True)
 
 
 # Only what is known
@@ -93,10 +96,20 @@ def test_an_argument_we_do_not_know_leaves_the_policies_only(with_flydsl):
 
 
 def test_an_implementation_we_do_not_know_is_not_called(made):
-    def _moe_sorting_impl(topk_ids, topk_weights, use_opus):
+    own = made._moe_sorting_impl
+    assert names(live(made), ("ck",)) == ["ck"]
+
+    def another(topk_ids, topk_weights, use_opus):
         pass
 
-    made._moe_sorting_impl = _moe_sorting_impl
+    made._moe_sorting_impl = another
+    assert names(live(made), ("ck",)) == []
+
+    known = inspect.signature(own)
+    invented = inspect.Parameter("invented", inspect.Parameter.KEYWORD_ONLY, default=0)
+    later = functools.partial(own)
+    later.__signature__ = known.replace(parameters=[*known.parameters.values(), invented])
+    made._moe_sorting_impl = later
     assert names(live(made), ("ck",)) == []
 
 

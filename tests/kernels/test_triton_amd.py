@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "calibration"))
 from compile_triton_amd import EXPERTS, record  # noqa: E402
 

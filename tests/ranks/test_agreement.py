@@ -22,7 +22,7 @@ from adaptive_moe.ranks.messages import (
     encode_message,
     read_decision,
 )
-from adaptive_moe.ranks.summary import MAX_BYTES, canonical
+from adaptive_moe.ranks.summary import MAX_BYTES, canonical, summarize
 from tests.faults.corrupt import listening
 from tests.faults.made_up import PADDED, SHAPE
 from tests.ranks.test_merging import merged, noisy, small
@@ -44,7 +44,7 @@ GOOD = encode_message(bring(TABLE), {})
 # Messages and the decision
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_whatever_a_rank_sends_no_table_has_a_candidate_that_was_not_offered(data):
     """A damaged message voids all, or still gives a whole table of the candidates offered."""
@@ -59,6 +59,17 @@ def test_whatever_a_rank_sends_no_table_has_a_candidate_that_was_not_offered(dat
             "policy 2",
         }
     assert found.tables or found.missing or found.voided
+
+
+def test_a_number_that_nobody_could_read_voids_its_coverage_only():
+    far = summarize(TABLE.evidence)
+    far.sections[1].numbers[2, 1, 1] = -1e19
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adaptive_moe.ranks.messages.summarize", lambda evidence: far)
+        bad = encode_message(bring(TABLE), {})
+    found = decide({0: encode_message(bring(TABLE) | bring(OTHER), {}), 1: bad})
+    assert set(found.tables) == {canonical(OTHER.evidence.coverage)}
+    assert "gain_low" in found.voided[NAME]
 
 
 @pytest.mark.parametrize("bad", [b"", b"{}", b"\xff" * 50, b"[" * 100_000, GOOD[:-1], GOOD + b"x"])
@@ -267,7 +278,7 @@ def test_ranks_over_gloo_end_with_identical_tables(faults):
 
 def test_late_stopped_dead_and_silent_ranks(faults):
     assert faults["faults"]["failures"] == {}
-    assert len(faults["faults"]["scenarios"]) == 12
+    assert len(faults["faults"]["scenarios"]) == 13
 
 
 def test_ranks_killed_at_random_moments(faults):

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_moe.policy.buckets import bucket_of
-from adaptive_moe.policy.decision import Rule, Samples, Standing, decide
+from adaptive_moe.policy.decision import Rule, Samples, Standing, confirm, decide
 from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks.merging import VETOED, DisagreementError, merge
-from adaptive_moe.ranks.summary import decode, encode, summarize
+from adaptive_moe.ranks.summary import ORDER, decode, encode, summarize
 from tests.faults.made_up import EAGER, HERE, PADDED, SHAPE, made_up_table
 
 quick = settings(max_examples=25, deadline=None)
@@ -71,6 +71,13 @@ def test_a_rank_alone_decides_as_it_did(seed, padded):
 
 def replace_shape(seed):
     return small(seed, shape=PADDED, gains=(0.0, 0.02, 0.03))
+
+
+def test_an_interval_without_ends_has_none_after_merging_either():
+    alone = small(1, rounds=2)
+    assert results(alone, 8)[P1].gain is not None
+    assert results(alone, 8)[P1].gain_low is None
+    assert merged(alone) == alone
 
 
 @quick
@@ -274,6 +281,8 @@ def test_ranks_that_were_offered_different_candidates_merge_the_common_ones():
     assert found.evidence.candidates == (P0, P2)
     assert at(found, 8) == P2
     assert merged(b, a) == found
+    turned = small(3, names=(P0, P2, P1))
+    assert merged(small(4), turned) == merged(turned, small(4))
     assert results(found, 8)[P2].gain == min(results(t, 8)[P2].gain for t in (a, b))
 
 
@@ -281,6 +290,25 @@ def test_another_baseline_is_another_question():
     a, b = small(1), small(2, names=(P2, P1, P0))
     with pytest.raises(DisagreementError, match=r"coverage.baseline \('policy 2'"):
         merged(a, b)
+
+
+def test_who_is_not_confirmed_on_one_rank_runs_on_none():
+    """Every standing has its place; this one is better than unsettled, and no more than that."""
+    assert set(ORDER) == set(Standing)
+    sure, waiting = small(1, gains=(0.0, 0.3)), small(2, gains=(0.0, 0.3))
+    busy = tuple(unconfirmed(bucket) for bucket in waiting.evidence.busy)
+    waiting = PolicyTable(replace(waiting.evidence, busy=busy))
+    assert at(sure, 8) == P1
+    found = merged(sure, waiting)
+    assert at(found, 8) == P0
+    assert results(found, 8)[P1].standing is Standing.UNCONFIRMED
+    assert not found.settled
+
+
+def unconfirmed(bucket):
+    """The bucket before its winner was measured a second time."""
+    verdict = confirm(bucket.fills[0].verdict, None, Rule())
+    return Bucket(bucket.num_tokens, verdict.candidate, verdict.reason, (Fill(1.0, verdict),))
 
 
 def test_too_few_rounds_are_no_verdict_after_merging_either():
@@ -318,9 +346,9 @@ def test_far_too_many_buckets_still_fit_and_keep_both_ends():
     parts = [encode(summarize(table.evidence)) for table in many]
     assert all(len(part) <= 64 * 1024 for part in parts)
     found = merge([decode(part) for part in parts])
-    buckets = found.evidence.graph
-    assert (buckets[0].num_tokens, buckets[-1].num_tokens) == (1, 300)
-    assert len(buckets) > 20
+    for buckets in (found.evidence.graph, found.evidence.busy):
+        assert (buckets[0].num_tokens, buckets[-1].num_tokens) == (1, 300)
+        assert len(buckets) > 20
     assert merged(found, found) == found
 
 

@@ -1,5 +1,6 @@
 """Rounds of several ways to do the same, and what the differences between them are worth."""
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,22 @@ def in_rounds(
     Whoever is far_behind times slower than the fastest after LOOKS rounds is sampled no further:
     it is no rival, and what runs after it would feel it. Those to keep stay.
     """
+    collects = gc.isenabled()
+    gc.disable()  # or one of the samplers pays for the garbage of all
+    try:
+        return _rounds(samplers, seconds, far_behind, keep, now)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _rounds(
+    samplers: Mapping[str, Sample],
+    seconds: float,
+    far_behind: float,
+    keep: Sequence[str],
+    now: Callable[[], float],
+) -> dict[str, list[float]]:
     names = list(samplers)
     times: dict[str, list[float]] = {name: [] for name in names}
     begun, number = now(), 0

@@ -25,15 +25,15 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from adaptive_moe.cli import options
-from adaptive_moe.cli.bench.layer import LayerSizes, Step, layer_sizes
+from adaptive_moe.cli.bench.layer import Experts, LayerSizes, Step, layer_sizes
 from adaptive_moe.cli.bench.paired import Sample, in_rounds
 from adaptive_moe.cli.bench.seams import Seam, open_seam
 from adaptive_moe.cli.bench.step_clocks import StepClock
@@ -59,7 +59,8 @@ MODELS = (
 )
 CAPTURED_COUNTS = "1,2,4,8,16,24,32,64,96,128,256,512"
 EAGER_COUNTS = "1,5,16,61,128,250,384,513,768,904,1200,2048,4096,8192"
-# A step with more tokens than this takes long enough for a quarter of the layers.
+# With more tokens than this a step has fewer layers, as each takes longer, and is sampled for twice
+# the time: GEMMs at a GPU's power limit are noisier than the difference that is looked for.
 LARGE = 1024
 # A candidate whose step takes so many times the fastest's is no rival.
 FAR_BEHIND = 1.5
@@ -141,45 +142,16 @@ def judge_model(
     counts = sorted({*captured, *eager})
     step = Step(sizes, counts[-1], seam.device)
     experts = seam.experts(sizes.shape, baseline)
-    clock = StepClock(seam.device)
 
-    def depth(num_tokens: int) -> int:
-        return layers if num_tokens <= LARGE else max(1, layers // 4)
+    def one_layer(num_tokens: int) -> None:
+        step.run(num_tokens, 1, experts)
 
-    with Variants(
-        seam.module, lambda n: step.run(n, 1, experts), counts, captured, settings, baseline
-    ) as variants:
-
-        def sampler(situation: str, num_tokens: int, variant: str) -> Sample:
-            once = partial(step.run, num_tokens, depth(num_tokens), experts)
-            variants.use(variant)
-            once()  # compiles
-            if situation == CAPTURED:
-                return clock.captured(once)
-            sample = (clock.busy if situation == BUSY else clock.as_it_comes)(once)
-
-            def switched() -> float:
-                variants.use(variant)
-                return sample()
-
-            return switched
-
-        def measured(situation: str, num_tokens: int) -> Point:
-            names, layers_here = variants.at(num_tokens), depth(num_tokens)
-            samplers = {v: sampler(situation, num_tokens, v) for v in names}
-            host = None
-            if situation == BUSY:
-                variants.use(names[0])
-                host = clock.host_us(partial(step.run, num_tokens, layers_here, experts))
-            times = in_rounds(samplers, seconds, far_behind=FAR_BEHIND, keep=(names[0], TABLE))
-            us = {v: [t / layers_here for t in found] for v, found in times.items()}
-            choice = variants.choice(num_tokens, captured=situation == CAPTURED)
-            return point(num_tokens, us, choice, host and host / layers_here)
-
+    with Variants(seam.module, one_layer, counts, captured, settings, baseline) as variants:
+        judged = _Judged(step, experts, variants, StepClock(seam.device), layers, seconds)
         situations = {}
         for situation, some in _plan(captured, eager, on_gpu=seam.on_gpu):
             begun = time.monotonic()
-            points = [measured(situation, n) for n in some]
+            points = [judged.point(situation, n) for n in some]
             seconds_here = round(time.monotonic() - begun, 1)
             situations[situation] = {**figures(points, captured), "seconds": seconds_here}
         return {
@@ -188,6 +160,53 @@ def judge_model(
             "calls": asdict(variants.hook.counts()),
             "situations": situations,
         }
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One model's step, who sorts in it, and how it is timed."""
+
+    step: Step
+    experts: Experts
+    variants: Variants
+    clock: StepClock
+    layers: int
+    seconds: float
+
+    def point(self, situation: str, num_tokens: int) -> Point:
+        """Every variant's step with so many tokens, in rounds."""
+        names, layers = self.variants.at(num_tokens), self._depth(num_tokens)
+        samplers = {name: self._sampler(situation, num_tokens, name) for name in names}
+        host_us = None
+        if situation == BUSY:
+            self.variants.use(names[0])
+            host_us = self.clock.host_us(self._step(num_tokens)) / layers
+        seconds = self.seconds if num_tokens <= LARGE else 2 * self.seconds
+        times = in_rounds(samplers, seconds, far_behind=FAR_BEHIND, keep=(names[0], TABLE))
+        us = {name: [t / layers for t in found] for name, found in times.items()}
+        choice = self.variants.choice(num_tokens, captured=situation == CAPTURED)
+        return point(num_tokens, us, choice, host_us)
+
+    def _sampler(self, situation: str, num_tokens: int, variant: str) -> Sample:
+        run = self._step(num_tokens)
+        self.variants.use(variant)
+        run()  # compiles
+        if situation == CAPTURED:
+            return self.clock.captured(run)
+        sample = (self.clock.busy if situation == BUSY else self.clock.as_it_comes)(run)
+
+        def switched() -> float:
+            self.variants.use(variant)
+            return sample()
+
+        return switched
+
+    def _step(self, num_tokens: int) -> Callable[[], object]:
+        return partial(self.step.run, num_tokens, self._depth(num_tokens), self.experts)
+
+    def _depth(self, num_tokens: int) -> int:
+        small = num_tokens <= LARGE
+        return self.layers if small else max(1, self.layers * LARGE // num_tokens)
 
 
 def _plan(

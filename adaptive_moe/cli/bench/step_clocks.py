@@ -8,7 +8,8 @@ import torch
 
 from adaptive_moe.cli.bench.paired import Sample
 from adaptive_moe.policy.situation import Situation
-from adaptive_moe.tuning.clocks import GRAPH_BACKLOG, BusyClock, Graphs, Neutral, clock_for
+from adaptive_moe.tuning.clocks import GRAPH_BACKLOG_US, BusyClock, clock_for
+from adaptive_moe.tuning.device import Graphs, Neutral, Spin
 
 # Two graphs of the same kernels differ by up to a few percent: a sampler goes round so many.
 INSTANCES = 3
@@ -24,9 +25,10 @@ class StepClock:
         neutral = Neutral(device)
         self._as_it_comes = clock_for(Situation.IDLE, device, neutral)
         if device.type != "cpu":
+            spin = Spin(device)
             self._graphs = Graphs(device)
-            self._replays = BusyClock(neutral, least=GRAPH_BACKLOG)
-            self._busy = BusyClock(neutral)
+            self._replays = BusyClock(neutral, spin, least_us=GRAPH_BACKLOG_US)
+            self._busy = BusyClock(neutral, spin)
 
     def captured(self, run: Run) -> Sample:
         """Replays of the step, by turns of INSTANCES graphs of it. It must have run before."""

@@ -1,0 +1,252 @@
+"""The commands on one store: what one writes the others read, whoever measured it."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adaptive_moe import cli
+from adaptive_moe.disk.folder import Store, stored_files
+from adaptive_moe.disk.reader import export_text, read_any
+from tests.cli.running import SHAPE, SMALL, run
+from tests.faults.made_up import ENGINE, key_of, made_up_table, stored_of
+from tests.faults.made_up import SHAPE as SHAPE_OF
+
+MADE = {"eager": (1, 8, 64), "graph": (1, 2), "max_tokens": 64}
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory) -> Path:
+    """A cache folder in which `calibrate` has left its result."""
+    cache = tmp_path_factory.mktemp("cache")
+    done = run("calibrate", *SMALL, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "a rehearsal that tunes nothing" in done.stdout
+    assert "policy 0 us" in done.stdout
+    assert f"written to {cache}" in done.stdout
+    # No terminal: plain lines, no control characters.
+    assert " of 1.5 s: 1/" in done.stderr
+    assert "\x1b" not in done.stderr
+    return cache
+
+
+@pytest.fixture
+def engines_cache(tmp_path, monkeypatch):
+    """A folder as an engine's warm-up leaves it: two tables."""
+    monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", str(tmp_path / "cache"))
+    tables = [made_up_table(b, **MADE, shape=replace(SHAPE_OF, block_size=b)) for b in (16, 64)]
+    Store(tmp_path / "cache").publish({key_of(table): table for table in tables})
+    return tmp_path / "cache"
+
+
+def main(capsys, *words, code=0):
+    assert cli.main([*map(str, words)]) == code
+    return capsys.readouterr().out
+
+
+def test_what_calibrate_keeps_is_a_file_of_the_store(calibrated):
+    (path,) = stored_files(calibrated)
+    (stored,) = read_any(path)
+    assert stored.request.engine == "no engine"
+    assert stored.key.file_name() == path.name
+    assert [p.name for p in calibrated.iterdir()] == [path.name]
+
+
+def test_show_says_which_and_its_json_is_the_table(calibrated, monkeypatch, capsys):
+    monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", str(calibrated))
+    (path,) = stored_files(calibrated)
+    lines = main(capsys, "show").splitlines()
+    assert lines[0] == f"{path}, the newest"
+    assert "8 experts, topk 2" in lines[1]
+    found = json.loads(main(capsys, "show", "--json"))
+    assert found["coverage"]["shape"]["num_experts"] == 8
+    assert found["applied"]["eager"][-1][1] == 32
+
+
+@pytest.mark.parametrize("which", ["256x8", "MI300X", ENGINE.replace(" ", "-"), "deepseek-v3"])
+def test_tables_are_found_by_part_of_a_name_or_by_model(engines_cache, capsys, which):
+    out = main(capsys, "show", "--table", which)
+    assert out.splitlines()[0] == f"2 files of {engines_cache}"
+    assert out.count("tokens  policy 0 us") == 4  # two tables of two situations
+
+
+def test_a_stored_file_an_export_and_a_report_are_all_read(engines_cache, tmp_path, capsys):
+    (first, second) = stored_files(engines_cache)
+    stored = [one for path in (first, second) for one in read_any(path)]
+    export, report = tmp_path / "fleet.json", tmp_path / "report.json"
+    export.write_text(export_text(stored, "2026-01-01"))
+    report.write_text("[" + ",\n".join(one.table.to_json() for one in stored) + "]")
+    for path, number in ((first, 1), (export, 2), (report, 2)):
+        assert main(capsys, "show", "--table", path).count("graph replay") == number
+        assert main(capsys, "explain", "--tokens", 9, "--table", path).count("9 tokens,") == number
+        picture = tmp_path / f"{path.stem}.svg"
+        main(capsys, "plot", "--output", picture, "--table", path)
+        names = (
+            [picture] if number == 1 else [picture.with_stem(f"{path.stem}-{n}") for n in (1, 2)]
+        )
+        assert all(name.stat().st_size > 10_000 for name in names)
+        page = tmp_path / f"{path.stem}.html"
+        main(capsys, "page", page, "--table", path)
+        assert page.read_text().count("<svg") == number
+
+
+def test_the_page_of_a_start_has_its_tables_and_no_others(engines_cache, tmp_path, capsys):
+    other = made_up_table(3, **MADE)
+    stored = stored_of(other)
+    stored = replace(stored, request=replace(stored.request, engine="sglang 0.5.23"))
+    path = engines_cache / stored.key.file_name()
+    path.write_text(stored.to_text())
+    os.chmod(path, 0o600)
+    os.utime(path, (1, 1))  # older than vLLM's
+    main(capsys, "page", tmp_path / "start.html")
+    text = (tmp_path / "start.html").read_text()
+    assert text.count("<section") == 2
+    assert ENGINE in text
+
+
+def test_explain_says_who_sorts_and_why(engines_cache, capsys):
+    name = stored_files(engines_cache)[0].name
+    found = json.loads(main(capsys, "explain", "--tokens", "9", "--json", "--table", name))
+    assert found["why"][0].startswith(f"9 tokens, eager: {found['candidate']}")
+    assert found["captured"] is False
+    found = json.loads(main(capsys, "explain", "--tokens", 2, "--graph", "--json", "--table", name))
+    assert "graph replay, measured at 2 tokens" in found["why"][1]
+
+
+def test_plot_says_what_it_wrote_and_writes_pngs_and_standard_output(
+    engines_cache, tmp_path, capsysbinary
+):
+    name, picture = stored_files(engines_cache)[0].name, tmp_path / "times.png"
+    assert cli.main(["plot", "--output", str(picture), "--json", "--table", name]) == 0
+    assert json.loads(capsysbinary.readouterr().out)["written"] == [str(picture)]
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    assert cli.main(["plot", "--output", "-", "--table", name]) == 0
+    assert capsysbinary.readouterr().out.startswith(b"<?xml")
+    assert cli.main(["plot", "--output", "-", "--table", "256x8"]) == 2
+
+
+def test_list_names_what_is_kept_and_what_is_not_usable(engines_cache, capsys):
+    bad = engines_cache / "something-0123456789abcdef.json"
+    bad.write_text("{}")
+    lines = main(capsys, "list").splitlines()
+    assert len(lines) == 3
+    assert sum(f"for {ENGINE} (AMD Instinct MI300X)" in line for line in lines) == 2
+    assert any(bad.name in line and "not usable" in line for line in lines)
+    entries = json.loads(main(capsys, "list", "--json"))["entries"]
+    assert sorted(entry["usable"] for entry in entries) == [False, True, True]
+
+
+def test_list_of_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", str(tmp_path))
+    assert main(capsys, "list") == f"nothing is kept in {tmp_path}\n"
+    assert json.loads(main(capsys, "list", "--json"))["entries"] == []
+
+
+def test_a_renamed_file_is_not_usable(engines_cache, capsys):
+    path = stored_files(engines_cache)[0]
+    path.rename(path.with_name("else-0123456789abcdef.json"))
+    assert f"belongs into {path.name}" in main(capsys, "list")
+
+
+def test_a_second_calibration_measures_only_what_is_open(tmp_path):
+    again = [*SMALL, "--max-tokens", "4", "--json"]
+    first = json.loads(run("calibrate", *again, cache=tmp_path).stdout)
+    settled = {
+        bucket["num_tokens"]: bucket
+        for bucket in first["busy"]
+        if all(fill["verdict"]["settled"] for fill in bucket["fills"])
+    }
+    second = json.loads(run("calibrate", *again, cache=tmp_path).stdout)
+    kept = {bucket["num_tokens"]: bucket for bucket in second["busy"]}
+    assert all(kept[count] == bucket for count, bucket in settled.items())
+    assert len(stored_files(tmp_path)) == 1
+
+
+def test_output_is_written_whole_and_may_be_standard_output(tmp_path):
+    file = tmp_path / "deep" / "table.json"
+    done = run("calibrate", *SMALL, "--output", str(file), cache=tmp_path / "cache")
+    assert f"written to {file}" in done.stdout
+    assert run("show", "--table", str(file), cache=tmp_path).returncode == 0
+    done = run("calibrate", *SMALL, "--output", "-", cache=tmp_path / "cache")
+    assert json.loads(done.stdout)["kernel"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["calibrate", "--model", "gpt-9"], "'gpt-9' is not known"),
+        (["calibrate", "--experts", "8", "--topk", "9", "--hidden", "64"], "topk=9"),
+        (["calibrate", "--experts", "8", "--topk", "2"], "give all three"),
+        (["calibrate"], "say which sort is meant"),
+        (["calibrate", "--model", "mixtral-8x7b", *SHAPE], "one way"),
+        (["calibrate", "--model", "mixtral-8x7b", "--fuse-shared"], "no shared experts"),
+        (["calibrate", *SHAPE, "--fuse-shared"], "--fuse-shared needs --model or --config"),
+        (["calibrate", *SHAPE, "--block-size", "0"], "block_size=0"),
+        (["calibrate", *SHAPE, "--budget", "1e-9"], "too small for one round"),
+        (["calibrate", *SHAPE, "--budget", "soon"], "--budget='soon'"),
+        (["calibrate", *SHAPE, "--margin", "2"], "--margin='2'"),
+        (["calibrate", *SHAPE, "--buckets", "4,2"], "--buckets='4,2'"),
+        (["calibrate", *SHAPE, "--capture-sizes", "x"], "--capture-sizes='x'"),
+        (["calibrate", *SHAPE, "--max-tokens", "-3"], "--max-tokens=-3"),
+        (["calibrate", *SHAPE, "--max-tokens", "0"], "--max-tokens=0"),
+        (["calibrate", *SHAPE, "--output", "/proc/nowhere/x.json"], "cannot be written"),
+        (["calibrate", "--config", "/nowhere/config.json"], "cannot be read"),
+        (["show", "--table", "/nowhere/x.json"], "does not exist"),
+        (["show", "--table", "nothing"], "`adaptive-moe list` prints what is kept"),
+        (["show", "--table", __file__], "is not JSON"),
+        (["plot", "--output", "times.pdf"], "ends in .svg or .png"),
+        (["page", "/proc/nowhere/x.html"], "cannot be written"),
+        (["explain", "--tokens", "0"], "--tokens=0"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, says, engines_cache, capsys):
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert says in said.err
+    assert len([line for line in said.err.splitlines() if " s: " not in line]) == 1
+
+
+def test_without_anything_kept_the_next_step_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", str(tmp_path))
+    assert cli.main(["show"]) == 2
+    assert "run `adaptive-moe calibrate`" in capsys.readouterr().err
+
+
+def test_a_dense_config_is_one_clear_line(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text('{"hidden_size": 4096}')
+    assert cli.main(["calibrate", "--config", str(config)]) == 2
+    assert "dense" in capsys.readouterr().err
+
+
+def test_a_policy_that_is_not_accepted_stops_calibrate_with_the_variable_named(tmp_path):
+    done = run("calibrate", *SMALL, cache=tmp_path, ADAPTIVE_MOE_DISPATCH_POLICY="auto,2")
+    assert done.returncode == 2
+    assert "ADAPTIVE_MOE_DISPATCH_POLICY='auto,2'" in done.stderr
+
+
+def test_a_full_disk_loses_nothing_that_was_measured(tmp_path, monkeypatch, capsys):
+    """The table is printed first; then the file is named, and nothing of it is there."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", str(cache))
+
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    assert cli.main(["calibrate", *SMALL]) == 1
+    said = capsys.readouterr()
+    assert "policy 0 us" in said.out
+    last = said.err.splitlines()[-1]
+    assert last.startswith(f"adaptive-moe calibrate: {cache}")
+    assert last.endswith("not written, No space left on device")
+    assert list(cache.iterdir()) == []
+
+
+def test_the_cpu_rehearsal_has_one_thread_of_torch(calibrated):
+    """Two that wait for each other take a hundred times as long as the sort."""
+    (path,) = stored_files(calibrated)
+    (stored,) = read_any(path)
+    assert stored.table.evidence.environment.compute_units == 1

@@ -1,0 +1,174 @@
+"""doctor tells the truth: what is here, and whether what was asked for will happen."""
+
+import importlib.metadata
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch  # noqa: F401  its own import reads entry points, which tests replace
+
+from adaptive_moe import cli
+from adaptive_moe.cli import doctor
+from adaptive_moe.kernels.aiter import AiterInstall
+
+ENGINE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
+NEUTRAL = "ADAPTIVE_MOE_DISPATCH_POLICY"
+AMD = AiterInstall("0.1.22", "/opt/aiter", None)
+NONE = AiterInstall("", "", "AITER is not installed (no module named aiter)")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with AITER and these engines, each with our plugin registered."""
+
+    def made(*engines, aiter=AMD, registered=True):
+        def version(name):
+            if name in engines:
+                return "1.0"
+            raise importlib.metadata.PackageNotFoundError
+
+        entries = [SimpleNamespace(name="adaptive_moe")] if registered else []
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+        monkeypatch.setattr(doctor, "find_aiter", lambda: aiter)
+
+    made()
+    return made
+
+
+def diagnosis(**environ):
+    return {finding.topic: finding for finding in doctor.diagnose(environ)}
+
+
+def outlook(**environ):
+    found = diagnosis(**environ)["would happen"]
+    return found.text, found.ok
+
+
+def test_nothing_asked_for_is_nothing_wrong(machine):
+    text, ok = outlook()
+    assert text.startswith("nothing: AITER and the engine as they are")
+    assert ok
+    machine(aiter=NONE)
+    assert all(finding.ok for finding in diagnosis().values())
+
+
+def test_auto_without_an_engine_or_with_one_that_works(machine):
+    text, ok = outlook(**{NEUTRAL: "auto"})
+    assert "measured at warm-up after adaptive_moe.install()" in text
+    assert ok
+    machine("vllm")
+    text, ok = outlook(**{NEUTRAL: "auto", "VLLM_ROCM_USE_AITER": "1"})
+    assert "measured at warm-up in vllm" in text
+    assert ok
+
+
+def test_auto_does_not_happen_without_aiter_or_with_it_switched_off(machine):
+    machine("vllm")
+    text, ok = outlook(**{NEUTRAL: "auto"})
+    assert "VLLM_ROCM_USE_AITER=1, which is not set" in text
+    assert not ok
+    machine(aiter=NONE)
+    assert not outlook(**{NEUTRAL: "auto"})[1]
+    found = diagnosis(**{NEUTRAL: "auto"})["aiter"]
+    assert not found.ok
+    assert found.facts["usable"] is False
+
+
+@pytest.mark.parametrize("plugins", ["others", ""])
+def test_a_plugin_that_vllm_leaves_out_is_said_under_either_variable(machine, plugins):
+    machine("vllm")
+    here = {"VLLM_PLUGINS": plugins, "VLLM_ROCM_USE_AITER": "1"}
+    text, ok = outlook(**here, **{NEUTRAL: "auto"})
+    assert text.startswith("nothing changes: vllm: VLLM_PLUGINS=")
+    assert "add it, or unset VLLM_PLUGINS" in text
+    assert not ok
+    text, ok = outlook(**here, **{ENGINE: "auto"})
+    assert text.startswith("vLLM does not start")
+    assert not ok
+    assert outlook(**{**here, "VLLM_PLUGINS": "others,adaptive_moe", ENGINE: "auto"})[1]
+
+
+def test_an_empty_list_of_plugins_means_all_to_sglang(machine):
+    machine("sglang")
+    here = {NEUTRAL: "auto", "SGLANG_USE_AITER": "true"}
+    assert outlook(**here, SGLANG_PLUGINS="")[1]
+    assert not outlook(**here, SGLANG_PLUGINS="others")[1]
+
+
+def test_one_of_two_engines_is_enough(machine):
+    machine("vllm", "sglang")
+    text, ok = outlook(**{NEUTRAL: "auto", "SGLANG_USE_AITER": "1"})
+    assert "in sglang" in text
+    assert ok
+
+
+def test_a_plugin_that_is_not_registered_is_said(machine):
+    machine("vllm", registered=False)
+    found = diagnosis(**{NEUTRAL: "auto"})
+    assert "not registered" in found["vllm"].text
+    assert found["vllm"].facts["plugin_loaded"] is False
+    assert not found["would happen"].ok
+
+
+@pytest.mark.parametrize(("value", "more"), [("1", ""), ("2", ""), ("7", "takes as 2")])
+def test_an_integer_is_said_to_be_what_aiter_takes_it_for(machine, value, more):
+    text, ok = outlook(**{NEUTRAL: value})
+    assert text.startswith(f"policy {value} for every call")
+    assert more in text
+    assert ("takes as 2" in text) is bool(more)
+    assert ok
+    machine(aiter=NONE)
+    assert not outlook(**{NEUTRAL: value})[1]
+
+
+def test_what_is_not_accepted_and_what_is_misspelt_is_not_ok(machine):
+    found = diagnosis(**{NEUTRAL: "3x", "ADAPTIVE_MOE_BUDGETS": "1"})
+    assert not found[NEUTRAL].ok
+    assert "'3x' is not accepted" in found[NEUTRAL].text
+    assert not found["misspelt"].ok
+    assert "did you mean ADAPTIVE_MOE_BUDGET_S?" in found["misspelt"].text
+
+
+def test_two_variables_that_disagree_are_named(machine):
+    found = diagnosis(**{ENGINE: "auto", NEUTRAL: "2"})
+    assert not found[ENGINE].ok
+    assert "disagree" in found[ENGINE].text
+
+
+def test_a_cache_folder_that_cannot_be_used_is_said(machine, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    found = diagnosis(**{"ADAPTIVE_MOE_CACHE_DIR": str(file)})["cache"]
+    assert "it is not a folder" in found.text
+    assert not found.ok
+    deep = diagnosis(**{"ADAPTIVE_MOE_CACHE_DIR": str(tmp_path / "a" / "b")})["cache"]
+    assert deep.ok
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_exit_code_and_the_fields_of_json(machine, monkeypatch, capsys):
+    machine("vllm")
+    monkeypatch.setattr(os, "environ", {**os.environ, NEUTRAL: "auto"})
+    assert cli.main(["doctor"]) == 1
+    assert "NOT OK: nothing changes" in capsys.readouterr().out
+    assert cli.main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert found["findings"]["vllm"]["plugin_loaded"] is True
+    assert found["findings"]["vllm"]["uses_aiter"] is False
+    assert found["findings"]["torch"]["gpu"] in (True, False)
+    assert found["findings"]["would happen"]["mode"] == "auto"
+    monkeypatch.setattr(os, "environ", {**os.environ, NEUTRAL: "off"})
+    assert cli.main(["doctor"]) == 0
+
+
+def test_pypis_unrelated_aiter_is_told_from_amds(tmp_path, monkeypatch):
+    package = tmp_path / "aiter"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "unrelated" in diagnosis()["aiter"].text
+    (package / "fused_moe.py").write_text("def moe_sorting(dispatch_policy): ...\n")
+    assert diagnosis()["aiter"].text.startswith("AMD's AITER")

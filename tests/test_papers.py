@@ -1,0 +1,74 @@
+"""README and docs print commands that work: README's are run as printed, all others parsed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adaptive_moe import cli
+
+ROOT = Path(__file__).parents[1]
+PAPERS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEXT = "## What to type next"
+
+
+def code(path):
+    """Lines of commands: indented or fenced, continued lines joined, and what is in backticks."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    return lines + re.findall(r"`([^`\n]+)`", text)
+
+
+def commands(path):
+    """Command lines of ours, without their comments; `...` and FILE are for a reader to fill in."""
+    for line in code(path):
+        found = re.match(r"(?:[A-Z_]+=\S+ )*adaptive-moe ((?!COMMAND).+)", line)
+        if found and "..." not in line and "|" not in line:
+            yield found[1]
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.name)
+def test_every_command_line_in_the_papers_is_accepted(path, capsys):
+    for command in commands(path):
+        words = shlex.split(command, comments=True)
+        if words[-1].isupper() or words[-1] in cli.COMMANDS:
+            continue  # named, not typed
+        try:
+            cli._parser().parse_args(words)
+        except SystemExit:
+            pytest.fail(f"{path.name}: adaptive-moe {command}: {capsys.readouterr().err}")
+
+
+def test_readmes_own_commands_run_as_printed(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split(NEXT)[1].split("\n\n")[1]
+    lines = [line.strip() for line in block.splitlines()]
+    assert len(lines) > 6
+    ours = tmp_path / "adaptive-moe"
+    ours.write_text(f'#!/bin/sh\nexec {sys.executable} -m adaptive_moe "$@"\n')
+    ours.chmod(0o755)
+    chosen = ("VLLM_ROCM_AITER_MOE_DISPATCH_POLICY", "ADAPTIVE_MOE_DISPATCH_POLICY")
+    environ = {key: value for key, value in os.environ.items() if key not in chosen}
+    environ["PATH"] = f"{tmp_path}{os.pathsep}{environ['PATH']}"
+    environ |= {"PYTHONPATH": str(ROOT), "ADAPTIVE_MOE_CACHE_DIR": str(tmp_path / "cache")}
+    for line in lines:
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    for name in ("times.svg", "start.html", "tables.json"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_make_targets_and_files_that_the_papers_name_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for path in PAPERS:
+        for line in code(path):
+            if found := re.match(r"make ([a-z-]+)\b", line):
+                assert f"\n{found[1]}:" in makefile, line
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name} names {target}"
