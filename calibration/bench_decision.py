@@ -34,7 +34,7 @@ from adaptive_moe.policy.decision import (
 )
 from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.tuning.explore import SKETCH_ROUNDS, explore, more_rounds, promised
-from adaptive_moe.tuning.race import LOT, measure, measure_again, second
+from adaptive_moe.tuning.race import LOT, LOTS, measure, measure_again, second
 from calibration.record import main, stamp
 from calibration.simulated import DEVICES, Device, SimulatedClock, Steady
 
@@ -62,15 +62,15 @@ class Lone:
         return decide(self.samples, RULE)
 
     def confirmed(self, *, alone: bool) -> Verdict:
-        """The verdict after a second pass, which comes some time later, and whose two lots lie
-        apart where there are other buckets to confirm."""
+        """The verdict after a second pass, which comes some time later, and whose lots lie apart
+        where there are other buckets to confirm."""
         first, device = decide(self.samples, RULE), self.device
         faster = [r.candidate for r in first.results if r.standing is Standing.FASTER]
         if not faster:
             return first
         call_us = min(r.median_us for r in first.results if r.median_us)
         again = [Samples(name) for name in (BASE, *faster)]
-        for lot, rounds in enumerate((LOT, 2 * LOT, RULE.max_rounds)):
+        for lot, rounds in enumerate((*(LOT * n for n in range(1, LOTS + 1)), RULE.max_rounds)):
             if lot == 0 or not alone:
                 device.elsewhere()
             again = measure_again(

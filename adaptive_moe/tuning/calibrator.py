@@ -34,7 +34,7 @@ from adaptive_moe.tuning.errors import (
     CalibrationRefusedError,
 )
 from adaptive_moe.tuning.inputs import Inputs
-from adaptive_moe.tuning.race import LOT, short
+from adaptive_moe.tuning.race import LOT, LOTS, short
 from adaptive_moe.tuning.rightness import Rightness
 from adaptive_moe.tuning.section import Section
 
@@ -49,6 +49,10 @@ __all__ = [
 logger = logging.getLogger("adaptive_moe")
 
 CAPTURING = "the current stream is being captured into a graph: calibrate before or after capture"
+
+# How the budget is shared: the idle device is asked about the fewest counts that matter, and its
+# answers are as noisy as a host is.
+WEIGHT = {Situation.GRAPH: 2.0, Situation.BUSY: 2.0, Situation.IDLE: 1.0}
 
 ClockFactory = Callable[[Situation, torch.device], Clock]
 Progress = Callable[[int, int, str], None]
@@ -168,7 +172,7 @@ def _sections(
             sections[situation] = Section(
                 situation,
                 domain,
-                plan.first,
+                plan.first or _grid(coverage, situation),
                 _settled(earlier, situation, kernel, inputs, plan.rule),
                 inputs,
                 rightness,
@@ -191,14 +195,27 @@ def _measure(sections: list[Section], budget_s: float) -> None:
     deadline = now() + budget_s
     for place, section in enumerate(sections):
         free = deadline - now() - sum(done.reserve() for done in sections[:place])
-        section.explore(now() + free / (len(sections) - place))
-    needed = [section.reserve() for section in sections]
-    # Twice a lot of everybody, so that even the two lots lie apart; then more for who needs it.
-    for rounds, part in ((LOT, 0.5), (2 * LOT, 1.0), (sections[0].rule.max_rounds, 1.0)):
-        end = now() + part * (deadline - now())
-        for place, section in enumerate(sections):
-            share = needed[place] / (sum(needed[place:]) or 1.0)
-            section.confirm(rounds, now() + share * (end - now()))
+        weights = [WEIGHT[one.situation] for one in sections[place:]]
+        section.explore(now() + free * weights[0] / sum(weights))
+    free, needed = deadline - now(), sum(section.reserve() for section in sections)
+    for section in sections:
+        section.choose(free * section.reserve() / (needed or 1.0))
+    # A lot of everybody, and again, so that even the lots lie apart; then more for who needs it.
+    for rounds in (*(LOT * lot for lot in range(1, LOTS + 1)), sections[0].rule.max_rounds):
+        for section in sections:
+            section.confirm(rounds, deadline)
+
+
+def _grid(coverage: Coverage, situation: Situation) -> tuple[int, ...]:
+    """The counts to begin with: powers of two.
+
+    But powers of four for eager calls of as few tokens as graphs hold: those are rare, both
+    situations must be measured for them, and the explorer still goes where there is something.
+    """
+    powers = [1 << k for k in range(coverage.max_tokens.bit_length())]
+    if situation is Situation.GRAPH or not coverage.captured:
+        return tuple(powers)
+    return tuple(n for n in powers if n >= coverage.busy_from or n.bit_length() % 2)
 
 
 def _settled(

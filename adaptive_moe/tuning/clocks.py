@@ -33,14 +33,13 @@ Sampler = Callable[[], float]
 Events = Callable[[], Any]
 
 # A replay costs 0.2 us more or less for one graph than for another that holds the same kernels
-# (measured on an H200); with so long a replay this is a third of a percent, and the second
-# pass has other graphs.
-REPLAY_US = 60.0
-# Calls in a sample. In a graph more inputs cost little: as many of the train, in whole lots of
-# GRAPH_LOT, as it takes to last REPLAY_US. Two eager calls, a routing each, give as sure a verdict
-# as four or eight for the time they take (measured on an H200).
+# (measured on an H200): half a percent of this, and each lot of the second pass has other graphs.
+# A longer one costs more to capture, which is most of what a graph costs, than it takes off that.
+REPLAY_US = 40.0
+# Calls in a sample: of a graph's train as many, in whole lots of GRAPH_LOT, as last REPLAY_US.
+# Busy: an event is good to half a microsecond, which four calls share.
 GRAPH_LOT = 4
-TRAIN_LENGTH = {Situation.GRAPH: 5 * GRAPH_LOT, Situation.BUSY: 2, Situation.IDLE: 2}
+TRAIN_LENGTH = {Situation.GRAPH: 3 * GRAPH_LOT, Situation.BUSY: 4, Situation.IDLE: 2}
 
 # Microseconds of backlog in front of a sample, to begin with and at most. A replay is enqueued at
 # once; calls of a Python function are not.

@@ -21,8 +21,9 @@ logger = logging.getLogger("adaptive_moe")
 # A first look this many times slower than the best is looked at once more, with the best beside it,
 # so that no single stall of the machine drops a good candidate.
 HOPELESS = 3.0
-# Rounds of a second pass for which its candidates are prepared once.
-LOT = 4
+# A second pass comes in lots of so many rounds, each prepared anew and as far apart as the other
+# buckets allow; there is no verdict before LOTS of them.
+LOT, LOTS = 4, 3
 
 
 def measure(
@@ -73,11 +74,11 @@ def measure_again(
     brought to `rounds` rounds.
 
     In lots, each prepared anew: what one captured graph has of its own then shows as noise between
-    lots. The first two are of LOT rounds, and each next one doubles what there is.
+    lots. The first LOTS are of LOT rounds, and each next one doubles what there is.
     """
     found, rule = list(samples), second(rule)
     while (done := len(found[0].round_us)) < rounds:
-        upto = min(max(LOT, 2 * done), rounds)
+        upto = min(done + LOT if done < LOTS * LOT else 2 * done, rounds)
         found = measure(candidates, train, clock, found, rule, upto, spent, call_us)
         if len(found[0].round_us) < upto:
             break
@@ -85,8 +86,8 @@ def measure_again(
 
 
 def second(rule: Rule) -> Rule:
-    """The rule of a second pass: no verdict before two lots."""
-    return replace(rule, min_rounds=max(rule.min_rounds, 2 * LOT))
+    """The rule of a second pass: no verdict before LOTS lots."""
+    return replace(rule, min_rounds=max(rule.min_rounds, LOTS * LOT))
 
 
 def _prepare(
