@@ -23,7 +23,7 @@ logger = logging.getLogger("adaptive_moe")
 HOPELESS = 3.0
 # A second pass comes in lots of so many rounds, each prepared anew and as far apart as the other
 # buckets allow; there is no verdict before LOTS of them.
-LOT, LOTS = 4, 3
+LOT, LOTS = 5, 3
 
 
 def measure(

@@ -25,7 +25,7 @@ logger = logging.getLogger("adaptive_moe")
 
 # What confirming a bucket takes, over what its first pass took: fewer candidates, but prepared for
 # each lot, and twice the rounds.
-CONFIRM_COST = 1.6
+CONFIRM_COST = 1.8
 RULED_OUT = "not measured: it is slower on a busy device"
 
 

@@ -1,0 +1,72 @@
+"""Coverage and Counts: which token counts occur, in which situation."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptive_moe.policy.coverage import BUSY_FROM, Counts, Coverage
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.shape import SortingShape
+
+SHAPE = SortingShape(8, 2, 64)
+
+
+@st.composite
+def spans(draw: st.DrawFn) -> list[tuple[int, int]]:
+    edges = sorted(draw(st.sets(st.integers(1, 200), min_size=2, max_size=12)))
+    return list(zip(edges[::2], edges[1::2], strict=False))
+
+
+@given(spans())
+def test_counts_are_the_sequence_their_spans_say(some: list[tuple[int, int]]) -> None:
+    whole = [n for first, last in some for n in range(first, last + 1)]
+    counts = Counts(some)
+    assert (list(counts), len(counts)) == (whole, len(whole))
+    assert [counts[i] for i in range(-len(whole), len(whole))] == whole + whole
+    assert counts[1:-1] == whole[1:-1]
+    assert {n for n in range(202) if n in counts} == set(whole)
+    with pytest.raises(IndexError):
+        counts[len(whole)]
+
+
+def test_the_device_is_busy_above_the_largest_captured_size_or_where_it_is_said() -> None:
+    assert Coverage.up_to(SHAPE, 64, (8, 2)).busy_from == 9
+    assert Coverage.up_to(SHAPE, 64).busy_from == BUSY_FROM
+    assert Coverage.up_to(SHAPE, 64, (8,), busy_from=1).busy_from == 1
+
+
+@given(spans(), st.integers(1, 220))
+def test_every_eager_count_is_busy_and_those_below_busy_from_are_idle_as_well(
+    some: list[tuple[int, int]], busy_from: int
+) -> None:
+    coverage = Coverage(SHAPE, "policy 0", tuple(some), (4, 16), busy_from=busy_from)
+    eager = list(Counts(some))
+    assert list(coverage.counts(Situation.BUSY)) == eager
+    assert list(coverage.counts(Situation.IDLE)) == [n for n in eager if n < busy_from]
+    assert list(coverage.counts(Situation.GRAPH)) == [4, 16]
+
+
+def test_on_a_cpu_one_situation_is_all_there_is() -> None:
+    coverage = Coverage.up_to(SHAPE, 64, (8,)).on("cpu")
+    assert not coverage.counts(Situation.GRAPH)
+    assert not coverage.counts(Situation.IDLE)
+    assert Coverage.up_to(SHAPE, 64, (8,)).on("cuda") == Coverage.up_to(SHAPE, 64, (8,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"eager": ()}, r"eager=\(\)"),
+        ({"eager": ((0, 4),)}, r"eager: \(0, 4\)"),
+        ({"eager": ((1, 4), (4, 8))}, r"eager: \(4, 8\)"),
+        ({"eager": ((1, True),)}, "eager: "),
+        ({"eager": ((1, 1 << 40),)}, "eager: "),
+        ({"captured": (4, 2)}, r"captured: \(2, 2\)"),
+        ({"busy_from": 0}, "busy_from=0"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Coverage(**{"shape": SHAPE, "baseline": "policy 0", "eager": ((1, 64),), **fields})

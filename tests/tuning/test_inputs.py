@@ -1,0 +1,61 @@
+"""What a calibration sorts: how full, at which rows, and with rows of -1 where they occur."""
+
+import pytest
+import torch
+
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.policy.situation import Situation
+from adaptive_moe.shape import SortingShape
+from adaptive_moe.tuning.clocks import TRAIN_LENGTH
+from adaptive_moe.tuning.inputs import CAPACITY_FILLS, Inputs
+
+CPU = torch.device("cpu")
+SHAPE = SortingShape(8, 2, 4, block_size=4)
+
+
+def inputs(shape: SortingShape = SHAPE, captured: tuple[int, ...] = (), **other: bool) -> Inputs:
+    return Inputs(Coverage.up_to(shape, 64, captured, **other), None, CPU)
+
+
+@pytest.mark.parametrize(
+    ("size", "real"),
+    [(1, 1), (2, 2), (4, 3.5), (8, 6.5), (16, 12.5)],
+)
+def test_a_captured_size_is_filled_as_on_average_above_the_size_below(
+    size: int, real: float
+) -> None:
+    sizes = (1, 2, 4, 8, 16)
+    found = inputs(captured=sizes, padding_rows=True)
+    assert found.fills(Situation.GRAPH, size) == (real / size,)
+    # Not where nothing is filled up, and never for eager calls.
+    assert found.fills(Situation.BUSY, size) == (1.0,)
+    assert inputs(captured=sizes).fills(Situation.GRAPH, size) == (1.0,)
+
+
+def test_a_capacity_is_measured_at_several_fills_in_every_situation() -> None:
+    found = inputs(SortingShape(8, 2, 4, num_local_tokens=True), (8,), padding_rows=True)
+    for situation in Situation:
+        assert found.fills(situation, 8) == CAPACITY_FILLS
+    assert found.one(0, 64, 1 / 8).num_local_tokens.tolist() == [8]  # type: ignore[union-attr]
+
+
+def test_rows_that_are_not_real_lie_behind_the_others_and_have_ids_of_minus_one() -> None:
+    found = inputs(captured=(8, 16), padding_rows=True)
+    one = found.one(3, 16, 12.5 / 16)
+    assert one.num_local_tokens is None
+    assert (one.topk_ids[:12] >= 0).all()
+    assert (one.topk_ids[12:] == -1).all()
+    # The routed rows themselves stay as they were.
+    assert (found.one(3, 16, 1.0).topk_ids >= 0).all()
+
+
+@pytest.mark.parametrize("situation", Situation)
+def test_the_calls_of_a_train_share_no_rows_as_long_as_there_are_enough(
+    situation: Situation,
+) -> None:
+    train = inputs(captured=(4,)).train(situation, 4, 1.0)
+    assert len(train) == TRAIN_LENGTH[situation]
+    assert len({one.topk_ids.data_ptr() for one in train}) == len(train)
+    # A batch as large as all rows has them all.
+    for one in inputs().train(situation, 64, 1.0):
+        assert len(one.topk_ids) == len(one.topk_weights) == 64
