@@ -66,7 +66,7 @@ class Rule:
     confidence: float = 0.99
     tie_confidence: float = 0.95
     min_rounds: int = 4
-    max_rounds: int = 400
+    max_rounds: int = 500
 
 
 @dataclass(frozen=True)

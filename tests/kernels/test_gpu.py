@@ -9,52 +9,58 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU that torch can see", allow_module_level=True)
 
-from adaptive_moe.kernels import SortKernel, load_kernel  # noqa: E402
+from adaptive_moe.kernels import Candidate, SortKernel, load_kernel  # noqa: E402
+from adaptive_moe.policy.coverage import Coverage  # noqa: E402
 from adaptive_moe.policy.decision import Standing  # noqa: E402
-from adaptive_moe.policy.table import Bucket  # noqa: E402
+from adaptive_moe.policy.evidence import Bucket  # noqa: E402
+from adaptive_moe.policy.situation import Situation  # noqa: E402
 from adaptive_moe.shape import SortingShape  # noqa: E402
 from adaptive_moe.tuning.calibrator import CalibrationRefusedError, Plan, calibrate  # noqa: E402
-from adaptive_moe.tuning.clocks import CallMode, clock_for  # noqa: E402
+from adaptive_moe.tuning.clocks import clock_for  # noqa: E402
 
-SHAPE = SortingShape(128, 4, 2880)
-PLAN = Plan(max_tokens=512, capture_sizes=(1, 8, 64, 256), budget_s=0.5)
+COVERAGE = Coverage.up_to(SortingShape(128, 4, 2880), 512, (1, 8, 64, 256), padding_rows=True)
+PLAN = Plan(budget_s=0.5)
 
 
 @pytest.fixture(scope="module")
 def kernel() -> SortKernel:
     found = load_kernel("triton")
-    calibrate(found, SHAPE, PLAN)  # compiles
+    calibrate(found, COVERAGE, PLAN)  # compiles
     return found
 
 
-def standings(buckets: tuple[Bucket, ...], policy: int) -> set[Standing]:
+def standings(buckets: tuple[Bucket, ...], candidate: str) -> set[Standing]:
     return {
         result.standing
         for bucket in buckets
         for fill in bucket.fills
         for result in fill.verdict.results
-        if result.policy == policy
+        if result.candidate == candidate
     }
 
 
-def replaced(kernel: SortKernel, policy: int, action) -> SortKernel:
-    """The kernel, with `action(arguments)` in place of one policy."""
+def replaced(kernel: SortKernel, place: int, action) -> SortKernel:
+    """The kernel, with `action(call)` in place of one candidate's call."""
+    original = kernel.candidates[place]
 
-    def moe_sorting(*args):
-        return action(args) if args[8] == policy else kernel.moe_sorting(*args)
+    def bind(inputs):
+        call = original.bind(inputs)
+        return lambda: action(call)
 
-    return replace(kernel, moe_sorting=moe_sorting)
+    candidates = list(kernel.candidates)
+    candidates[place] = Candidate(original.name, bind)
+    return replace(kernel, candidates=tuple(candidates))
 
 
 def test_both_arrays_are_measured_and_memory_is_given_back(kernel):
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    table = calibrate(kernel, SHAPE, PLAN)
+    table = calibrate(kernel, COVERAGE, PLAN)
     assert [b.num_tokens for b in table.evidence.graph][:: len(table.evidence.graph) - 1] == [
         1,
         256,
     ]
-    assert table.evidence.eager[-1].num_tokens == 512
+    assert table.evidence.busy[-1].num_tokens == 512
     assert all(f.verdict.rounds for b in table.evidence.graph for f in b.fills)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before[0]
@@ -70,7 +76,7 @@ def test_while_capturing_it_refuses_and_the_capture_survives(kernel, caplog):
     ):
         ones += 1
         with pytest.raises(CalibrationRefusedError, match="captured"):
-            calibrate(kernel, SHAPE, PLAN)
+            calibrate(kernel, COVERAGE, PLAN)
         ones += 1
     graph.replay()
     torch.cuda.synchronize()
@@ -78,34 +84,37 @@ def test_while_capturing_it_refuses_and_the_capture_survives(kernel, caplog):
     assert "captured" in caplog.text
 
 
-def test_a_policy_out_of_memory_is_dropped_and_the_rest_goes_on(kernel):
+def test_a_candidate_out_of_memory_is_dropped_and_the_rest_goes_on(kernel):
     before = torch.cuda.memory_allocated()
-    greedy = replaced(kernel, 2, lambda args: torch.empty(1 << 45, device="cuda"))
-    table = calibrate(greedy, SHAPE, PLAN)
-    assert standings(table.evidence.eager + table.evidence.graph, 2) == {Standing.FAILED}
-    assert standings(table.evidence.graph, 1) - {Standing.FAILED, Standing.WRONG}
+    greedy = replaced(kernel, 2, lambda call: torch.empty(1 << 45, device="cuda"))
+    table = calibrate(greedy, COVERAGE, PLAN)
+    assert standings(table.evidence.busy + table.evidence.graph, "policy 2") == {Standing.FAILED}
+    assert standings(table.evidence.graph, "policy 1") - {Standing.FAILED, Standing.WRONG}
     assert set(table.eager[1:]) | set(table.graph[1:]) <= {0, 1}
+    assert not table.sound
     assert torch.cuda.memory_allocated() == before
 
 
-def test_a_policy_that_leaves_its_buffer_unwritten_is_wrong(kernel):
-    def unzeroed(args):
-        *sorted_outputs, moe_buf = kernel.moe_sorting(*args)
+def test_a_candidate_that_leaves_its_buffer_unwritten_is_wrong(kernel):
+    def unzeroed(call):
+        *sorted_outputs, moe_buf = call()
         return (*sorted_outputs, torch.empty_like(moe_buf))
 
-    table = calibrate(replaced(kernel, 1, unzeroed), SHAPE, PLAN)
-    assert standings(table.evidence.eager, 1) == {Standing.WRONG}
+    table = calibrate(replaced(kernel, 1, unzeroed), COVERAGE, PLAN)
+    assert standings(table.evidence.busy, "policy 1") == {Standing.WRONG}
     assert 1 not in table.eager[1:] + table.graph[1:]
 
 
-def test_one_policy_under_three_names_stays_zero(kernel):
-    same = replace(kernel, moe_sorting=lambda *args: kernel.moe_sorting(*args[:8], 2))
-    table = calibrate(same, SHAPE, PLAN)
+def test_one_policy_under_three_names_stays_with_the_baseline(kernel):
+    two = kernel.candidates[2]
+    same = tuple(Candidate(one.name, two.bind) for one in kernel.candidates)
+    table = calibrate(replace(kernel, candidates=same), COVERAGE, PLAN)
     assert set(table.eager[1:]) | set(table.graph[1:]) == {0}
 
 
-def test_graph_clocks_survive_graphs_that_came_and_went():
-    clock = clock_for(CallMode.GRAPH, torch.device("cuda"))
+@pytest.mark.parametrize("situation", Situation)
+def test_clocks_time_what_they_are_given_and_graphs_may_come_and_go(situation):
+    clock = clock_for(situation, torch.device("cuda"))
     value = torch.zeros(1024, device="cuda")
     for _ in range(3):
         sample = clock.prepare([lambda: value.add_(torch.ones_like(value))])

@@ -123,6 +123,10 @@ def test_counts_below_busy_from_are_never_served_by_busy_verdicts_alone() -> Non
     )
 
 
+def test_without_idle_buckets_nothing_below_busy_from_leaves_the_baseline() -> None:
+    assert eager({4: 1, 64: 1}, {}, busy_from=10, max_tokens=64) == [0] * 9 + [1] * 55
+
+
 def test_without_a_busy_bucket_there_is_no_table() -> None:
     with pytest.raises(ValueError, match="without busy buckets"):
         make_table({}, idle={1: 1}, coverage=coverage())
