@@ -52,7 +52,7 @@ class Settings:
 
     mode: Mode = Mode.OFF
     fixed_policy: int | None = None
-    budget_s: float = 0.75
+    budget_s: float = 1.5
     margin: float = 0.01
     buckets: tuple[int, ...] = ()
     busy_from: int | None = None
@@ -163,7 +163,7 @@ VARIABLES = (
     ),
     Variable(
         "ADAPTIVE_MOE_BUDGET_S",
-        "0.75",
+        "1.5",
         _SECONDS,
         "most wall-clock time one shape's measurement may take",
         _budget,

@@ -240,7 +240,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sorts", default="all", help="as ADAPTIVE_MOE_SORTS [all]")
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--scale", type=float, default=1.0, help="of the recorded times [1]")
-    parser.add_argument("--budget", type=float, default=0.75, help="seconds a calibration [0.75]")
+    parser.add_argument("--budget", type=float, default=1.5, help="seconds a calibration [1.5]")
     parser.add_argument("--oracle-passes", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.35, help="of sampling a step [0.35]")
 

@@ -10,7 +10,7 @@ Nothing here knows which kernel sorts, which clock times or who asked.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adaptive_moe.kernels import SortKernel
+from adaptive_moe.kernels import POLICIES, SortKernel
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule
 from adaptive_moe.policy.environment import describe_environment
@@ -63,16 +63,21 @@ class Plan:
     """How to calibrate; what for is the Coverage.
 
     first     token counts to begin with, empty for powers of two
-    budget_s  wall-clock seconds for measuring, checks and compilation excluded
+    budget_s  wall-clock seconds for measuring the policies, checks and compilation excluded; where
+              other sorts compete, too, there is as much more as there are more to measure
     """
 
     first: tuple[int, ...] = ()
-    budget_s: float = 0.75
+    budget_s: float = 1.5
     rule: Rule = field(default_factory=Rule)
 
     def __post_init__(self) -> None:
         if not self.budget_s > 0:
             raise ValueError(f"budget_s={self.budget_s!r} is not accepted: give more than 0")
+
+    def seconds(self, candidates: int) -> float:
+        """The budget for so many candidates, the baseline among them."""
+        return self.budget_s * max(1.0, (candidates - 1) / (len(POLICIES) - 1))
 
 
 def calibrate(
@@ -91,7 +96,7 @@ def calibrate(
     Args:
         kernel: who sorts, and who may take the baseline's place.
         coverage: the token counts, and in which situations they come.
-        plan: how to measure; by default 0.75 s by the default rule.
+        plan: how to measure; by default 1.5 s by the default rule.
         expert_mask: the caller's own, int32 of [num_experts]; by default the shape's.
         earlier: evidence of the same kernel and shape; its settled buckets are not measured again.
         clock_factory: the clock of a situation on a device.
@@ -123,7 +128,7 @@ def calibrate(
             sections = _sections(
                 kernel, coverage, plan, expert_mask, earlier, clock_factory, now, progress
             )
-            _measure(list(sections.values()), plan.budget_s)
+            _measure(list(sections.values()), plan.seconds(len(kernel.candidates)))
             buckets = {situation: part.buckets() for situation, part in sections.items()}
     except (CalibrationFailedError, BudgetError):
         raise
@@ -197,13 +202,24 @@ def _measure(sections: list[Section], budget_s: float) -> None:
         free = deadline - now() - sum(done.reserve() for done in sections[:place])
         weights = [WEIGHT[one.situation] for one in sections[place:]]
         section.explore(now() + free * weights[0] / sum(weights))
-    free, needed = deadline - now(), sum(section.reserve() for section in sections)
+    _confirm(sections, deadline)
+    # Estimates kept back more than it took: what that leaves goes to counts that had no turn.
     for section in sections:
-        section.choose(free * section.reserve() / (needed or 1.0))
-    # A lot of everybody, and again, so that even the lots lie apart; then more for who needs it.
-    for rounds in (*(LOT * lot for lot in range(1, LOTS + 1)), sections[0].rule.max_rounds):
+        section.fill(deadline)
+    _confirm(sections, deadline)
+
+
+def _confirm(sections: Sequence[Section], deadline: float) -> None:
+    """The second pass over all situations, of as many winners as the time is for."""
+    now = sections[0].now
+    while now() < deadline and (needed := sum(section.reserve() for section in sections)):
+        free = deadline - now()
         for section in sections:
-            section.confirm(rounds, deadline)
+            section.choose(free * section.reserve() / needed)
+        # A lot of everybody, and again, so that the lots lie apart; then more for who needs it.
+        for rounds in (*(LOT * lot for lot in range(1, LOTS + 1)), sections[0].rule.max_rounds):
+            for section in sections:
+                section.confirm(rounds, deadline)
 
 
 def _grid(coverage: Coverage, situation: Situation) -> tuple[int, ...]:

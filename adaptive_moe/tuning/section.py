@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, count
 
 from adaptive_moe.policy.buckets import bucket_of, first_buckets
 from adaptive_moe.policy.decision import Result, Rule, Samples, Standing, Verdict, confirm, decide
@@ -16,16 +16,17 @@ from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.policy.losses import combine, loss_us
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.tuning.clocks import Clock
-from adaptive_moe.tuning.explore import explore
+from adaptive_moe.tuning.explore import SKETCH_ROUNDS, explore
 from adaptive_moe.tuning.inputs import Inputs
 from adaptive_moe.tuning.race import measure, measure_again, second
 from adaptive_moe.tuning.rightness import Exclusion, Rightness
 
 logger = logging.getLogger("adaptive_moe")
 
-# What confirming a bucket takes, over what its first pass took: fewer candidates, but prepared for
-# each lot, and twice the rounds.
-CONFIRM_COST = 1.8
+# What is kept back to confirm a bucket, over what its first pass took. It takes 1.8 times as long
+# (fewer candidates, but prepared for each lot, and thrice the rounds); but who is cut short is not
+# confirmed at all, while what is left over goes to others.
+CONFIRM_COST = 2.6
 RULED_OUT = "not measured: it is slower on a busy device"
 
 
@@ -40,6 +41,11 @@ class Measured:
     second: list[list[Samples]] = field(default_factory=list)
     seconds: float = 0.0
     saves: float = 0.0
+
+    @property
+    def rounds(self) -> int:
+        """The baseline's, of the first pass; as many as the fill with the fewest has."""
+        return min(len(samples[0].round_us) for samples in self.first)
 
 
 class Section:
@@ -96,9 +102,16 @@ class Section:
         def measure_bucket(num_tokens: int, rounds: int) -> Bucket:
             nonlocal ahead
             ahead -= 1
-            # A noisy bucket may take its share and as much again, never what later ones need.
+            # A noisy bucket may take its share and as much again, never what later ones need. But
+            # rounds too few for a verdict help nobody: each one begun gets as many as that takes.
             slot = self.now() + 2.0 * left() / (max(ahead, 0) + 2)
-            self._go_on(num_tokens, rounds, slot)
+            asked = count()
+
+            def spent() -> bool:
+                few = next(asked) <= self.rule.min_rounds
+                return left() <= 0.0 if few else self.now() > slot
+
+            self._go_on(num_tokens, rounds if left() > 0.0 else 0, spent)
             return self._presumed(num_tokens)
 
         self._buckets = sorted(
@@ -109,17 +122,22 @@ class Section:
             )
         )
 
+    def fill(self, deadline: float) -> None:
+        """A sketch of every bucket that the first pass had no time for."""
+        for num_tokens, bucket in self.measured.items():
+            if not bucket.rounds and self.now() < deadline:
+                self._go_on(num_tokens, SKETCH_ROUNDS, lambda: self.now() > deadline)
+
     def reserve(self) -> float:
-        """Seconds that confirming every winner will take."""
-        return sum(CONFIRM_COST * b.seconds for b in self.measured.values() if b.saves)
+        """Seconds that confirming will take every winner whose second pass has not begun."""
+        return sum(CONFIRM_COST * self.measured[n].seconds for n in self._unconfirmed())
 
     def choose(self, seconds: float) -> None:
-        """Who is to be confirmed in so much time: the winners that save most, as many as fit.
+        """Who is to be confirmed next, in so much time: the winners that save most, as many as fit.
 
         A third of the way with everybody would confirm nobody.
         """
-        winners = [n for n in self._buckets if n in self.measured and self.measured[n].saves]
-        winners.sort(key=lambda n: -self.measured[n].saves)
+        winners = sorted(self._unconfirmed(), key=lambda n: -self.measured[n].saves)
         costs = accumulate(CONFIRM_COST * self.measured[n].seconds for n in winners)
         fits = [n for n, cost in zip(winners, costs, strict=True) if cost <= seconds]
         self._to_confirm = fits or winners[:1]
@@ -128,6 +146,9 @@ class Section:
         """The second pass of those chosen, brought to so many rounds."""
         for num_tokens in self._to_confirm:
             self._again(num_tokens, rounds, deadline)
+
+    def _unconfirmed(self) -> list[int]:
+        return [n for n, bucket in self.measured.items() if bucket.saves and not bucket.second]
 
     def losers(self, num_tokens: int) -> set[str]:
         """Who is slower in the bucket that serves that count, in any of its fills."""
@@ -143,8 +164,8 @@ class Section:
             for n in self._buckets
         )
 
-    def _go_on(self, num_tokens: int, rounds: int, deadline: float) -> None:
-        """The first pass of one bucket, brought to `rounds` rounds if the deadline allows."""
+    def _go_on(self, num_tokens: int, rounds: int, spent: Callable[[], bool]) -> None:
+        """The first pass of one bucket, brought to `rounds` rounds, or until the time is spent."""
         self.told(num_tokens)
         fills = self.inputs.fills(self.situation, num_tokens)
         if num_tokens not in self.measured:
@@ -152,7 +173,7 @@ class Section:
             self.measured[num_tokens] = Measured([self._fresh(num_tokens) for _ in fills])
         bucket, begun = self.measured[num_tokens], self.now()
         bucket.first = [
-            self._race(num_tokens, fill, samples, rounds, deadline)
+            self._race(num_tokens, fill, samples, rounds, spent) if rounds else samples
             for fill, samples in zip(fills, bucket.first, strict=True)
         ]
         bucket.seconds += self.now() - begun
@@ -198,7 +219,7 @@ class Section:
         fill: float,
         samples: Sequence[Samples],
         rounds: int,
-        deadline: float,
+        spent: Callable[[], bool],
     ) -> list[Samples]:
         shape = self.inputs.coverage.shape
         logger.debug("%s at %d tokens, %s", shape.describe(), num_tokens, self.situation.value)
@@ -209,7 +230,7 @@ class Section:
             self.rightness.without_excluded(samples),
             self.rule,
             rounds,
-            spent=lambda: self.now() > deadline,
+            spent,
         )
         self._exclude_failed(raced, num_tokens)
         return raced

@@ -79,6 +79,23 @@ def test_who_is_slower_on_a_busy_device_is_not_measured_on_an_idle_one() -> None
         assert (result.standing, result.reason) == (Standing.SLOWER, RULED_OUT)
 
 
+def test_a_bucket_begun_has_the_rounds_of_a_verdict_and_the_others_none() -> None:
+    bench = Bench(lambda s, policy: 50.0 + policy)
+    bench.busy.explore(0.012)
+    rounds = [b.verdicts[0].rounds for b in bench.busy.buckets()]
+    assert rounds[0] >= Rule().min_rounds
+    assert rounds[-1] == 0
+    assert sum(0 < n < Rule().min_rounds for n in rounds) <= 1  # where the time ended
+
+
+def test_time_that_is_left_goes_to_counts_that_had_no_turn() -> None:
+    bench = Bench(lambda s, policy: 50.0 + policy)
+    bench.busy.explore(0.0)
+    assert not any(b.verdicts[0].rounds for b in bench.busy.buckets())
+    bench.busy.fill(1.0)
+    assert all(b.verdicts[0].rounds for b in bench.busy.buckets())
+
+
 def test_the_idle_device_is_asked_about_counts_below_busy_from_alone() -> None:
     bench = Bench(lambda s, policy: 50.0)
     bench.busy.explore(1.0)
