@@ -25,7 +25,8 @@ from adaptive_moe.engines.seen import Key, SeenCall
 from adaptive_moe.engines.wrapper import fixed, measured
 from adaptive_moe.kernels import POLICIES, SortKernel
 from adaptive_moe.kernels.aiter import meaning_of, seam_problem
-from adaptive_moe.kernels.live import Live, live_kernel
+from adaptive_moe.kernels.call import Live
+from adaptive_moe.kernels.live import live_kernel
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import Mode, Settings

@@ -8,7 +8,7 @@ from typing import Any
 from adaptive_moe.engines.seam import Layer
 from adaptive_moe.engines.seen import TRUE, Key, SeenCall
 from adaptive_moe.kernels.aiter import BUFFERS, KNOWN, LEADING, UNSORTED, ConfigCall
-from adaptive_moe.kernels.live import Buffer
+from adaptive_moe.kernels.call import Buffer
 
 
 class OddCallError(Exception):

@@ -20,7 +20,7 @@ from adaptive_moe.kernels.identity import digest
 from adaptive_moe.kernels.sorts import OtherSort
 
 if TYPE_CHECKING:
-    from adaptive_moe.kernels.live import Live
+    from adaptive_moe.kernels.call import Live
     from adaptive_moe.shape import SortingShape
 
 _TEN = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptive_moe.kernels.live import Live
+    from adaptive_moe.kernels.call import Live
     from adaptive_moe.shape import SortingShape
 
 _AITERS, _OURS = "adaptive_moe.kernels.aiter_sorts", "adaptive_moe.kernels.ours"

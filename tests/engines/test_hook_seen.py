@@ -10,7 +10,7 @@ import torch
 
 from adaptive_moe.engines.seen import SeenCall, is_rounded
 from adaptive_moe.kernels.aiter import SEAM
-from adaptive_moe.kernels.live import Buffer
+from adaptive_moe.kernels.call import Buffer
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.settings import Mode, Settings
 from adaptive_moe.shape import SortingShape

@@ -2,7 +2,8 @@
 
 import torch
 
-from adaptive_moe.kernels.live import Live, live_kernel
+from adaptive_moe.kernels.call import Live
+from adaptive_moe.kernels.live import live_kernel
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.shape import SortingShape
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from adaptive_moe.kernels import sorts
-from adaptive_moe.kernels.live import Buffer, live_kernel
+from adaptive_moe.kernels.call import Buffer
+from adaptive_moe.kernels.live import live_kernel
 from adaptive_moe.kernels.sorts import GROUPS, REGISTRY, offered
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.shape import SortingShape
