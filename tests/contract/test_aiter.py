@@ -87,7 +87,7 @@ def test_a_tables_policy_arrives_at_the_compiled_sort(aiter, gated):
     before = adaptive_moe.counts()
     found = [forward(aiter, count, dim=dim, gated=gated).policy for count in BLOCK_SIZES]
     assert found == [2] * len(BLOCK_SIZES)
-    assert adaptive_moe.counts().eager == before.eager + len(BLOCK_SIZES)
+    assert adaptive_moe.counts().chosen == before.chosen + len(BLOCK_SIZES)
     assert adaptive_moe.counts().unknown == before.unknown
 
 
