@@ -104,10 +104,12 @@ def _take_part(channel: Channel, own: PolicyTable | None, event: str, limit_s: f
 
 
 def _leave_open(channel: Channel) -> None:
-    """As a leader does that dies while it collects; ranks have perhaps joined a live one."""
+    """As a leader does that dies while it collects. In one step: a dead leader opens nothing over
+    what a live one has opened since."""
     store = channel.connect()
-    if not store.check(["open"]) or store.check([f"{int(store.get('open'))}/outcome"]):
-        store.set("open", str(store.add("number", 1)))
+    known = bytes(store.get("open")).decode() if store.check(["open"]) else ""
+    if not known or store.check([f"{int(known)}/outcome"]):
+        store.compare_set("open", known, str(store.add("number", 1)))
 
 
 def _judged(script: list[Any], answers: list[Any]) -> dict[str, Any]:
