@@ -27,7 +27,7 @@ from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.tuning import clocks
 from adaptive_moe.tuning.calibrator import Plan, calibrate
-from adaptive_moe.tuning.clocks import BusyClock, GraphClock, clock_for
+from adaptive_moe.tuning.clocks import BusyClock, GraphClock, at_once, clock_for
 from adaptive_moe.tuning.device import Graphs, Neutral, Spin
 from adaptive_moe.tuning.inputs import Inputs
 from calibration.record import main, stamp
@@ -97,12 +97,12 @@ def _busy(kernel: SortKernel, coverage: Coverage) -> dict[str, Any]:
         for call in calls:
             call()
         host_us = (time.perf_counter() - begun) * 1e6 / len(calls)
-        sample = clock.prepare(calls)
+        sample = at_once(clock.prepare(calls))
         sample()
         first, clock.invalid = clock.invalid, 0
         busy = statistics.median(sample() for _ in range(60))
         others = [
-            statistics.median(take() for take in [c.prepare(calls)] for _ in range(20))
+            statistics.median(take() for take in [at_once(c.prepare(calls))] for _ in range(20))
             for c in (
                 clock_for(s, kernel.device, neutral) for s in (Situation.GRAPH, Situation.IDLE)
             )
@@ -137,7 +137,8 @@ def _carry_over(kernel: SortKernel, coverage: Coverage) -> dict[str, Any]:
             clock = GraphClock(before, Spin(kernel.device), graphs.capture)
             train = inputs.train(Situation.GRAPH, num_tokens, 1.0)
             one, two = (
-                clock.prepare([c.bind(i) for i in train], 5.0) for c in kernel.candidates[1:]
+                at_once(clock.prepare([c.bind(i) for i in train], 5.0))
+                for c in kernel.candidates[1:]
             )
             for mine, other in ((two, one), (one, two)):
                 after_other, after_self = [], []
@@ -230,7 +231,7 @@ def _times(
     base = []
     live = list(kernel.candidates)
     for _ in range(2):
-        samplers = {c.name: clock.prepare([c.bind(i) for i in train], 5.0) for c in live}
+        samplers = {c.name: at_once(clock.prepare([c.bind(i) for i in train], 5.0)) for c in live}
         looks = {name: min(sample(), sample()) for name, sample in samplers.items()}
         live = [
             c

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from adaptive_moe.kernels import Candidate
-from adaptive_moe.tuning.clocks import Sampler, Train, WallClock
+from adaptive_moe.tuning.clocks import Pending, Sampler, Train, WallClock
 
 SIGMA = 0.05
 OUTLIER_RATE, OUTLIER_FACTOR = 0.01, 5.0
@@ -72,8 +72,13 @@ class SimulatedClock(WallClock):
         self.device = device
 
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
-        sample, bias = super().prepare(train, call_us), self.device.prepared()
-        return lambda: sample() * bias
+        enqueue, bias = super().prepare(train, call_us), self.device.prepared()
+
+        def sample() -> Pending:
+            wait = enqueue()
+            return lambda: wait() * bias
+
+        return sample
 
 
 class Steady(Device):

@@ -83,6 +83,11 @@ def loss(verdict: Verdict, candidate: str) -> float:
     return ratios[candidate] / min(ratios.values()) if candidate in ratios else math.inf
 
 
+def loss_if_asked(verdict: Verdict, candidate: str) -> float:
+    """The same, and 1.0 for one that was not asked here: another situation says where it ends."""
+    return 1.0 if candidate in _unasked(verdict) else loss(verdict, candidate)
+
+
 def needs_refining(below: Verdict, above: Verdict, rule: Rule) -> float:
     """How much a count between two neighbouring buckets may lose by taking the upper one's
     candidate.
@@ -93,16 +98,24 @@ def needs_refining(below: Verdict, above: Verdict, rule: Rule) -> float:
     """
     tolerance = REFINE_MARGINS * rule.margin
     lost = max(
-        loss(below, above.candidate),
-        loss(below, _fastest(above)),
-        loss(above, _fastest(below)),
+        loss_if_asked(below, above.candidate),
+        loss_if_asked(below, _fastest(above)),
+        loss_if_asked(above, _fastest(below)),
     )
     if lost - 1.0 > tolerance:
         return lost - 1.0
     if above.candidate == above.baseline.candidate:
         twins = _twins(below, tolerance) ^ _twins(above, tolerance)
+        twins -= _unasked(below) | _unasked(above)
         return max((abs(loss(v, c) - 1.0) for c in twins for v in (below, above)), default=0.0)
     return 0.0
+
+
+def _unasked(verdict: Verdict) -> set[str]:
+    """Who is known to be slower without having been measured."""
+    return {
+        r.candidate for r in verdict.results if r.gain is None and r.standing is Standing.SLOWER
+    }
 
 
 def _ratios(verdict: Verdict) -> dict[str, float]:

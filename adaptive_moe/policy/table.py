@@ -124,13 +124,16 @@ class PolicyTable:
 
 
 def _eager(found: Calibration) -> bytes:
-    """By the busy verdicts from busy_from on; below, by what loses in neither situation."""
+    """By the busy verdicts from busy_from on; below, by what loses in neither situation, and where
+    graphs are captured of as many tokens is the choice for them, too."""
     last, busy_from = found.coverage.max_tokens, found.coverage.busy_from
     busy_counts = [b.num_tokens for b in found.busy]
     idle_counts = [b.num_tokens for b in found.idle]
+    graph_counts = [b.num_tokens for b in found.graph]
     if not busy_counts:
         raise ValueError("a calibration without busy buckets has no table: calibrate again")
-    edges = {*busy_counts, *idle_counts, min(busy_from - 1, last)} - {0}
+    below = [count for count in graph_counts if count < busy_from and count <= last]
+    edges = {*busy_counts, *idle_counts, *below, min(busy_from - 1, last)} - {0}
     chosen = []
     for count in sorted(edges):
         busy = found.busy[bucket_of(count, busy_counts)]
@@ -140,6 +143,9 @@ def _eager(found: Calibration) -> bytes:
         elif idle_counts:
             idle = found.idle[bucket_of(count, idle_counts)]
             name = combine([*busy.verdicts, *idle.verdicts], found.rule.margin)[0]
+            if graph_counts and count <= graph_counts[-1]:
+                captured = found.graph[bucket_of(count, graph_counts)].candidate
+                name = name if name == captured else found.coverage.baseline
         chosen.append((count, name))
     return _spread(found, chosen, last)
 

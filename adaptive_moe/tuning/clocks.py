@@ -1,8 +1,9 @@
 """Clocks: how one sort call is timed in each situation. Injected everywhere.
 
 A clock is given a *train*: calls that differ only in their inputs, so that every routing is in each
-sample. `prepare(train)` does what must happen once (capture a graph, say) and returns the sampler,
-which runs the train and returns microseconds a call.
+sample. `prepare(train)` does what must happen once (capture a graph, say) and returns the sampler.
+That enqueues the train; what it returns waits, and gives microseconds a call. So samples can be
+enqueued one behind the other, and the device never waits for the host to have read the last one.
 
     WallClock   the CPU's clock around the train; kernels that run on the CPU
     GraphClock  the train captured once and replayed: no launch cost, as in an engine's own graph
@@ -15,7 +16,7 @@ clock: a write as large as the L2 or larger, as the GEMM is that runs before a s
 takes with it whatever the sample before left behind: lines in the L2 (it writes more than the L2
 holds, and a sample's calls read inputs of their own, so none finds its ids there), write-backs that
 are under way, and the clocks of a device that was idle. It costs 20 to 30 us a sample on an H100,
-about a fifth of a graph's sample. Enough, because between two samples there is then nothing that
+about a third of a graph's sample. Enough, because between two samples there is then nothing that
 depends on who ran before.
 """
 
@@ -29,7 +30,9 @@ import torch
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.tuning.device import Graphs, Neutral, Spin, Train, gpu_event
 
-Sampler = Callable[[], float]
+# Waits for one sample and gives its microseconds a call; and what enqueues one.
+Pending = Callable[[], float]
+Sampler = Callable[[], Pending]
 Events = Callable[[], Any]
 
 # A replay costs 0.2 us more or less for one graph than for another that holds the same kernels
@@ -41,14 +44,15 @@ REPLAY_US = 40.0
 GRAPH_LOT = 4
 TRAIN_LENGTH = {Situation.GRAPH: 3 * GRAPH_LOT, Situation.BUSY: 4, Situation.IDLE: 2}
 
-# Microseconds of backlog in front of a sample, to begin with and at most. A replay is enqueued at
-# once; calls of a Python function are not.
-BACKLOG_US, GRAPH_BACKLOG_US, MAX_BACKLOG_US = 100.0, 10.0, 50_000.0
+# Microseconds of backlog in front of a sample: to begin with, at least and at most.
+BACKLOG_US, LEAST_BACKLOG_US, MAX_BACKLOG_US = 100.0, 10.0, 50_000.0
+# How it follows the host: up where a sample came late, down a little for each that did not.
+GROWTH, DECAY = 1.5, 31 / 32
 
 
 class Clock(Protocol):
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
-        """The sampler of this train, in microseconds a call.
+        """The sampler of this train.
 
         call_us: about what a call takes, 0.0 where that is not known yet. A clock that must run
         many short calls to see them well runs fewer longer ones; given inf, as few as it can.
@@ -71,12 +75,13 @@ class WallClock:
         self.timer, self.neutral = timer, neutral
 
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
-        def sample() -> float:
+        def sample() -> Pending:
             self.neutral()
             start = self.timer()
             for call in train:
                 call()
-            return (self.timer() - start) * 1e6 / len(train)
+            us = (self.timer() - start) * 1e6 / len(train)
+            return lambda: us
 
         return sample
 
@@ -86,10 +91,10 @@ class BusyClock:
 
     A backlog keeps the device busy meanwhile, and then comes the neutral predecessor. A sample
     whose start event is done before its last call is enqueued has timed the host, and is no sample:
-    the backlog grows by half, and it is taken again. A longer backlog stays, but for an eighth a
-    sampler, so that one stall of the host is not paid for ever after.
+    the backlog grows, and it is taken again. A device that still runs the sample before needs less
+    of it than an idle one.
 
-    backlog_us: how much of it, now. invalid: how many samples were none.
+    invalid: how many samples were none.
     """
 
     def __init__(
@@ -97,37 +102,51 @@ class BusyClock:
         neutral: Callable[[], object],
         spin: Callable[[float], object],
         events: Events = gpu_event,
-        least_us: float = BACKLOG_US,
     ) -> None:
-        self.neutral, self.spin, self.events, self.least_us = neutral, spin, events, least_us
-        self.backlog_us = least_us
+        self.neutral, self.spin, self.events = neutral, spin, events
         self.invalid = 0
+        # By whether the sample before was over, which is the last of `_last`.
+        self._backlog_us = {True: BACKLOG_US, False: BACKLOG_US}
+        self._last: Any = None
+        self._unused: list[tuple[Any, Any]] = []
+
+    @property
+    def backlog_us(self) -> float:
+        """What the device is kept busy with, now and at most."""
+        return max(self._backlog_us.values())
 
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
-        self.backlog_us = max(self.least_us, self.backlog_us * 7 / 8)
-        start, end = self.events(), self.events()
+        def sample() -> Pending:
+            start, end = self._unused.pop() if self._unused else (self.events(), self.events())
+            while not self._ahead(train, start, end):
+                self.invalid += 1
 
-        def sample() -> float:
-            while True:
-                self.spin(self.backlog_us)
-                self.neutral()
-                start.record()
-                for call in train:
-                    call()
-                end.record()
-                ahead = not start.query()
+            def wait() -> float:
                 end.synchronize()
-                if ahead:
-                    return float(start.elapsed_time(end)) * 1e3 / len(train)
-                self._grow()
+                us = float(start.elapsed_time(end)) * 1e3 / len(train)
+                self._unused.append((start, end))
+                return us
+
+            return wait
 
         return sample
 
-    def _grow(self) -> None:
-        self.invalid += 1
-        if self.backlog_us >= MAX_BACKLOG_US:
-            raise NeverAheadError(f"the host is not ahead behind {self.backlog_us:.0f} us of work")
-        self.backlog_us *= 1.5
+    def _ahead(self, train: Train, start: Any, end: Any) -> bool:
+        """Enqueue a sample: did the host get it all done before the device began with it?"""
+        idle = self._last is None or self._last.query()
+        backlog_us = self._backlog_us[idle]
+        self.spin(backlog_us)
+        self.neutral()
+        start.record()
+        for call in train:
+            call()
+        end.record()
+        ahead = not start.query()
+        self._last = end
+        if not ahead and backlog_us >= MAX_BACKLOG_US:
+            raise NeverAheadError(f"the host is not ahead behind {backlog_us:.0f} us of work")
+        self._backlog_us[idle] = max(backlog_us * (DECAY if ahead else GROWTH), LEAST_BACKLOG_US)
+        return ahead
 
 
 class IdleClock:
@@ -142,7 +161,7 @@ class IdleClock:
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
         over, start, end = self.events(), self.events(), self.events()
 
-        def sample() -> float:
+        def sample() -> Pending:
             self.neutral()
             over.record()
             over.synchronize()
@@ -151,7 +170,8 @@ class IdleClock:
                 call()
             end.record()
             end.synchronize()
-            return float(start.elapsed_time(end)) * 1e3 / len(train)
+            us = float(start.elapsed_time(end)) * 1e3 / len(train)
+            return lambda: us
 
         return sample
 
@@ -171,14 +191,29 @@ class GraphClock:
         events: Events = gpu_event,
     ) -> None:
         self._capture = capture
-        self._busy = BusyClock(neutral, spin, events, GRAPH_BACKLOG_US)
+        self._busy = BusyClock(neutral, spin, events)
 
     def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
         calls = train[: calls_of(len(train), call_us)]
         replay = self._capture(calls)
         replay()  # the first replay uploads the graph
-        sample = self._busy.prepare([replay])
-        return lambda: sample() / len(calls)
+        enqueue = self._busy.prepare([replay])
+
+        def sample() -> Pending:
+            wait = enqueue()
+            return lambda: wait() / len(calls)
+
+        return sample
+
+
+def at_once(sampler: Sampler) -> Callable[[], float]:
+    """Samples that are waited for one by one."""
+
+    def sample() -> float:
+        wait = sampler()
+        return wait()
+
+    return sample
 
 
 def calls_of(train: int, call_us: float) -> int:

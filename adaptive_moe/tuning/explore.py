@@ -21,17 +21,17 @@ from itertools import pairwise
 from adaptive_moe.policy.buckets import between, first_buckets
 from adaptive_moe.policy.decision import TIE_MARGINS, Rule, Standing, Verdict
 from adaptive_moe.policy.evidence import Bucket
-from adaptive_moe.policy.losses import REFINE_MARGINS, loss, needs_refining
+from adaptive_moe.policy.losses import REFINE_MARGINS, loss_if_asked, needs_refining
 
-# Rounds of a sketch, and of a look: the fewest that give a ratio with a second opinion.
-SKETCH_ROUNDS = 10
+# Rounds of a sketch: enough for what is clear. And of a look: a ratio with a second opinion.
+SKETCH_ROUNDS = 6
 LOOK_ROUNDS = 2
 # Gaps narrower than this are not looked into: a window of half an octave shows in a wider one.
 LOOK_RATIO = 1.5
 # What a look may save, in margins over its whole gap: little, as there rarely is anything.
 LOOK_PROMISE = 1.0
 # What a step must save, in margins, to be taken.
-WORTH_MEASURING = 0.1
+WORTH_MEASURING = 0.5
 # Standard errors in half a gain's interval, about: it holds at 99% however often one looks.
 ERRORS = 4.5
 # What settling a doubt is worth beside a gap that may lose as much: it decides the counts that the
@@ -121,7 +121,7 @@ def looks(found: Mapping[int, Bucket], domain: Sequence[int], rule: Rule) -> Ite
 
 def surprises(look: Bucket, above: Bucket, rule: Rule) -> bool:
     """Does the candidate of the bucket above lose at this count what would be worth a bucket?"""
-    lost = max(loss(verdict, above.candidate) for verdict in look.verdicts)
+    lost = max(loss_if_asked(verdict, above.candidate) for verdict in look.verdicts)
     return lost - 1.0 > REFINE_MARGINS * rule.margin
 
 

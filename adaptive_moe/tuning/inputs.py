@@ -34,6 +34,7 @@ class Inputs:
             route(shape, self.rows, ROUTINGS[seed % len(ROUTINGS)], seed, device)
             for seed in range(GRAPH_LOT)
         ]
+        self._known: dict[tuple[int, int, float], SortingInputs] = {}
 
     def train(self, situation: Situation, num_tokens: int, fill: float) -> list[SortingInputs]:
         """What one sample runs through, both routings alike."""
@@ -41,10 +42,13 @@ class Inputs:
 
     def one(self, number: int, num_tokens: int, fill: float) -> SortingInputs:
         """The inputs of one call; the same for the same number."""
-        table = self.tables[number % len(self.tables)]
-        first = (number // len(self.tables) * num_tokens) % (self.rows - num_tokens + 1)
-        shape = self.coverage.shape
-        return sorting_inputs(shape, table, num_tokens, self.mask, fill, first)
+        key = (number, num_tokens, fill)
+        if key not in self._known:
+            table = self.tables[number % len(self.tables)]
+            first = (number // len(self.tables) * num_tokens) % (self.rows - num_tokens + 1)
+            shape = self.coverage.shape
+            self._known[key] = sorting_inputs(shape, table, num_tokens, self.mask, fill, first)
+        return self._known[key]
 
     def fills(self, situation: Situation, num_tokens: int) -> tuple[float, ...]:
         """Fractions of real rows to measure at.

@@ -14,7 +14,7 @@ from dataclasses import replace
 from adaptive_moe.kernels import Candidate
 from adaptive_moe.kernels.contract import SortingInputs
 from adaptive_moe.policy.decision import SWEEPS, Rule, Samples, Standing, decide
-from adaptive_moe.tuning.clocks import Clock, Sampler
+from adaptive_moe.tuning.clocks import Clock, Pending, Sampler
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -124,8 +124,11 @@ def race(
     `spent` is asked once before each round. Only whole rounds count.
     """
     table = {one.candidate: one for one in samples}
-    for number in range(len(samples[0].round_us), rounds):
-        live = _live(table, rule)
+    live, looked = _live(table, rule), len(samples[0].round_us)
+    for number in range(looked, rounds):
+        # Judging costs as much as a sample: many rounds are looked at after each eighth more.
+        if number - looked >= max(1, looked // 8) or any(table[n].out for n in live):
+            live, looked = _live(table, rule), number
         if len(live) < 2 or spent():
             break
         _one_round(table, samplers, _sweeps(number, live))
@@ -157,12 +160,12 @@ def first_look(
 def _one_round(
     table: dict[str, Samples], samplers: Mapping[str, Sampler], sweeps: Sequence[Sequence[str]]
 ) -> None:
+    """All visits are enqueued before the first is waited for: a device waits for nobody then."""
+    pending = [(name, _enqueue(table, samplers, name)) for sweep in sweeps for name in sweep]
     visits: dict[str, list[float]] = {name: [] for name in sweeps[0]}
-    for sweep in sweeps:
-        for name in sweep:
-            time = _sample(table, samplers, name) if table[name].out is None else None
-            if time is not None:
-                visits[name].append(time)
+    for name, wait in pending:
+        if wait is not None and (time := _wait(table, name, wait)) is not None:
+            visits[name].append(time)
     logger.debug("samples us: %s", visits)
     for name, times in visits.items():
         if table[name].out is None:
@@ -172,8 +175,25 @@ def _one_round(
 
 def _sample(table: dict[str, Samples], samplers: Mapping[str, Sampler], name: str) -> float | None:
     """One sample in us, or None where the candidate raised and is out from here on."""
+    wait = _enqueue(table, samplers, name)
+    return None if wait is None else _wait(table, name, wait)
+
+
+def _enqueue(
+    table: dict[str, Samples], samplers: Mapping[str, Sampler], name: str
+) -> Pending | None:
+    if table[name].out is not None:
+        return None
     try:
         return samplers[name]()
+    except Exception as error:
+        table[name] = _failed(table[name], error)
+        return None
+
+
+def _wait(table: dict[str, Samples], name: str, wait: Pending) -> float | None:
+    try:
+        return wait()
     except Exception as error:
         table[name] = _failed(table[name], error)
         return None

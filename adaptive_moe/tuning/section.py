@@ -15,10 +15,11 @@ from adaptive_moe.policy.decision import Result, Rule, Samples, Standing, Verdic
 from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.policy.losses import combine, loss_us
 from adaptive_moe.policy.situation import Situation
+from adaptive_moe.tuning.asked import APART, unasked
 from adaptive_moe.tuning.clocks import Clock
 from adaptive_moe.tuning.explore import SKETCH_ROUNDS, explore
 from adaptive_moe.tuning.inputs import Inputs
-from adaptive_moe.tuning.race import measure, measure_again, second
+from adaptive_moe.tuning.race import LOT, LOTS, measure, measure_again, second
 from adaptive_moe.tuning.rightness import Exclusion, Rightness
 
 logger = logging.getLogger("adaptive_moe")
@@ -27,7 +28,6 @@ logger = logging.getLogger("adaptive_moe")
 # (fewer candidates, but prepared for each lot, and thrice the rounds); but who is cut short is not
 # confirmed at all, while what is left over goes to others.
 CONFIRM_COST = 2.6
-RULED_OUT = "not measured: it is slower on a busy device"
 
 
 @dataclass
@@ -53,8 +53,8 @@ class Section:
 
     wanted: counts to begin with. kept: settled buckets of an earlier calibration, which are not
     measured again. now: seconds, but for those of checking. told(num_tokens): called before each
-    step. other: a situation explored before this one; who loses in it can serve in neither, and is
-    not measured.
+    step. before: the situations explored before this one, which say whom not to ask
+    (asked.py).
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Section:
         rule: Rule,
         now: Callable[[], float],
         told: Callable[[int], None],
-        other: "Section | None" = None,
+        before: Mapping[Situation, "Section"],
     ) -> None:
         self.situation, self.domain, self.wanted, self.kept = situation, domain, wanted, kept
         self.inputs, self.rightness, self.rule = inputs, rightness, rule
-        self.now, self.told, self.other = now, told, other
+        self.now, self.told, self.before = now, told, dict(before)
         self.candidates = rightness.kernel.candidates
         self.measured: dict[int, Measured] = {}
         # The clock is made when first needed: it takes memory, and all may be known already.
@@ -150,12 +150,14 @@ class Section:
     def _unconfirmed(self) -> list[int]:
         return [n for n, bucket in self.measured.items() if bucket.saves and not bucket.second]
 
-    def losers(self, num_tokens: int) -> set[str]:
-        """Who is slower in the bucket that serves that count, in any of its fills."""
-        bucket = self._buckets[bucket_of(num_tokens, self._buckets)]
-        verdicts = self.kept[bucket].verdicts if bucket in self.kept else self._first(bucket)
-        slower = (Standing.SLOWER, Standing.HOPELESS)
-        return {r.candidate for v in verdicts for r in v.results if r.standing in slower}
+    def around(self, num_tokens: int) -> list[list[Verdict]]:
+        """The first pass's verdicts, by fill, of each bucket that an eager one of so many tokens
+        shares counts with."""
+        first, last = (bucket_of(n, self._buckets) for n in (num_tokens // APART + 1, num_tokens))
+        return [
+            list(self.kept[n].verdicts) if n in self.kept else self._first(n)
+            for n in self._buckets[first : last + 1]
+        ]
 
     def buckets(self) -> tuple[Bucket, ...]:
         """What the samples decide, with everything known by now about each candidate."""
@@ -169,8 +171,10 @@ class Section:
         self.told(num_tokens)
         fills = self.inputs.fills(self.situation, num_tokens)
         if num_tokens not in self.measured:
-            self.rightness.check(self.situation, num_tokens)
-            self.measured[num_tokens] = Measured([self._fresh(num_tokens) for _ in fills])
+            fresh = self._fresh(num_tokens)
+            if any(one.out is None for one in fresh[1:]):
+                self.rightness.check(self.situation, num_tokens)
+            self.measured[num_tokens] = Measured([fresh for _ in fills])
         bucket, begun = self.measured[num_tokens], self.now()
         bucket.first = [
             self._race(num_tokens, fill, samples, rounds, spent) if rounds else samples
@@ -182,10 +186,18 @@ class Section:
         bucket.saves = max((loss_us(v, v.baseline.candidate) for v in won), default=0.0)
 
     def _fresh(self, num_tokens: int) -> list[Samples]:
-        """Nothing measured yet; and nothing to measure of whom the other situation rules out."""
-        out = self.other.losers(num_tokens) if self.other else set()
+        """Nothing measured yet; and nothing to measure of whom the other situations rule out."""
+        out: dict[str, str] = {}
+        if num_tokens < self.inputs.coverage.busy_from:
+            graph, busy = (self.before.get(s) for s in (Situation.GRAPH, Situation.BUSY))
+            captured = graph is not None and num_tokens <= graph.domain[-1]
+            out = unasked(
+                [candidate.name for candidate in self.candidates[1:]],
+                graph.around(num_tokens) if graph and captured else None,
+                busy.around(num_tokens) if busy else None,
+            )
         return [
-            Samples(c.name, (), Standing.SLOWER, RULED_OUT) if c.name in out else Samples(c.name)
+            Samples(c.name, (), Standing.SLOWER, out[c.name]) if c.name in out else Samples(c.name)
             for c in self.candidates
         ]
 
@@ -207,7 +219,7 @@ class Section:
                 self.clock(),
                 self.rightness.without_excluded(bucket.second[place]),
                 self.rule,
-                rounds,
+                min(rounds, max(self.rule.max_rounds, LOT * LOTS)),
                 spent=lambda: self.now() > deadline,
                 call_us=min(r.median_us for r in verdict.results if r.median_us),
             )

@@ -86,7 +86,7 @@ def test_a_captured_graph_keeps_its_bias_and_the_next_has_another():
     means = []
     for _ in range(50):
         sample = clock.prepare([lambda: device.call(BASE)])
-        means.append(statistics.fmean(sample() for _ in range(100)))
+        means.append(statistics.fmean(sample()() for _ in range(100)))
     assert statistics.stdev(means) / 9.0 == pytest.approx(0.01, rel=0.35)
 
 

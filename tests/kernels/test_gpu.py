@@ -118,6 +118,6 @@ def test_clocks_time_what_they_are_given_and_graphs_may_come_and_go(situation):
     value = torch.zeros(1024, device="cuda")
     for _ in range(3):
         sample = clock.prepare([lambda: value.add_(torch.ones_like(value))])
-        assert sample() > 0.0
+        assert sample()() > 0.0
         del sample
     assert value[0].item() > 0

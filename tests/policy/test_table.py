@@ -116,6 +116,16 @@ def test_below_busy_from_what_wins_in_one_and_loses_in_the_other_is_not_taken() 
     assert eager({8: 1, 16: 2}, {8: 1, 15: 1}, busy_from=16) == [1] * 8 + [0] * 7 + [2]
 
 
+def test_of_as_few_tokens_as_graphs_hold_only_their_choice_is_taken_eagerly_too() -> None:
+    both = make_table(
+        {16: 1, 32: 1},
+        idle={16: 1},
+        graph={4: 1, 8: 0, 12: 2, 16: 1},
+        coverage=coverage(captured=(4, 8, 12, 16), busy_from=17),
+    )
+    assert both.eager[1:] == bytes([1] * 4 + [0] * 8 + [1] * 4 + [1] * 16)
+
+
 def test_counts_below_busy_from_are_never_served_by_busy_verdicts_alone() -> None:
     """Though the busy bucket that serves them lies above it."""
     assert eager({4: 1, 64: 1}, {4: 1, 9: 0}, busy_from=10, max_tokens=64) == (

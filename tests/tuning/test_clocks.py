@@ -11,6 +11,7 @@ import pytest
 
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.tuning.clocks import (
+    BACKLOG_US,
     GRAPH_LOT,
     MAX_BACKLOG_US,
     REPLAY_US,
@@ -21,6 +22,7 @@ from adaptive_moe.tuning.clocks import (
     NeverAheadError,
     Train,
     WallClock,
+    at_once,
     calls_of,
 )
 
@@ -79,7 +81,7 @@ def test_the_wall_clock_divides_the_trains_time_by_its_calls() -> None:
     now = iter([5.0, 5.000_120])
     ran: list[object] = []
     train = [lambda i=i: ran.append(i) for i in range(4)]
-    sample = WallClock(lambda: next(now), lambda: ran.append("neutral")).prepare(train)
+    sample = at_once(WallClock(lambda: next(now), lambda: ran.append("neutral")).prepare(train))
     assert sample() == pytest.approx(30.0)
     assert ran == ["neutral", 0, 1, 2, 3]
 
@@ -92,7 +94,7 @@ def test_a_busy_sample_has_nothing_of_the_host_in_it(host_us: float) -> None:
     """However slow the host is: launches take it 1 to 150 times as long as the kernel runs."""
     gpu = Gpu()
     clock = BusyClock(gpu.neutral, gpu.spin, gpu.event)
-    sample = clock.prepare([gpu.call("sort", host_us, 20.0)] * 2)
+    sample = at_once(clock.prepare([gpu.call("sort", host_us, 20.0)] * 2))
     assert sample() == pytest.approx(20.0)
     assert (clock.invalid > 0) == (host_us > 50.0)
 
@@ -100,12 +102,14 @@ def test_a_busy_sample_has_nothing_of_the_host_in_it(host_us: float) -> None:
 def test_a_sample_whose_calls_came_late_is_none_and_is_taken_again_behind_more() -> None:
     gpu = Gpu()
     clock = BusyClock(gpu.neutral, gpu.spin, gpu.event)
-    sample = clock.prepare([gpu.call("sort", 100.0, 20.0)] * 2)
+    sample = at_once(clock.prepare([gpu.call("sort", 100.0, 20.0)] * 2))
     sample()
     spun = [start for name, start in gpu.log if name == "spin"]
     assert len(spun) == clock.invalid + 1 > 1
     assert gpu.ran() == ["spin", "neutral", "sort", "sort"] * len(spun)
-    # The next sample begins where that one ended.
+    # What it took is kept for the next ones, of an idle device and of one still at work.
+    for _ in range(5):
+        sample()
     before, late = len(gpu.log), clock.invalid
     sample()
     assert gpu.ran()[before:] == ["spin", "neutral", "sort", "sort"]
@@ -120,12 +124,13 @@ def test_one_stall_of_the_host_is_not_paid_for_ever_after() -> None:
     def sort() -> None:
         gpu.call("sort", next(stalls, 5.0), 20.0)()
 
-    calls = [sort] * 2
-    clock.prepare(calls)()
+    sampler = clock.prepare([sort] * 2)
+    at_once(sampler)()
     grown = clock.backlog_us
-    assert grown > 3 * clock.least_us
+    assert grown > 3 * BACKLOG_US
     for _ in range(100):
-        clock.prepare(calls)()
+        for wait in [sampler(), sampler()]:
+            wait()
     assert clock.backlog_us < grown / 2
 
 
@@ -138,8 +143,31 @@ def test_calls_that_wait_for_the_device_themselves_are_an_error_and_not_a_loop()
         gpu.host = max(gpu.host, gpu.device)
 
     with pytest.raises(NeverAheadError, match="not ahead behind"):
-        clock.prepare([waits])()
+        at_once(clock.prepare([waits]))()
     assert clock.backlog_us < 2 * MAX_BACKLOG_US
+
+
+@pytest.mark.parametrize("host_us", [30.0, 200.0])
+def test_samples_enqueued_one_behind_the_other_wait_for_nobody(host_us: float) -> None:
+    """While a sample runs the host enqueues the next, behind no more backlog than that leaves."""
+    gpu = Gpu()
+    clock = BusyClock(gpu.neutral, gpu.spin, gpu.event)
+    sampler = clock.prepare([gpu.call("sort", host_us, 20.0)] * 2)
+
+    def round_of(visits: int) -> list[float]:
+        waiting = [sampler() for _ in range(visits)]
+        return [wait() for wait in waiting]
+
+    def time_of(run: Callable[[], object]) -> float:
+        before = gpu.host
+        run()
+        return gpu.host - before
+
+    for _ in range(20):  # until the backlogs are what they will be
+        assert round_of(6) == pytest.approx([20.0] * 6)
+    together = min(time_of(lambda: round_of(6)) for _ in range(20))
+    alone = min(time_of(lambda: [round_of(1) for _ in range(6)]) for _ in range(20))
+    assert together < 0.9 * alone
 
 
 # Idle: the device waits for the host
@@ -148,7 +176,7 @@ def test_calls_that_wait_for_the_device_themselves_are_an_error_and_not_a_loop()
 def test_an_idle_sample_begins_on_a_device_that_has_nothing_to_do() -> None:
     """The host's 30 us a call are all in it, those of the first call as well."""
     gpu = Gpu()
-    sample = IdleClock(gpu.neutral, gpu.event).prepare([gpu.call("sort", 30.0, 5.0)] * 2)
+    sample = at_once(IdleClock(gpu.neutral, gpu.event).prepare([gpu.call("sort", 30.0, 5.0)] * 2))
     for _ in range(3):
         # From the start event to the end of the last call.
         assert sample() == pytest.approx((2 * 30.0 + 5.0) / 2)
@@ -160,7 +188,7 @@ def test_every_eager_sample_follows_a_neutral_call(busy: bool) -> None:
     gpu = Gpu()
     idle = IdleClock(gpu.neutral, gpu.event)
     clock = BusyClock(gpu.neutral, gpu.spin, gpu.event) if busy else idle
-    one, two = (clock.prepare([gpu.call(name, 5.0, 5.0)] * 2) for name in ("one", "two"))
+    one, two = (at_once(clock.prepare([gpu.call(name, 5.0, 5.0)] * 2)) for name in ("one", "two"))
     for sample in (one, one, two, one, two, two):
         before = len(gpu.log)
         sample()
@@ -183,7 +211,9 @@ def replays(gpu: Gpu, captured: list[int]) -> Callable[[Train], Callable[[], Non
 def test_a_graph_sample_is_a_replay_right_after_a_neutral_call_without_its_launch() -> None:
     gpu, captured = Gpu(), []
     clock = GraphClock(gpu.neutral, gpu.spin, replays(gpu, captured), gpu.event)
-    sample = clock.prepare([lambda: pytest.fail("ran uncaptured")] * GRAPH_CALLS, call_us=3.0)
+    sample = at_once(
+        clock.prepare([lambda: pytest.fail("ran uncaptured")] * GRAPH_CALLS, call_us=3.0)
+    )
     assert captured == [12]
     for _ in range(3):
         before = len(gpu.log)

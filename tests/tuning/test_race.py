@@ -4,16 +4,19 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from adaptive_moe.kernels import Candidate, policy_candidates
 from adaptive_moe.kernels.contract import SortingInputs
 from adaptive_moe.policy.decision import SWEEPS, Rule, Samples, Standing, decide
 from adaptive_moe.shape import SortingShape
-from adaptive_moe.tuning.clocks import Sampler, Train
+from adaptive_moe.tuning.clocks import Pending, Sampler, Train
 from adaptive_moe.tuning.race import first_look, measure, race
 from adaptive_moe.tuning.routing import Routing, route, sorting_inputs
 
@@ -31,11 +34,12 @@ class Runs:
         }
 
     def _sampler(self, policy: int, time: Iterator[float] | Callable[[], float] | float) -> Sampler:
-        def sample() -> float:
+        def sample() -> Pending:
             self.log.append(policy)
             if isinstance(time, float | int):
-                return float(time)
-            return next(time) if isinstance(time, Iterator) else time()
+                return lambda: float(time)
+            us = next(time) if isinstance(time, Iterator) else time()
+            return lambda: us
 
         return sample
 
@@ -150,11 +154,11 @@ def test_a_stalled_visit_now_and_then_does_not_hide_a_gain() -> None:
 
 
 def raises_after(runs: Runs, policy: int, after: int) -> Sampler:
-    def sample() -> float:
+    def sample() -> Pending:
         runs.log.append(policy)
         if runs.log.count(policy) > after:
             raise RuntimeError("out of memory")
-        return 9.0
+        return lambda: 9.0
 
     return sample
 
@@ -169,6 +173,67 @@ def test_a_policy_that_raises_is_out_with_its_reason_and_the_others_go_on(after:
     assert runs.log.count(1) == after + 1
     assert len(found[2].round_us) == ROUNDS
     assert decide(list(found.values()), RULE).candidate != "policy 1"
+
+
+def test_who_fails_only_when_waited_for_is_out_as_well() -> None:
+    runs = Runs(p0=10.0, p1=9.0, p2=unsettled(2))
+
+    def enqueued() -> Pending:
+        runs.log.append(1)
+
+        def wait() -> float:
+            raise RuntimeError("illegal access")
+
+        return wait
+
+    runs.samplers["policy 1"] = enqueued
+    found = runs.race()
+    assert (found[1].out, found[1].reason) == (
+        Standing.FAILED,
+        "raised RuntimeError: illegal access",
+    )
+    assert len(found[2].round_us) == ROUNDS
+
+
+def test_a_round_is_enqueued_whole_before_its_first_sample_is_waited_for() -> None:
+    log: list[str] = []
+
+    def sampler(name: str, us: Callable[[], float]) -> Sampler:
+        def sample() -> Pending:
+            log.append(name)
+
+            def wait() -> float:
+                log.append(f"wait {name}")
+                return us()
+
+            return wait
+
+        return sample
+
+    samplers = {f"policy {p}": sampler(f"policy {p}", unsettled(p)) for p in (0, 1)}
+    race([Samples(name) for name in samplers], samplers, RULE, 1, lambda: False)
+    assert len(log) == 2 * len(samplers) * SWEEPS
+    assert log[len(log) // 2 :] == [f"wait {name}" for name in log[: len(log) // 2]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.01, 0.4))
+def test_a_race_ends_at_most_an_eighth_after_it_is_settled(seed: int, noise: float) -> None:
+    """Judging costs as much as a sample, so it is not done after each of many rounds."""
+    rng = random.Random(seed)
+    found = Runs(p0=10.0, p1=lambda: 9.0 * math.exp(rng.gauss(0.0, noise))).race(rounds=500)
+
+    def settled(rounds: int) -> bool:
+        first = [replace(s, round_us=s.round_us[:rounds]) for s in found.values()]
+        return decide(first, RULE).settled
+
+    ran = len(found[0].round_us)
+    assert settled(ran) or ran == 500
+    # Where one settles at first, and in passing only, the next look may find it open again.
+    late = max(1, ran * 8 // 9)
+    assert not all(settled(rounds) for rounds in range(late - 1, ran))
+    if ran <= 8:
+        assert not settled(ran - 1)
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 10])
@@ -271,10 +336,10 @@ class CountingClock:
         if policy == self.refuses:
             raise RuntimeError("cannot be captured")
 
-        def sample() -> float:
+        def sample() -> Pending:
             for call in train:
                 call()
-            return self.us[policy]
+            return lambda: self.us[policy]
 
         return sample
 

@@ -10,10 +10,11 @@ from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule, Standing
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.shape import SortingShape
-from adaptive_moe.tuning.clocks import Sampler, Train, WallClock
+from adaptive_moe.tuning.asked import NOT_IN_GRAPH, SLOWER_BUSY
+from adaptive_moe.tuning.clocks import Pending, Sampler, Train, WallClock
 from adaptive_moe.tuning.inputs import Inputs
 from adaptive_moe.tuning.rightness import Rightness
-from adaptive_moe.tuning.section import RULED_OUT, Section
+from adaptive_moe.tuning.section import Section
 
 COVERAGE = Coverage.up_to(SortingShape(8, 2, 4, block_size=4), 64, busy_from=33)
 
@@ -21,24 +22,29 @@ COVERAGE = Coverage.up_to(SortingShape(8, 2, 4, block_size=4), 64, busy_from=33)
 class Bench:
     """us(situation, policy) is what a call takes. timed: who was, in which situation."""
 
-    def __init__(self, us: Callable[[Situation, int], float]) -> None:
+    def __init__(
+        self, us: Callable[[Situation, int], float], coverage: Coverage = COVERAGE
+    ) -> None:
         self.us, self.seconds = us, 0.0
         self.situation: Situation | None = None
         self.timed: set[tuple[Situation, int]] = set()
         candidates = policy_candidates(self.sort)
         kernel = SortKernel("made up", torch.device("cpu"), candidates)
-        inputs = Inputs(COVERAGE, None, kernel.device)
-        rightness = Rightness(kernel, COVERAGE, inputs, lambda: self.seconds)
+        inputs = Inputs(coverage, None, kernel.device)
+        rightness = Rightness(kernel, coverage, inputs, lambda: self.seconds)
 
-        def section(situation: Situation, other: Section | None) -> Section:
+        def section(situation: Situation, before: dict[Situation, Section]) -> Section:
             return Section(
-                *(situation, COVERAGE.counts(situation), (), {}, inputs, rightness),
+                *(situation, coverage.counts(situation), (), {}, inputs, rightness),
                 *(lambda: self.clock(situation), Rule()),
-                *(lambda: self.seconds, lambda num_tokens: None, other),
+                *(lambda: self.seconds, lambda num_tokens: None, before),
             )
 
-        self.busy = section(Situation.BUSY, None)
-        self.idle = section(Situation.IDLE, self.busy)
+        before: dict[Situation, Section] = {}
+        if coverage.captured:
+            self.graph = before[Situation.GRAPH] = section(Situation.GRAPH, {})
+        self.busy = before[Situation.BUSY] = section(Situation.BUSY, before)
+        self.idle = section(Situation.IDLE, before)
 
     def clock(self, situation: Situation) -> WallClock:
         bench = self
@@ -47,7 +53,7 @@ class Bench:
             def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
                 sample = super().prepare(train, call_us)
 
-                def within() -> float:
+                def within() -> Pending:
                     bench.situation = situation
                     try:
                         return sample()
@@ -70,13 +76,12 @@ def test_who_is_slower_on_a_busy_device_is_not_measured_on_an_idle_one() -> None
     busy, idle = {0: 50.0, 1: 70.0, 2: 50.0}, {0: 90.0, 1: 60.0, 2: 60.0}
     bench = Bench(lambda s, policy: (busy if s is Situation.BUSY else idle)[policy])
     bench.busy.explore(1.0)
-    assert bench.busy.losers(5) == {"policy 1"}
     bench.idle.explore(2.0)
     assert (Situation.IDLE, 2) in bench.timed
     assert (Situation.IDLE, 1) not in bench.timed
     for bucket in bench.idle.buckets():
         result = bucket.verdicts[0].results[1]
-        assert (result.standing, result.reason) == (Standing.SLOWER, RULED_OUT)
+        assert (result.standing, result.reason) == (Standing.SLOWER, SLOWER_BUSY)
 
 
 def test_a_bucket_begun_has_the_rounds_of_a_verdict_and_the_others_none() -> None:
@@ -110,3 +115,35 @@ def test_where_everybody_loses_on_the_busy_device_the_idle_one_is_not_asked() ->
     bench.idle.explore(2.0)
     assert not {s for s, _ in bench.timed} - {Situation.BUSY}
     assert all(b.verdicts[0].settled for b in bench.idle.buckets())
+
+
+CAPTURED = Coverage.up_to(SortingShape(8, 2, 4, block_size=4), 64, (1, 2, 4, 8, 16, 32))
+
+
+def test_eager_calls_of_as_few_tokens_as_graphs_hold_ask_only_who_wins_in_graphs() -> None:
+    """Policy 1 wins in graphs, policy 2 eagerly: above the captured sizes that is asked."""
+    eager = {0: 50.0, 1: 45.0, 2: 30.0}
+    graph = {0: 50.0, 1: 30.0, 2: 50.0}
+    bench = Bench(lambda s, p: (graph if s is Situation.GRAPH else eager)[p], CAPTURED)
+    bench.graph.explore(1.0)
+    bench.busy.explore(2.0)
+    bench.idle.explore(3.0)
+    assert (Situation.IDLE, 2) not in bench.timed
+    for bucket in (*bench.busy.buckets(), *bench.idle.buckets()):
+        one, two = bucket.verdicts[0].results[1:]
+        assert one.gain is not None
+        if bucket.num_tokens <= 32:
+            assert (two.standing, two.reason) == (Standing.SLOWER, NOT_IN_GRAPH)
+        else:
+            assert two.standing is Standing.UNCONFIRMED
+
+
+def test_where_nobody_wins_in_graphs_no_eager_call_of_so_few_tokens_is_timed() -> None:
+    bench = Bench(lambda s, p: 50.0 if p == 0 or s is Situation.GRAPH else 30.0, CAPTURED)
+    bench.graph.explore(1.0)
+    bench.busy.explore(2.0)
+    bench.idle.explore(3.0)
+    assert {b.verdicts[0].rounds > 0 for b in bench.busy.buckets() if b.num_tokens > 32} == {True}
+    assert not any(b.verdicts[0].rounds for b in bench.busy.buckets() if b.num_tokens <= 32)
+    assert (Situation.BUSY, 1) in bench.timed
+    assert not any(s is Situation.IDLE for s, _ in bench.timed)

@@ -9,7 +9,7 @@ from adaptive_moe.kernels import Candidate, SortKernel
 from adaptive_moe.kernels.contract import SortingInputs
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.shape import SortingShape
-from adaptive_moe.tuning.clocks import TRAIN_LENGTH, Clock, clock_for
+from adaptive_moe.tuning.clocks import TRAIN_LENGTH, Clock, at_once, clock_for
 from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
 
 ROUTINGS = (Routing.UNIFORM, Routing.SKEWED)
@@ -83,7 +83,7 @@ def _one_pass(
     """
     baseline = candidates[0].name
     samplers = {
-        candidate.name: clock.prepare([candidate.bind(inputs) for inputs in train])
+        candidate.name: at_once(clock.prepare([candidate.bind(inputs) for inputs in train]))
         for candidate in candidates
     }
     first = {name: min(sample(), sample()) for name, sample in samplers.items()}

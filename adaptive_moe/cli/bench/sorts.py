@@ -23,7 +23,7 @@ from adaptive_moe.models import Model, find_model
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.settings import parse_buckets
-from adaptive_moe.tuning.clocks import Clock, clock_for
+from adaptive_moe.tuning.clocks import Clock, at_once, clock_for
 from adaptive_moe.tuning.inputs import Inputs
 
 __all__ = ["add_options", "lines", "run"]
@@ -125,7 +125,7 @@ def times(
     """Each candidate's median us a call, from interleaved rounds."""
     call_us = float("inf") if train[0].topk_ids.numel() > LARGE else 0.0
     samplers = {
-        candidate.name: clock.prepare([candidate.bind(i) for i in train], call_us)
+        candidate.name: at_once(clock.prepare([candidate.bind(i) for i in train], call_us))
         for candidate in kernel.candidates
     }
     found = in_rounds(samplers, seconds, far_behind=FAR_BEHIND)

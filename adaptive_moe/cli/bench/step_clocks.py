@@ -8,7 +8,7 @@ import torch
 
 from adaptive_moe.cli.bench.paired import Sample
 from adaptive_moe.policy.situation import Situation
-from adaptive_moe.tuning.clocks import GRAPH_BACKLOG_US, BusyClock, clock_for
+from adaptive_moe.tuning.clocks import BusyClock, at_once, clock_for
 from adaptive_moe.tuning.device import Graphs, Neutral, Spin
 
 # Two graphs of the same kernels differ by up to a few percent: a sampler goes round so many.
@@ -27,7 +27,7 @@ class StepClock:
         if device.type != "cpu":
             spin = Spin(device)
             self._graphs = Graphs(device)
-            self._replays = BusyClock(neutral, spin, least_us=GRAPH_BACKLOG_US)
+            self._replays = BusyClock(neutral, spin)
             self._busy = BusyClock(neutral, spin)
 
     def captured(self, run: Run) -> Sample:
@@ -40,15 +40,15 @@ class StepClock:
         def replay_next() -> None:
             next(turns)()
 
-        return self._replays.prepare([replay_next])
+        return at_once(self._replays.prepare([replay_next]))
 
     def busy(self, run: Run) -> Sample:
         """The eager step, all of it enqueued before the device reaches it."""
-        return self._busy.prepare([run])
+        return at_once(self._busy.prepare([run]))
 
     def as_it_comes(self, run: Run) -> Sample:
         """The eager step, from an idle device."""
-        return self._as_it_comes.prepare([run])
+        return at_once(self._as_it_comes.prepare([run]))
 
     def host_us(self, run: Run) -> float:
         """What the host takes to enqueue a step."""
