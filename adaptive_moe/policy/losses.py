@@ -84,7 +84,7 @@ def loss(verdict: Verdict, candidate: str) -> float:
 
 
 def loss_if_asked(verdict: Verdict, candidate: str) -> float:
-    """The same, and 1.0 for one that was not asked here: another situation says where it ends."""
+    """The same, and 1.0 for one that was not asked here, as it cannot serve."""
     return 1.0 if candidate in _unasked(verdict) else loss(verdict, candidate)
 
 
@@ -97,16 +97,19 @@ def needs_refining(below: Verdict, above: Verdict, rule: Rule) -> float:
     The baseline may be a rule, which jumps from one algorithm to another somewhere between.
     """
     tolerance = REFINE_MARGINS * rule.margin
+    unasked = _unasked(below) | _unasked(above)
+    if {below.candidate, above.candidate} & unasked:
+        return 0.0  # where it ends is another situation's to say
     lost = max(
-        loss_if_asked(below, above.candidate),
         loss_if_asked(below, _fastest(above)),
         loss_if_asked(above, _fastest(below)),
+        loss(below, above.candidate),
     )
     if lost - 1.0 > tolerance:
         return lost - 1.0
     if above.candidate == above.baseline.candidate:
         twins = _twins(below, tolerance) ^ _twins(above, tolerance)
-        twins -= _unasked(below) | _unasked(above)
+        twins -= unasked
         return max((abs(loss(v, c) - 1.0) for c in twins for v in (below, above)), default=0.0)
     return 0.0
 

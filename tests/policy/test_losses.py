@@ -1,6 +1,7 @@
 """What a choice costs: over fills and situations, in us, and between two buckets."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -186,3 +187,31 @@ def test_a_wider_margin_refines_less() -> None:
     below, above = verdict({1: 0.05}, 1), verdict({1: -0.02})
     assert needs_refining(below, above, Rule(margin=0.01)) > 0
     assert needs_refining(below, above, Rule(margin=0.05)) == 0
+
+
+def unasked(found: Verdict, policy: int) -> Verdict:
+    """The same, had the policy not been measured because another situation rules it out."""
+    name = f"policy {policy}"
+    out = Result(name, Standing.SLOWER, reason="not measured")
+    results = tuple(out if r.candidate == name else r for r in found.results)
+    return replace(found, results=results)
+
+
+def test_where_a_winner_that_is_not_asked_above_ends_is_not_looked_for() -> None:
+    below, above = verdict({1: 0.2, 2: 0.0}, 1), verdict({1: 0.1, 2: 0.0})
+    assert needs_refining(below, above, RULE) > 0.1
+    assert needs_refining(below, unasked(above, 1), RULE) == 0.0
+    assert needs_refining(unasked(above, 1), below, RULE) == 0.0
+
+
+def test_who_is_not_asked_at_one_end_does_not_count_between_two_that_keep_the_baseline() -> None:
+    below, above = verdict({1: 0.0, 2: -0.5}), verdict({1: -0.5, 2: 0.0})
+    assert needs_refining(below, above, RULE) == pytest.approx(0.5)
+    for policy in (1, 2):
+        below, above = unasked(below, policy), unasked(above, policy)
+    assert needs_refining(below, above, RULE) == 0.0
+
+
+def test_others_that_differ_are_looked_for_beside_one_that_is_not_asked() -> None:
+    below, above = unasked(verdict({1: 0.0, 2: 0.2}, 2), 1), verdict({1: 0.0, 2: -0.2})
+    assert needs_refining(below, above, RULE) == pytest.approx(0.25)

@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sorts", default="policies", help="as ADAPTIVE_MOE_SORTS [policies]")
     parser.add_argument("--models", help="several known models, separated by commas")
     parser.add_argument(
-        "--budget", type=float, metavar="S", help="seconds a calibration [30 on the CPU, else 1.5]"
+        "--budget", type=float, metavar="S", help="seconds a calibration [30 on the CPU, else 0.6]"
     )
     parser.add_argument("--per-octave", type=int, default=16, help="sweep counts a doubling [16]")
     parser.add_argument("--oracle-passes", type=int, default=8, help="passes over the sweep [8]")
