@@ -184,7 +184,7 @@ def _sections(
                 inputs,
                 rightness,
                 partial(clock_factory, situation, kernel.device),
-                _rule(plan, situation, on_gpu=kernel.device.type != "cpu"),
+                _rule(plan, situation),
                 lambda: now() - rightness.seconds,
                 partial(tell, situation),
                 sections,
@@ -235,11 +235,10 @@ def _grid(coverage: Coverage, situation: Situation) -> tuple[int, ...]:
     return tuple(n for n in powers if n >= coverage.busy_from or n.bit_length() % 2)
 
 
-def _rule(plan: Plan, situation: Situation, *, on_gpu: bool) -> Rule:
-    few = on_gpu and situation is Situation.IDLE
-    return (
-        replace(plan.rule, max_rounds=min(plan.rule.max_rounds, IDLE_ROUNDS)) if few else plan.rule
-    )
+def _rule(plan: Plan, situation: Situation) -> Rule:
+    if situation is not Situation.IDLE:
+        return plan.rule
+    return replace(plan.rule, max_rounds=min(plan.rule.max_rounds, IDLE_ROUNDS))
 
 
 def _settled(

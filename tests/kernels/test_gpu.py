@@ -15,8 +15,14 @@ from adaptive_moe.policy.decision import Standing  # noqa: E402
 from adaptive_moe.policy.evidence import Bucket  # noqa: E402
 from adaptive_moe.policy.situation import Situation  # noqa: E402
 from adaptive_moe.shape import SortingShape  # noqa: E402
-from adaptive_moe.tuning.calibrator import CalibrationRefusedError, Plan, calibrate  # noqa: E402
+from adaptive_moe.tuning.calibrator import (  # noqa: E402
+    IDLE_ROUNDS,
+    CalibrationRefusedError,
+    Plan,
+    calibrate,
+)
 from adaptive_moe.tuning.clocks import clock_for  # noqa: E402
+from adaptive_moe.tuning.race import LOT, LOTS  # noqa: E402
 
 COVERAGE = Coverage.up_to(SortingShape(128, 4, 2880), 512, (1, 8, 64, 256), padding_rows=True)
 PLAN = Plan(budget_s=0.5)
@@ -65,6 +71,17 @@ def test_both_arrays_are_measured_and_memory_is_given_back(kernel):
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before[0]
     assert torch.cuda.memory_reserved() <= before[1]
+
+
+def test_the_idle_device_gets_few_rounds_and_only_who_wins_in_graphs(kernel):
+    evidence = calibrate(kernel, COVERAGE, Plan(budget_s=2.0)).evidence
+    results = [r for b in evidence.graph for v in b.verdicts for r in v.results[1:]]
+    ahead_in_graphs = {r.candidate for r in results if (r.gain or 0.0) > 0.0}
+    for bucket in evidence.idle:
+        for fill in bucket.fills:
+            assert fill.verdict.rounds <= IDLE_ROUNDS + LOTS * LOT
+            asked = {r.candidate for r in fill.verdict.results[1:] if r.gain is not None}
+            assert asked <= ahead_in_graphs
 
 
 def test_while_capturing_it_refuses_and_the_capture_survives(kernel, caplog):
