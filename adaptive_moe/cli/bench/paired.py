@@ -10,7 +10,7 @@ Sample = Callable[[], float]
 
 # Rounds in which everybody takes part, before those that are no rivals are left out.
 LOOKS = 2
-MIN_ROUNDS, MAX_ROUNDS = 8, 120
+MIN_ROUNDS, MAX_ROUNDS = 8, 240
 
 
 @dataclass(frozen=True)

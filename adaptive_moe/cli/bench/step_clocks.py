@@ -11,8 +11,8 @@ from adaptive_moe.policy.situation import Situation
 from adaptive_moe.tuning.clocks import BusyClock, at_once, clock_for
 from adaptive_moe.tuning.device import Graphs, Neutral, Spin
 
-# Two graphs of the same kernels differ by up to a few percent, and no number of replays of one takes
-# that out: a sampler goes round so many.
+# Two graphs of the same kernels differ by up to a few percent, and no number of replays of one
+# takes that out: a sampler goes round so many.
 INSTANCES = 10
 
 Run = Callable[[], object]
