@@ -33,7 +33,9 @@ contract-aiter: $(VENV)/dev.stamp
 faults: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.faults --out calibration/results/faults.json $(ARGS)
 
-# Each small change to the package that a test should notice; hours, see CONTRIBUTING.md.
+# Each small change to the package that a test should notice; hours, see CONTRIBUTING.md. mutmut
+# forks after torch has run, which threads of its own do not survive.
+mutants: export OMP_NUM_THREADS := 1
 mutants: $(VENV)/dev.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[mutants]"
 	$(BIN)/mutmut run $(ARGS)

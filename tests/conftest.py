@@ -1,6 +1,15 @@
 """No test reads or leaves anything in the user's own cache folder."""
 
 import pytest
+from hypothesis import Phase, settings
+
+# `make mutants`: the same examples for every mutant, and none made smaller.
+settings.register_profile(
+    "mutants",
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+)
 
 
 @pytest.fixture(autouse=True)

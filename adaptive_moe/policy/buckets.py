@@ -54,7 +54,7 @@ def between(domain: Sequence[int], low: int, high: int) -> int | None:
         return None
     # Halving the ratio, not the difference, finds a crossover anywhere in log2 steps.
     middle = bisect_left(domain, round((low * high) ** 0.5))
-    return domain[min(max(middle, first + 1), last - 1)]
+    return domain[min(middle, last - 1)]
 
 
 def check_domain(name: str, counts: Sequence[int]) -> tuple[int, ...]:

@@ -418,17 +418,20 @@ def faults(tmp_path_factory):
     return json.loads(out.read_text())["runs"]
 
 
+@pytest.mark.processes
 def test_a_warm_start_does_not_even_import_torch(faults):
     assert faults["warm"]["failures"] == {}
     assert faults["warm"]["kernel_launches"] == 0
 
 
+@pytest.mark.processes
 def test_processes_that_publish_at_once(faults):
     found = faults["crowd"]
     assert found["failures"] == {}
     assert found["published"] > found["files"] == found["later_readers"] == found["hits"] == 4
 
 
+@pytest.mark.processes
 def test_kills_at_random_moments(faults):
     found = faults["kills"]
     assert found["failures"] == {}
@@ -436,6 +439,7 @@ def test_kills_at_random_moments(faults):
     assert found["of_these_left_by_a_later_write"] == 0
 
 
+@pytest.mark.processes
 def test_damaged_files_are_misses(faults):
     found = faults["corrupt"]
     assert found["failures"] == {}
@@ -444,6 +448,7 @@ def test_damaged_files_are_misses(faults):
     assert found["undamaged_file_loads"]
 
 
+@pytest.mark.processes
 def test_failing_disks_cost_one_warning(faults):
     found = faults["disk"]
     assert found["failures"] == {}

@@ -151,6 +151,7 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_no_other(tmp_path, monke
     assert len(files(tmp_path)) == 1
 
 
+@pytest.mark.processes
 def test_the_module_imports_nothing_heavy():
     code = (
         "import sys\n"

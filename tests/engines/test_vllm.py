@@ -72,6 +72,7 @@ def asked(monkeypatch):
     return found
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("plugin", ["vllm", "sglang"])
 def test_a_plugin_that_is_not_asked_imports_nothing(plugin):
     code = (

@@ -270,22 +270,26 @@ def faults(tmp_path_factory):
     return json.loads(out.read_text())["runs"]
 
 
+@pytest.mark.processes
 def test_ranks_over_gloo_end_with_identical_tables(faults):
     for row in faults["noise"]["rows"]:
         assert row["policies_differed_before"] > 0
         assert row["identical_after"] == row["runs"] == 4
 
 
+@pytest.mark.processes
 def test_late_stopped_dead_and_silent_ranks(faults):
     assert faults["faults"]["failures"] == {}
     assert len(faults["faults"]["scenarios"]) == 13
 
 
+@pytest.mark.processes
 def test_ranks_killed_at_random_moments(faults):
     assert faults["rank_kills"]["failures"] == {}
     assert sum(faults["rank_kills"]["ends"].values()) == 4
 
 
+@pytest.mark.processes
 def test_ranks_that_are_out_of_step_are_back_at_the_next_exchange(faults):
     found = faults["steps"]
     assert found["failures"] == {}
