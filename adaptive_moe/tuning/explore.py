@@ -31,7 +31,7 @@ LOOK_RATIO = 1.5
 # What a look may save, in margins over its whole gap: little, as there rarely is anything.
 LOOK_PROMISE = 1.0
 # What a step must save, in margins, to be taken.
-WORTH_MEASURING = 0.5
+WORTH_MEASURING = 0.4
 # Standard errors in half a gain's interval, about: it holds at 99% however often one looks.
 ERRORS = 4.5
 # What settling a doubt is worth beside a gap that may lose as much: it decides the counts that the
