@@ -4,8 +4,8 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from adaptive_moe.engines.alone import Alone
 from adaptive_moe.engines.hook import Key
+from adaptive_moe.engines.own import Alone
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks.agreement import Channel, agree, limit_for, look

@@ -16,7 +16,7 @@ from adaptive_moe.engines import telling
 from adaptive_moe.engines.counters import Counters, Counts
 from adaptive_moe.engines.coverage import Chooser
 from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.on_import import when_imported
+from adaptive_moe.engines.plugin import when_imported
 from adaptive_moe.engines.warm_up import WarmUp
 from adaptive_moe.engines.warm_up import warm_up as warm_up_hook
 from adaptive_moe.kernels.aiter import MODULE, find_aiter

@@ -17,7 +17,7 @@ from typing import Any
 
 from adaptive_moe.engines.counters import Counters
 from adaptive_moe.engines.entries import Entries, Entry, grown, left_alone
-from adaptive_moe.engines.reading import OddCallError, extras, read, seen_call
+from adaptive_moe.engines.key import OddCallError, extras, read, seen_call
 from adaptive_moe.engines.seam import Layer
 from adaptive_moe.engines.seen import Key, SeenCall, is_rounded
 

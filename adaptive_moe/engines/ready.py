@@ -4,7 +4,7 @@ here."""
 
 import logging
 
-from adaptive_moe.engines.alone import Own
+from adaptive_moe.engines.own import Own
 from adaptive_moe.kernels import Candidate
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable

@@ -58,7 +58,7 @@ def register() -> None:
 
 def _register() -> None:
     from adaptive_moe.engines import process
-    from adaptive_moe.engines.on_import import when_imported
+    from adaptive_moe.engines.plugin import when_imported
     from adaptive_moe.settings import Mode
 
     settings = process.asked_for()

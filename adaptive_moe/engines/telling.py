@@ -4,8 +4,8 @@ import atexit
 import logging
 from dataclasses import asdict, dataclass, field, replace
 
+from adaptive_moe.disk import status
 from adaptive_moe.disk.folder import cache_folder
-from adaptive_moe.engines import status
 from adaptive_moe.engines.captured import Captured
 from adaptive_moe.engines.hook import AiterHook, Key
 from adaptive_moe.engines.warm_up import WarmUp, is_rank_zero

@@ -58,7 +58,7 @@ def plugin_problem(environ: Mapping[str, str]) -> str | None:
 
 def _register() -> None:
     from adaptive_moe.engines import process
-    from adaptive_moe.engines.on_import import when_imported
+    from adaptive_moe.engines.plugin import when_imported
     from adaptive_moe.kernels.aiter import find_aiter
     from adaptive_moe.settings import Mode
 
@@ -166,7 +166,7 @@ _int4: list[Any] = []
 
 
 def _watch_int4(module: ModuleType) -> None:
-    from adaptive_moe.engines.vllm_int4 import Int4Chooser
+    from adaptive_moe.engines.choosers import Int4Chooser
 
     _int4[:] = [Int4Chooser(module)]
 

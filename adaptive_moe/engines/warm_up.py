@@ -2,7 +2,7 @@
 serving.
 
     coverages    which tables are wanted, each for which calls (coverage.py)
-    tables_of    this rank's, stored by an earlier start or measured now, and what failed (alone.py)
+    tables_of    this rank's, stored by an earlier start or measured now, and what failed (own.py)
     _agree       one exchange with the other ranks, which this rank comes to whatever became of it,
                  and brings all tables it has to
     then         what was agreed is set, all tables at once, and what is sound is stored
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_moe.disk import folder as store
-from adaptive_moe.engines.alone import Alone, Measure, tables_of
 from adaptive_moe.engines.coverage import Batches, Chooser, Wanted, coverages
 from adaptive_moe.engines.hook import AiterHook, Key
 from adaptive_moe.engines.others import Connect, Others
+from adaptive_moe.engines.own import Alone, Measure, tables_of
 from adaptive_moe.engines.ready import make_ready
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report import text as report

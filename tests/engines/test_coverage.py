@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptive_moe.engines.choosers import Int4Chooser
 from adaptive_moe.engines.coverage import Batches, Piece, coverages
-from adaptive_moe.engines.vllm_int4 import Int4Chooser
 from adaptive_moe.kernels.aiter import SortRequest
 from adaptive_moe.policy.coverage import BUSY_FROM
 from tests.engines.seen import aiter_module, hook_with, seen_call

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from adaptive_moe.engines import process, status
-from adaptive_moe.engines.on_import import when_imported
+from adaptive_moe.disk import status
+from adaptive_moe.engines import process
+from adaptive_moe.engines.plugin import when_imported
 from adaptive_moe.engines.warm_up import warm_up
 from adaptive_moe.kernels.aiter import find_aiter
 from adaptive_moe.policy.environment import describe_environment

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from adaptive_moe.engines.alone import Own
 from adaptive_moe.engines.coverage import Wanted
+from adaptive_moe.engines.own import Own
 from adaptive_moe.engines.ready import make_ready
 from adaptive_moe.kernels import Candidate, SortKernel
 from adaptive_moe.policy.coverage import Coverage

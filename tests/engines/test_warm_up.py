@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from adaptive_moe.disk import folder as store
-from adaptive_moe.engines import alone, others, process, warm_up
+from adaptive_moe.engines import others, own, process, warm_up
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.kernels import SortKernel, policy_candidates
 from adaptive_moe.kernels.cpu_sort import moe_sorting
@@ -204,9 +204,9 @@ def stood_aside(rank, monkeypatch):
 
 def raises(rank, monkeypatch):
     broken = rank.hook
-    real = alone._table_for
+    real = own._table_for
     monkeypatch.setattr(
-        alone,
+        own,
         "_table_for",
         lambda one, hook, *more: 1 / 0 if hook is broken else real(one, hook, *more),
     )

@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adaptive_moe.engines import status
+from adaptive_moe.disk import status
+from adaptive_moe.disk.status import ProcessStatus, TableStatus
 from adaptive_moe.engines.captured import Captured
 from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.status import ProcessStatus, TableStatus
 from adaptive_moe.settings import Mode, Settings
 from tests.aiter_standin.load import forget_aiter, load_aiter
 from tests.tables import make_table
@@ -154,7 +154,7 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_no_other(tmp_path, monke
 def test_the_module_imports_nothing_heavy():
     code = (
         "import sys\n"
-        "import adaptive_moe.engines.status\n"
+        "import adaptive_moe.disk.status\n"
         "assert not {'torch', 'numpy', 'aiter'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
