@@ -13,15 +13,17 @@ answers in its place. What each call costs is in wrapper.py, what happens rarely
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 from adaptive_moe.engines.counters import Counters, Counts
-from adaptive_moe.engines.entries import Entries, Entry, entry_for, unanswered
+from adaptive_moe.engines.entries import Entries, Entry, entry_for, unanswered, watched
+from adaptive_moe.engines.key import Key
 from adaptive_moe.engines.rare import RareCalls
 from adaptive_moe.engines.seam import Layer
-from adaptive_moe.engines.seen import Key, SeenCall
+from adaptive_moe.engines.seen import SeenCall
 from adaptive_moe.engines.wrapper import fixed, measured
 from adaptive_moe.kernels import POLICIES, SortKernel
 from adaptive_moe.kernels.aiter import meaning_of, seam_problem
@@ -31,12 +33,9 @@ from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import Mode, Settings
 
-__all__ = ["AiterHook", "Key", "SeenCall"]
-
 logger = logging.getLogger("adaptive_moe")
 
 IsCapturing = Callable[[], bool]
-Observer = Callable[[Entry, PolicyTable], Entry]
 
 
 class AiterHook:
@@ -65,7 +64,8 @@ class AiterHook:
         self._tables: Mapping[Key, PolicyTable] = {}
         self._sorts: dict[Key, Mapping[str, Callable[..., Any]]] = {}
         self._off: set[str] = set()
-        self._observer: Observer | None = None
+        self._captured: Counter[str] = Counter()
+        self._watches_captures = False
 
     def install(self, module: ModuleType) -> bool:
         """Wrap the seam of `module`; False, with one warning, where it is not the seam we know.
@@ -171,16 +171,20 @@ class AiterHook:
             self._renew()
         return kernel
 
-    def observe(self, observer: Observer | None) -> None:
-        """Until it is None again, calls are answered by what the observer makes of each table's
-        entry, which answers alike: for counting while an engine starts, at no cost afterwards."""
-        with self._lock:
-            self._observer = observer
-            self._renew()
-
     def counts(self) -> Counts:
         """What happened to the calls so far."""
         return self._counters.read()
+
+    def watch_captures(self, watch: bool) -> None:
+        """Count which candidates captured calls take, until told otherwise: while an engine starts,
+        as it costs calls something. Replays never come by."""
+        with self._lock:
+            self._watches_captures = watch
+            self._renew()
+
+    def captured(self) -> dict[str, int]:
+        """Captured calls that were watched, by candidate, the most frequent first."""
+        return dict(self._captured.most_common())
 
     def _capture_query(self) -> IsCapturing:
         return self._is_capturing or capture_query()
@@ -188,17 +192,13 @@ class AiterHook:
     def _renew(self) -> None:
         """Give the layer the entries of the tables; those of other keys are made when called."""
         layer = self._layer
-        if layer is not None:
-            found: dict[tuple[Any, ...], Entry] = {
-                key: entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
-                for key, table in self._tables.items()
-                if layer.active
-            }
-            if self._observer is not None:
-                found = {
-                    k: self._observer(found[k], t) for k, t in self._tables.items() if k in found
-                }
-            layer.entries = Entries(found)
+        if layer is None:
+            return
+        found: dict[tuple[Any, ...], Entry] = {}
+        for key, table in self._tables.items() if layer.active else ():
+            entry = entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
+            found[key] = watched(entry, table, self._captured) if self._watches_captures else entry
+        layer.entries = Entries(found)
 
     def _broke(self, sort: Any, error: Exception) -> None:
         """That sort raised while serving: it is off in this process, whatever it was to answer."""

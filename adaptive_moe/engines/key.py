@@ -1,23 +1,67 @@
-"""Arguments of a call at the seam -> its Key, and a SeenCall to keep."""
+"""Key: what tells the calls of one table from others, and how it is read off a call's arguments.
 
-import contextvars
+The wrapper spells the same key in its own source (wrapper.py), because a call of another function
+would cost it as much as the look-up.
+"""
+
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adaptive_moe.engines.seam import Layer
-from adaptive_moe.engines.seen import TRUE, Key, SeenCall
-from adaptive_moe.kernels.aiter import BUFFERS, KNOWN, LEADING, UNSORTED, ConfigCall
-from adaptive_moe.kernels.call import Buffer
+from adaptive_moe.kernels import policy_name
+from adaptive_moe.kernels.aiter import BUFFERS, KNOWN, LEADING, UNSORTED
+
+if TYPE_CHECKING:
+    import torch
+
+# Kept in a Key in place of a True, which as a part of a tuple would be the same as 1.
+TRUE = "True"
+
+
+class Key(NamedTuple):
+    """What tells the calls of one table from others, as the call spells it. Plain tuples compare
+    equal to it, and are what the hot path builds.
+
+    accumulate  masked, or accumulate as passed: either makes moe_buf [num_tokens, model_dim]
+    local_ids   return_local_topk_ids
+    more        values of arguments that later AITERs have, and names of buffers that are given
+    baseline    the policy the caller passes, or TRUE for a True
+    device      the GPU's index; -1 on the CPU. Where the process sees one only, that one
+    """
+
+    num_experts: int
+    topk: int
+    model_dim: int
+    dtype: "torch.dtype"
+    block_size: int
+    has_expert_mask: bool
+    has_num_local_tokens: bool
+    accumulate: bool
+    local_ids: bool
+    more: tuple[Any, ...]
+    baseline: Any
+    device: int
+
+    @property
+    def baseline_name(self) -> str:
+        """As a candidate: `policy 0`."""
+        return policy_name(self.baseline)
+
+    def describe(self) -> str:
+        return (
+            f"{self.num_experts} experts, topk {self.topk}, dim {self.model_dim}, "
+            f"{str(self.dtype).removeprefix('torch.')}, block {self.block_size}"
+            + (f", cuda:{self.device}" if self.device > 0 else "")
+        )
 
 
 class OddCallError(Exception):
     """The arguments of a call are none that we can read."""
 
 
-def read(named: Mapping[str, Any], only_device: int | None) -> tuple[Key, int, bool]:
+def read_key(named: Mapping[str, Any], only_device: int | None) -> tuple[Key, int, bool]:
     """The key of a call, its token count, and whether it leaves nothing to choose. `named` are all
-    that the wrapper binds, in order. The same key as the wrapper's own; OddCallError."""
+    that the wrapper binds, in order. OddCallError."""
     import torch
 
     try:
@@ -57,46 +101,3 @@ def read(named: Mapping[str, Any], only_device: int | None) -> tuple[Key, int, b
     if not is_plain:
         raise OddCallError
     return key, num_tokens, passed
-
-
-def extras(layer: Layer, named: Mapping[str, Any], call: Any) -> dict[str, Any]:
-    """The arguments after the ninth that reach the seam. `call` as in RareCalls.answer."""
-    after = list(named)[len(LEADING) :]
-    if call is None:
-        return {name: named[name] for name in after}
-    args, kwargs = call[:2]
-    given = {*kwargs, *layer.names[: len(args)]}
-    return {name: named[name] for name in after if name in given}
-
-
-def seen_call(
-    key: Key,
-    num_tokens: int,
-    named: Mapping[str, Any],
-    passed: Mapping[str, Any],
-    asked: tuple[tuple[Any, ...], dict[str, Any]] | None,
-) -> SeenCall:
-    """Everything to make the call again: passed are its extras, asked is how the chooser was asked
-    just before. Holds references and allocates nothing on the device."""
-    import torch
-
-    device = named["topk_ids"].device
-    args, kwargs = asked or ((), {})
-    return SeenCall(
-        key=key,
-        num_tokens=num_tokens,
-        device=device,
-        baseline=named["dispatch_policy"],
-        expert_mask=named["expert_mask"],
-        extras={
-            name: Buffer(tuple(value.shape[1:]), value.dtype)
-            if isinstance(value, torch.Tensor)
-            else value
-            for name, value in passed.items()
-        },
-        config=ConfigCall(args[1:], tuple(kwargs.items())) if args else None,
-        context=contextvars.copy_context(),
-        grad=torch.is_grad_enabled(),
-        inference=torch.is_inference_mode_enabled(),
-        stream=None if device.type == "cpu" else torch.cuda.current_stream(device),
-    )

@@ -1,18 +1,70 @@
-"""Run a function once a module has been imported, without importing it ourselves.
+"""What the engines' plugins are made of.
 
-Plugins are loaded long before an engine imports AITER, and must not pull it (or torch) in.
+They are loaded in every process of their engine, asked for or not, long before it imports AITER or
+torch: so neither this module nor theirs imports more than the standard library.
+
+    start          what an entry point does: nothing where no variable of ours is set; never raises
+    when_imported  wait for one of the engine's modules, without importing it ourselves
+    wrap           put something of ours around one of the engine's functions
 """
 
+import functools
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("adaptive_moe")
+
+# As in settings.py, which is only imported when something is set.
+VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
+PREFIX = "ADAPTIVE_MOE_"
 
 Action = Callable[[ModuleType], None]
+Function = Callable[..., Any]
+
+
+def start(register: Callable[[], None], engine: str) -> None:
+    """Run it where any variable of ours is set. Never raises: without us the engine starts as it
+    would have."""
+    if not any(os.environ[n] for n in os.environ if n == VARIABLE or n.startswith(PREFIX)):
+        return
+    try:
+        register()
+    except Exception:
+        logger.exception("adaptive_moe could not start; %s goes on without it", engine)
+
+
+def wrap(owner: Any, name: str, around: Callable[[Function], Function]) -> bool:
+    """Put around(it) in place of the function `owner.name`; once, as plugins may be loaded twice.
+    False where there is none."""
+    original = getattr(owner, name, None)
+    if original is None:
+        return False
+    if not hasattr(original, "wrapped_by_adaptive_moe"):
+        wrapper = functools.wraps(original)(around(original))
+        wrapper.wrapped_by_adaptive_moe = True  # type: ignore[attr-defined]
+        setattr(owner, name, wrapper)
+    return True
+
+
+def when_imported(name: str, action: Action) -> None:
+    """Call `action(module)` once `name` has been imported; now, if it already was.
+
+    An exception of the action is logged and never reaches whoever imports the module.
+    """
+    module = sys.modules.get(name)
+    if module is not None and not _is_initializing(module):
+        _run([action], module)
+        return
+    with _finder.lock:
+        _finder.waiting.setdefault(name, []).append(action)
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
 
 
 class _Finder:
@@ -63,21 +115,6 @@ class _Finder:
 
 
 _finder = _Finder()
-
-
-def when_imported(name: str, action: Action) -> None:
-    """Call `action(module)` once `name` has been imported; now, if it already was.
-
-    An exception of the action is logged and never reaches whoever imports the module.
-    """
-    module = sys.modules.get(name)
-    if module is not None and not _is_initializing(module):
-        _run([action], module)
-        return
-    with _finder.lock:
-        _finder.waiting.setdefault(name, []).append(action)
-        if _finder not in sys.meta_path:
-            sys.meta_path.insert(0, _finder)
 
 
 def _is_initializing(module: ModuleType) -> bool:

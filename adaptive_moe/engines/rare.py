@@ -17,9 +17,10 @@ from typing import Any
 
 from adaptive_moe.engines.counters import Counters
 from adaptive_moe.engines.entries import Entries, Entry, grown, left_alone
-from adaptive_moe.engines.key import OddCallError, extras, read, seen_call
+from adaptive_moe.engines.key import Key, OddCallError, read_key
 from adaptive_moe.engines.seam import Layer
-from adaptive_moe.engines.seen import Key, SeenCall, is_rounded
+from adaptive_moe.engines.seen import SeenCall, is_rounded
+from adaptive_moe.kernels.aiter import LEADING
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -83,7 +84,7 @@ class RareCalls:
     ) -> tuple[tuple[Key, int] | None, bool]:
         """The key and token count to look at the outputs of, if any; and whether the wrapper now
         answers the call. Raises OddCallError, and whatever failed in the wrapper."""
-        key, num_tokens, passed = read(named, layer.device)
+        key, num_tokens, passed = read_key(named, layer.device)
         if passed:
             self._counters.passed.add()
             return None, False
@@ -123,7 +124,7 @@ class RareCalls:
         if len(self.seen) >= MAX_SEEN or key in layer.entries:
             return False
         asked = getattr(self.asked, "last", None)
-        self.seen[key] = seen_call(key, num_tokens, named, extras(layer, named, call), asked)
+        self.seen[key] = SeenCall.now(key, num_tokens, named, _passed(layer, named, call), asked)
         if self.warmed_up:
             logger.warning(
                 "sorting %d tokens of %s was first seen after warm-up: the baseline, %s, serves it "
@@ -154,6 +155,16 @@ class RareCalls:
                 else "a call ran as it came",
                 *(type(error).__name__, error),
             )
+
+
+def _passed(layer: Layer, named: Mapping[str, Any], call: Any) -> dict[str, Any]:
+    """The arguments after the ninth that reach the seam."""
+    after = list(named)[len(LEADING) :]
+    if call is None:
+        return {name: named[name] for name in after}
+    args, kwargs = call[:2]
+    given = {*kwargs, *layer.names[: len(args)]}
+    return {name: named[name] for name in after if name in given}
 
 
 def _set(layer: Layer, key: Key, entry: Entry) -> None:

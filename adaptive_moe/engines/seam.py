@@ -7,10 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from adaptive_moe.engines.entries import Entries
-from adaptive_moe.kernels.aiter import SEAM
-
-# AITER's function that picks block_size for a token count, called just before each sort.
-CHOOSER = "get_2stage_cfgs"
+from adaptive_moe.kernels.aiter import CHOOSER, SEAM
 
 
 class Layer:

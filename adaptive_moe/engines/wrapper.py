@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from adaptive_moe.engines.entries import ASK
-from adaptive_moe.engines.seen import TRUE
+from adaptive_moe.engines.key import TRUE
 from adaptive_moe.kernels.aiter import BUFFERS, KNOWN, LEADING, UNSORTED
 
 if TYPE_CHECKING:

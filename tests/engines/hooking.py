@@ -2,7 +2,8 @@
 
 import torch
 
-from adaptive_moe.engines.hook import AiterHook, Key
+from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.key import Key
 from adaptive_moe.settings import Mode, Settings
 
 AUTO = Settings(mode=Mode.AUTO)

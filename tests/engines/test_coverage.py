@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_moe.engines.choosers import Int4Chooser
-from adaptive_moe.engines.coverage import Batches, Piece, coverages
+from adaptive_moe.engines.choosers import Piece, VllmInt4
+from adaptive_moe.engines.coverage import Batches, coverages
 from adaptive_moe.kernels.aiter import SortRequest
 from adaptive_moe.policy.coverage import BUSY_FROM
 from tests.engines.seen import aiter_module, hook_with, seen_call
@@ -271,7 +271,7 @@ INT4 = {1: 16, 512: 16, 1024: 32, 2048: 64, 4096: 32, 8192: 64}
 @pytest.mark.parametrize(("seen", "block"), [(8, 16), (8192, 64)])
 def test_vllms_int4_layers_are_covered_at_all_their_block_sizes(seen, block):
     module = flydsl(INT4)
-    chooser = Int4Chooser(module)
+    chooser = VllmInt4(module)
     module.try_get_optimal_config(16, 512)
     hook = hook_with(seen_call(seen, block_size=block, dtype=torch.float16, **GPU))
     found = by_block(hook, Batches(8192, choosers=(chooser,)))
@@ -285,7 +285,7 @@ def test_vllms_int4_layers_are_covered_at_all_their_block_sizes(seen, block):
 @given(st.dictionaries(st.integers(1, 3000), st.sampled_from([16, 32, 64]), min_size=1, max_size=6))
 def test_the_pieces_are_those_that_vllm_picks(counts):
     module = flydsl(dict(sorted(counts.items())))
-    chooser = Int4Chooser(module)
+    chooser = VllmInt4(module)
     config = module.try_get_optimal_config(16, 512)
     picked = config[min(config, key=lambda count: abs(count - 8))]["tile_m"]
     pieces = chooser(seen_call(8, block_size=picked), 4000)
@@ -307,7 +307,7 @@ def test_the_pieces_are_those_that_vllm_picks(counts):
 )
 def test_other_layers_are_none_of_its_business(call):
     module = flydsl(INT4)
-    chooser = Int4Chooser(module)
+    chooser = VllmInt4(module)
     module.try_get_optimal_config(16, 512)
     assert chooser(seen_call(8, **{"block_size": 16, **call}), 4096) is None
 
@@ -317,7 +317,7 @@ def test_tiles_are_snapped_as_vllm_snaps_them():
     tiles = {"tile_m": 24, "tile_n": 1, "tile_k": 2, "tile_n2": 3, "tile_k2": 4}
     module.try_get_optimal_config = lambda num_experts, inter_dim: {1: tiles}
     module._snap_flydsl_int4_tiles = lambda m, n, k, n2, k2: (16, n, k, n2, k2)
-    chooser = Int4Chooser(module)
+    chooser = VllmInt4(module)
     module.try_get_optimal_config(16, 512)
     assert chooser(seen_call(8, block_size=16), 100) == [
         Piece(1, 100, SortRequest(16, accumulate=True, sorts=True))

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from adaptive_moe.engines.hook import Key
+from adaptive_moe.engines.key import Key
 from adaptive_moe.kernels.aiter import LEADING
 from adaptive_moe.settings import Mode, Settings
 from tests.aiter_standin.load import load_aiter

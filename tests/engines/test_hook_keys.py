@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adaptive_moe.engines.entries import Entries
-from adaptive_moe.engines.hook import Key
+from adaptive_moe.engines.key import Key
 from tests.engines.hooking import (
     KEY,
     batch,

@@ -414,7 +414,7 @@ def test_measuring_runs_as_the_seen_call_ran(tmp_path):
 
 def test_a_calibration_under_another_default_dtype_finds_every_policy_right(tmp_path):
     """As ATOM sets it, for the whole process."""
-    rank = Rank(tmp_path, settings={"budget_s": 0.2})
+    rank = Rank(tmp_path, settings={"budget_s": 3.0})
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
