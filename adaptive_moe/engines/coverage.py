@@ -8,6 +8,8 @@ from adaptive_moe.engines.choosers import Chooser, aiters_own, key_at, pieces_of
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.engines.key import Key
 from adaptive_moe.engines.seen import SeenCall
+from adaptive_moe.kernels.aiter import KNOWN
+from adaptive_moe.kernels.call import Buffer
 from adaptive_moe.policy.coverage import BUSY_FROM, Coverage, Span
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
@@ -126,17 +128,21 @@ def _cover(
         tuple(captured),
         padding_rows=padding_rows,
         busy_from=batches.busy_from or (largest + 1 if largest else BUSY_FROM),
-        context=_told_apart(key, seen),
+        context=_context(seen),
     )
     return coverage.on(seen.device.type)
 
 
-def _told_apart(key: Key, seen: SeenCall) -> str:
-    """What else than the shape tells this call from others of the same shape."""
+def _context(seen: SeenCall) -> str:
+    """What else than the shape tells this call from others of the same shape: `name=value`, each."""
     words = [seen.context_values()]
-    if key.local_ids:
+    if seen.key.local_ids:
         words.append("return_local_topk_ids=True")
-    words += [str(value) for value in key.more if value]
+    for name, value in seen.extras.items():
+        if isinstance(value, Buffer):
+            words.append(f"{name}=given")
+        elif name not in KNOWN and value is not None:
+            words.append(f"{name}={value}")
     return ",".join(word for word in words if word)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from adaptive_moe.engines.choosers import Piece, VllmInt4
 from adaptive_moe.engines.coverage import Batches, coverages
 from adaptive_moe.kernels.aiter import SortRequest
+from adaptive_moe.kernels.call import Buffer
 from adaptive_moe.policy.coverage import BUSY_FROM
 from tests.engines.seen import aiter_module, hook_with, seen_call
 from tests.tables import make_table
@@ -182,6 +183,19 @@ def test_baseline_padding_rows_and_context_are_part_of_it():
     assert one.coverage.baseline == "policy 2"
     assert one.coverage.padding_rows
     assert "return_local_topk_ids" in one.coverage.context
+
+
+def test_what_no_shape_has_is_said_with_its_name():
+    extras = {
+        "accumulate": True,
+        "order": "rising",
+        "fast": False,
+        "hint": None,
+        "output": Buffer((64,), torch.bfloat16),
+    }
+    seen = seen_call(8, more=("rising", False, None, "output"), extras=extras)
+    (one,), _ = coverages(hook_with(seen), Batches(64))
+    assert one.coverage.describe().endswith("block 32, order=rising,fast=False,output=given")
 
 
 def test_layers_on_two_gpus_get_a_table_each():
