@@ -134,7 +134,7 @@ def _cover(
 
 
 def _context(seen: SeenCall) -> str:
-    """What else than the shape tells this call from others of the same shape: `name=value`, each."""
+    """What else than the shape tells this call from others of that shape: `name=value`, each."""
     words = [seen.context_values()]
     if seen.key.local_ids:
         words.append("return_local_topk_ids=True")
