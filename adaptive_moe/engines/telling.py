@@ -35,7 +35,7 @@ def after_warm_up(hook: AiterHook, engine: str, made: WarmUp, *, captures_next: 
     global _told  # noqa: PLW0603
     if _told is None:
         atexit.register(_write, "exit")
-        status.remove_stale(cache_folder(hook.settings))
+        status.read_all(cache_folder(hook.settings))  # removes what others left behind
     if _told is None or _told.hook is not hook:
         _told = _Told(hook, engine)
     _told.origins.update(made.origins)
