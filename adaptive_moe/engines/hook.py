@@ -35,8 +35,6 @@ from adaptive_moe.settings import Mode, Settings
 
 logger = logging.getLogger("adaptive_moe")
 
-IsCapturing = Callable[[], bool]
-
 
 class AiterHook:
     """The choice at AITER's seam in this process. All methods are safe from any thread.
@@ -50,7 +48,7 @@ class AiterHook:
         settings: Settings,
         *,
         engine_policy: int = 0,
-        is_capturing: IsCapturing | None = None,
+        is_capturing: Callable[[], bool] | None = None,
     ) -> None:
         self.settings = settings
         self.engine_policy = engine_policy
@@ -59,7 +57,7 @@ class AiterHook:
         self._lock = threading.RLock()
         self._counters = Counters()
         self._is_capturing = is_capturing
-        self._rare = RareCalls(self._lock, self._counters, engine_policy, self._capture_query)
+        self._rare = RareCalls(self._lock, self._counters, engine_policy)
         self._layer: Layer | None = None
         self._tables: Mapping[Key, PolicyTable] = {}
         self._sorts: dict[Key, Mapping[str, Callable[..., Any]]] = {}
@@ -84,7 +82,7 @@ class AiterHook:
             if problem is not None:
                 logger.warning("nothing is changed: %s", problem)
                 return False
-            self._layer = layer = Layer(module, self._rare.asked)
+            self._layer = layer = Layer(module, self._rare.asked, self._is_capturing)
             policy = self.settings.fixed_policy
             if self.settings.mode is Mode.FIXED and policy is not None:
                 if policy not in POLICIES:
@@ -92,8 +90,7 @@ class AiterHook:
                 layer.put(fixed(layer, policy, self._counters))
             else:
                 self._renew()
-                ask = self._capture_query()
-                layer.put(measured(layer, self._rare.answer, self._broke, ask))
+                layer.put(measured(layer, self._rare.answer, self._broke))
             return True
 
     def uninstall(self) -> None:
@@ -186,9 +183,6 @@ class AiterHook:
         """Captured calls that were watched, by candidate, the most frequent first."""
         return dict(self._captured.most_common())
 
-    def _capture_query(self) -> IsCapturing:
-        return self._is_capturing or capture_query()
-
     def _renew(self) -> None:
         """Give the layer the entries of the tables; those of other keys are made when called."""
         layer = self._layer
@@ -213,13 +207,3 @@ class AiterHook:
             "%s is off in this process and the baseline serves in its place: it raised %s: %s",
             *(", ".join(sorted(names)), type(error).__name__, error),
         )
-
-
-def capture_query() -> IsCapturing:
-    """A function that says whether the current stream is being captured into a graph. A torch
-    built for the CPU cannot say, and never captures."""
-    import torch
-
-    if torch.version.cuda is None and torch.version.hip is None:
-        return lambda: False
-    return torch.cuda.is_current_stream_capturing

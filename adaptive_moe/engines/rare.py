@@ -11,7 +11,7 @@ go on failing, and each time costs microseconds.
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,23 +33,15 @@ class RareCalls:
     """Notes what is seen, and makes entries for what has no table.
 
     lock: held while a layer's entries change. engine_policy: as in AiterHook.
-    capture_query: gives what says whether the current stream is being captured.
     """
 
-    def __init__(
-        self,
-        lock: threading.RLock,
-        counters: Counters,
-        engine_policy: int,
-        capture_query: Callable[[], Callable[[], bool]],
-    ) -> None:
+    def __init__(self, lock: threading.RLock, counters: Counters, engine_policy: int) -> None:
         self.seen: dict[Key, SeenCall] = {}
         self.asked = threading.local()
         self.warmed_up = False
         self._lock = lock
         self._counters = counters
         self._engine_policy = engine_policy
-        self._capture_query = capture_query
         self._failures = 0
 
     def answer(self, layer: Layer, values: tuple[Any, ...], call: Any = None) -> Any:
@@ -92,7 +84,7 @@ class RareCalls:
             entry = layer.entries.get(key)
             if entry is not None and num_tokens < len(entry.array):
                 # Only this question can have failed; or another thread made the entry just now.
-                self._capture_query()()
+                layer.is_capturing()
                 self._counters.unknown.add()
                 return None, False
             is_baseline = self._is_baseline(named["dispatch_policy"])

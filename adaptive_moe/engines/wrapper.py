@@ -90,7 +90,6 @@ def measured(
     layer: "Layer",
     rare: Callable[..., Any],
     broke: Callable[[Any, Exception], None],
-    is_capturing: Callable[[], bool],
 ) -> Callable[..., Any]:
     """The seam of `layer`, answered as `layer.entries` says.
 
@@ -108,7 +107,7 @@ def measured(
     scope = {
         "_layer": layer,
         "_Tensor": torch.Tensor,
-        "_is_capturing": is_capturing,
+        "_is_capturing": layer.is_capturing,
         "_rare": functools.partial(rare, layer),
         "_broke": broke,
     }

@@ -196,7 +196,7 @@ def test_a_shape_without_a_table_is_in_the_status_with_why(monkeypatch, cache):
 
 
 def test_while_an_engine_starts_captured_calls_are_counted_and_told(monkeypatch, caplog, cache):
-    monkeypatch.setattr("adaptive_moe.engines.hook.capture_query", lambda: lambda: True)
+    monkeypatch.setattr("adaptive_moe.engines.seam.capture_query", lambda: lambda: True)
     with caplog.at_level(logging.INFO, logger="adaptive_moe"), process.starting():
         warmed_up(monkeypatch)
     assert "the graphs hold 2 calls of policy 2" in caplog.text
