@@ -23,6 +23,7 @@ from adaptive_moe.engines.plugin import VARIABLE, start, when_imported, wrap
 
 logger = logging.getLogger("adaptive_moe")
 
+# Ours, as in settings.py.
 WORDS = ("auto", "off", "none", "false", "")
 PLUGIN = "adaptive_moe"
 KERNEL_WARMUP = "vllm.model_executor.warmup.kernel_warmup"
