@@ -4,6 +4,7 @@ They are loaded in every process of their engine, asked for or not, long before 
 torch: so neither this module nor theirs imports more than the standard library.
 
     start          what an entry point does: nothing where no variable of ours is set; never raises
+    safely         a warm-up in the midst of that start, which goes on whatever comes of it
     when_imported  wait for one of the engine's modules, without importing it ourselves
     wrap           put something of ours around one of the engine's functions
 """
@@ -37,6 +38,14 @@ def start(register: Callable[[], None], engine: str) -> None:
         register()
     except Exception:
         logger.exception("adaptive_moe could not start; %s goes on without it", engine)
+
+
+def safely(warm_up: Callable[..., None], *arguments: Any) -> None:
+    """Run it. What it raises is logged and never reaches the engine."""
+    try:
+        warm_up(*arguments)
+    except Exception:
+        logger.exception("warm-up failed; the baseline stays for what has no table")
 
 
 def wrap(owner: Any, name: str, around: Callable[[Function], Function]) -> bool:

@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakSet
 
-from adaptive_moe.engines.plugin import start, when_imported, wrap
+from adaptive_moe.engines.plugin import safely, start, when_imported, wrap
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -85,33 +85,31 @@ def engine_policy() -> int:
 
 
 def _wrap_capture(name: str, module: ModuleType) -> None:
-    def around(original: Callable[..., Any]) -> Callable[..., Any]:
-        def capture_one(
-            self: Any,
-            shape_key: Any,
-            forward_fn: Callable[[], Any],
-            capture_inputs: Any = None,
-            post_warmup_hook: Callable[[], None] | None = None,
-        ) -> Any:
-            # SGLang calls this after each eager run, before it captures.
-            def after_eager_run() -> None:
-                if post_warmup_hook is not None:
-                    post_warmup_hook()
-                try:
-                    _before_capture(self)
-                except Exception:
-                    logger.exception("warm-up failed; the baseline stays for what has no table")
-
-            return original(self, shape_key, forward_fn, capture_inputs, after_eager_run)
-
-        return capture_one
-
-    if not wrap(getattr(module, name, None), "capture_one", around):
+    if not wrap(getattr(module, name, None), "capture_one", _warm_up_before_it):
         logger.warning(
             "this SGLang has no %s.capture_one, so nothing will be calibrated with that graph "
             "backend and the baseline stays: use SGLang 0.5.20 to 0.5.23",
             name,
         )
+
+
+def _warm_up_before_it(original: Callable[..., Any]) -> Callable[..., Any]:
+    def capture_one(
+        self: Any,
+        shape_key: Any,
+        forward_fn: Callable[[], Any],
+        capture_inputs: Any = None,
+        post_warmup_hook: Callable[[], None] | None = None,
+    ) -> Any:
+        # SGLang calls this after each eager run, before it captures.
+        def after_eager_run() -> None:
+            if post_warmup_hook is not None:
+                post_warmup_hook()
+            safely(_before_capture, self)
+
+        return original(self, shape_key, forward_fn, capture_inputs, after_eager_run)
+
+    return capture_one
 
 
 # Graph backends that were warmed up for. Each rank has as many, in the same order.
@@ -138,26 +136,23 @@ def _before_capture(backend: Any) -> None:
 def _wrap_model_runner(module: ModuleType) -> None:
     """`init_cuda_graphs` comes by on every rank, before serving, whether or not graphs are captured
     in it."""
-
-    def around(original: Callable[..., Any]) -> Callable[..., Any]:
-        def init_cuda_graphs(self: Any, *args: Any, **kwargs: Any) -> Any:
-            from adaptive_moe.engines import process
-
-            with process.starting():
-                result = original(self, *args, **kwargs)
-            try:
-                _after_graphs(self)
-            except Exception:
-                logger.exception("warm-up failed; the baseline stays for what has no table")
-            return result
-
-        return init_cuda_graphs
-
-    if not wrap(getattr(module, "ModelRunner", None), "init_cuda_graphs", around):
+    if not wrap(getattr(module, "ModelRunner", None), "init_cuda_graphs", _warm_up_after_it):
         logger.warning(
             "this SGLang has no ModelRunner.init_cuda_graphs, so nothing will be calibrated with "
             "--disable-cuda-graph and the baseline stays there: use SGLang 0.5.20 to 0.5.23"
         )
+
+
+def _warm_up_after_it(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init_cuda_graphs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from adaptive_moe.engines import process
+
+        with process.starting():
+            result = original(self, *args, **kwargs)
+        safely(_after_graphs, self)
+        return result
+
+    return init_cuda_graphs
 
 
 def _after_graphs(model_runner: Any) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from adaptive_moe.engines.plugin import VARIABLE, start, when_imported, wrap
+from adaptive_moe.engines.plugin import VARIABLE, safely, start, when_imported, wrap
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -126,10 +126,7 @@ def _then_warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
         # but this one. It is warmed up once more, like the others, before its graphs are captured.
         if kwargs.get("process_local_only"):
             return result
-        try:
-            _warm_up(worker)
-        except Exception:
-            logger.exception("warm-up failed; the baseline stays where nothing was measured")
+        safely(_warm_up, worker)
         return result
 
     return kernel_warmup
@@ -137,17 +134,17 @@ def _then_warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap_worker(module: ModuleType) -> None:
     """Around what calls kernel_warmup, and then captures."""
+    wrap(getattr(module, "Worker", None), "compile_or_warm_up_model", _as_a_start)
 
-    def around(original: Callable[..., Any]) -> Callable[..., Any]:
-        def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-            from adaptive_moe.engines import process
 
-            with process.starting():
-                return original(self, *args, **kwargs)
+def _as_a_start(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from adaptive_moe.engines import process
 
-        return compile_or_warm_up_model
+        with process.starting():
+            return original(self, *args, **kwargs)
 
-    wrap(getattr(module, "Worker", None), "compile_or_warm_up_model", around)
+    return compile_or_warm_up_model
 
 
 _int4: list[Any] = []
