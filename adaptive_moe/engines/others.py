@@ -16,7 +16,7 @@ logger = logging.getLogger("adaptive_moe")
 Connect = Callable[[], Channel | None]
 
 
-def rank_of_ranks() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """This rank in torch.distributed, and how many there are. Rank 0 speaks for all."""
     import torch.distributed as dist
 

@@ -8,7 +8,7 @@ from adaptive_moe.disk import status
 from adaptive_moe.disk.folder import cache_folder
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.engines.key import Key
-from adaptive_moe.engines.others import rank_of_ranks
+from adaptive_moe.engines.others import rank_and_size
 from adaptive_moe.engines.warm_up import WarmUp
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report import text as report
@@ -51,7 +51,7 @@ def after_capture() -> None:
         return
     _told.hook.watch_captures(False)
     found = _told.hook.captured()
-    if found and rank_of_ranks()[0] == 0:
+    if found and rank_and_size()[0] == 0:
         words = ", ".join(f"{count:,} calls of {name}" for name, count in found.items())
         logger.info("the graphs hold %s", words)
     _write("capture")
@@ -70,7 +70,7 @@ def _write(moment: str) -> None:
 def _status(told: _Told) -> status.ProcessStatus:
     hook = told.hook
     return replace(
-        status.here(told.engine, *rank_of_ranks(), hook.settings.mode.value),
+        status.here(told.engine, *rank_and_size(), hook.settings.mode.value),
         tables=tuple(_table(t, told.origins.get(key, "")) for key, t in hook.tables.items()),
         problems=told.problems,
         calls=tuple(asdict(hook.counts()).items()),

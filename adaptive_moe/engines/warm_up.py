@@ -22,7 +22,7 @@ from adaptive_moe.engines.choosers import Chooser
 from adaptive_moe.engines.coverage import Batches, Wanted, coverages
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.engines.key import Key
-from adaptive_moe.engines.others import Connect, Others, rank_of_ranks
+from adaptive_moe.engines.others import Connect, Others, rank_and_size
 from adaptive_moe.engines.own import Measure, OwnTables, make_own, make_ready
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report import text as report
@@ -92,7 +92,7 @@ def warm_up(
         hook.settings.busy_from or busy_from,
         tuple(choosers),
     )
-    speaks = rank_of_ranks()[0] == 0
+    speaks = rank_and_size()[0] == 0
     with hook.warming:
         wanted, problems = _wanted(hook, batches, speaks)
         others = Others.reached(connect, len(wanted) + len(hook.tables), hook.settings.budget_s)
