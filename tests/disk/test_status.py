@@ -119,6 +119,17 @@ def test_links_and_pipes_are_not_followed(tmp_path):
     assert status.read_all(tmp_path) == []
 
 
+def test_what_a_killed_writer_left_half_written_goes_with_a_later_write(tmp_path):
+    status.write(tmp_path, told(), "warm-up")
+    for name, hours in ((".adaptive-moe-1.tmp", 2), (".adaptive-moe-2.tmp", 0)):
+        path = tmp_path / "status" / name
+        path.write_text("{")
+        os.utime(path, (time.time() - 3600.0 * hours,) * 2)
+    status.write(tmp_path, told(), "capture")
+    assert files(tmp_path)[0] == ".adaptive-moe-2.tmp"  # somebody may be writing it
+    assert len(files(tmp_path)) == 2
+
+
 def test_no_folder_is_nobody(tmp_path):
     assert status.read_all(tmp_path / "none") == []
 
