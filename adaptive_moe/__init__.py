@@ -23,11 +23,11 @@ import sys
 TYPE_CHECKING = False  # what type checkers take for true; importing typing would cost milliseconds
 if TYPE_CHECKING:
     from adaptive_moe.engines.counters import Counts as Counts
+    from adaptive_moe.engines.key import Key as Key
     from adaptive_moe.engines.process import counts as counts
     from adaptive_moe.engines.process import install as install
     from adaptive_moe.engines.process import uninstall as uninstall
     from adaptive_moe.engines.process import warm_up as warm_up
-    from adaptive_moe.engines.seen import Key as Key
     from adaptive_moe.engines.warm_up import WarmUp as WarmUp
     from adaptive_moe.kernels import Candidate as Candidate
     from adaptive_moe.kernels import KernelUnavailableError as KernelUnavailableError
@@ -75,7 +75,7 @@ _HOME = {
     "Environment": "adaptive_moe.policy.environment",
     "Fill": "adaptive_moe.policy.evidence",
     "KernelUnavailableError": "adaptive_moe.kernels",
-    "Key": "adaptive_moe.engines.seen",
+    "Key": "adaptive_moe.engines.key",
     "LogDetail": "adaptive_moe.settings",
     "Mode": "adaptive_moe.settings",
     "Plan": "adaptive_moe.tuning.calibrator",

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from adaptive_moe.engines.hook import AiterHook, Key
+from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.key import Key
 from adaptive_moe.engines.wrapper import SORT_ARGUMENTS
 from adaptive_moe.kernels.aiter import SEAM
 from adaptive_moe.settings import Mode, Settings

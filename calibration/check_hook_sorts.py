@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from adaptive_moe.engines.hook import AiterHook, Key
+from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.key import Key
 from adaptive_moe.kernels.sorts import GROUPS
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.shape import SortingShape

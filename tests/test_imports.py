@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import adaptive_moe
-from adaptive_moe.engines.coverage import Piece
+from adaptive_moe.engines.choosers import Piece
 from adaptive_moe.engines.seen import SeenCall
 from adaptive_moe.engines.warm_up import WarmUp
 from adaptive_moe.tuning.calibrator import Plan

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from adaptive_moe.cli import output
 from adaptive_moe.cli.options import cache_folder_here
-from adaptive_moe.engines.status import ProcessStatus, read_all
+from adaptive_moe.disk.status import ProcessStatus, read_all
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

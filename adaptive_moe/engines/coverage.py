@@ -1,36 +1,18 @@
 """Which tables a warm-up is to make: one for every shape seen at the seam, and for those that the
 same layers will ask for at other token counts; each for the counts that occur, and no others."""
 
-import logging
-import os
-import sys
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
-from adaptive_moe.engines.hook import AiterHook, Key, SeenCall
-from adaptive_moe.engines.seam import CHOOSER
-from adaptive_moe.kernels.aiter import MODULE, SortRequest, request_at
+from adaptive_moe.engines.choosers import Chooser, aiters_own, key_at, pieces_of
+from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.key import Key
+from adaptive_moe.engines.seen import SeenCall
+from adaptive_moe.kernels.aiter import KNOWN
+from adaptive_moe.kernels.call import Buffer
 from adaptive_moe.policy.coverage import BUSY_FROM, Coverage, Span
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
-
-logger = logging.getLogger("adaptive_moe")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Token counts first to last, inclusive, that are sorted alike."""
-
-    first: int
-    last: int
-    request: SortRequest
-
-
-# Who picks block_size by token count for the layer of a call: 1 to `last` in pieces, rising and
-# without gaps, or None where it is not this one that picks it.
-Chooser = Callable[[SeenCall, int], "Sequence[Piece] | None"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +51,7 @@ class Wanted:
 def coverages(hook: AiterHook, batches: Batches) -> tuple[list[Wanted], list[str]]:
     """The tables wanted, one a key, and a sentence for each call that nothing can be made for.
     Where there is a table that covers all of it, none is wanted."""
-    choosers = (*batches.choosers, *_aiters_own(hook))
+    choosers = (*batches.choosers, *aiters_own(hook))
     wanted: dict[Key, Wanted] = {}
     problems = []
     for seen in list(hook.seen.values()):
@@ -117,61 +99,12 @@ def _by_key(
         captured.add(seen.num_tokens)  # such layers are captured at their full capacity
     last = max(batches.max_tokens * pooled, seen.num_tokens, *captured)
     spans: dict[Key, list[Span]] = {}
-    for piece in _pieces(seen, last, choosers):
+    for piece in pieces_of(seen, last, choosers):
         if piece.request.sorts:
-            spans.setdefault(_key(seen, piece.request), []).append((piece.first, piece.last))
+            spans.setdefault(key_at(seen, piece), []).append((piece.first, piece.last))
     for key, found in spans.items():
         merged = _merged(found)
         yield key, merged, sorted(c for c in captured if any(a <= c <= b for a, b in merged))
-
-
-def _pieces(seen: SeenCall, last: int, choosers: Sequence[Chooser]) -> Sequence[Piece]:
-    """1 to `last` as the layer's own chooser divides it: the one that explains what was seen. Where
-    none does, only what was seen is known: a count with another block_size runs the baseline."""
-    for choose in choosers:
-        try:
-            pieces = choose(seen, last) or ()
-        # A chooser is the engine's or AITER's code, asked by somebody it does not know.
-        except Exception as error:
-            logger.debug("block sizes at other token counts are not known: %r", error)
-            continue
-        here = [p for p in pieces if p.first <= seen.num_tokens <= p.last]
-        if here and here[0].request.sorts and _key(seen, here[0].request) == seen.key:
-            return pieces
-    return (Piece(1, last, SortRequest(seen.key.block_size, seen.key.accumulate, sorts=True)),)
-
-
-def _aiters_own(hook: AiterHook) -> list[Chooser]:
-    """AITER's chooser, asked by the function that it asks itself, in the words that were used.
-
-    It is asked once for each class of counts that it tells apart, which get_padded_M names. Also
-    where our layer stood aside: this rank must name its tables as the others do.
-    """
-    layer = hook.layer
-    module: ModuleType | None = sys.modules.get(MODULE) if layer is None else layer.module
-    asked = getattr(module, CHOOSER, None) if layer is None else layer.chooser
-    pad = getattr(module, "get_padded_M", None)
-    # With online tuning on, asking about a new count would start AITER's own tuner, for minutes.
-    if module is None or asked is None or pad is None or _tunes_online():
-        return []
-
-    def choose(seen: SeenCall, last: int) -> list[Piece] | None:
-        if seen.config is None:
-            return None
-        pieces = []
-        first = 1
-        while first <= last:
-            end = first + bisect_right(range(first, last + 1), pad(first), key=pad) - 1
-            request = seen.as_called(request_at, module, asked, seen.config, first)
-            pieces.append(Piece(first, end, request))
-            first = end + 1
-        return pieces
-
-    return [choose]
-
-
-def _tunes_online() -> bool:
-    return os.environ.get("AITER_ONLINE_TUNE", "0") == "1"
 
 
 def _cover(
@@ -195,23 +128,22 @@ def _cover(
         tuple(captured),
         padding_rows=padding_rows,
         busy_from=batches.busy_from or (largest + 1 if largest else BUSY_FROM),
-        context=_told_apart(key, seen),
+        context=_context(seen),
     )
     return coverage.on(seen.device.type)
 
 
-def _told_apart(key: Key, seen: SeenCall) -> str:
-    """What else than the shape tells this call from others of the same shape."""
+def _context(seen: SeenCall) -> str:
+    """What else than the shape tells this call from others of that shape: `name=value`, each."""
     words = [seen.context_values()]
-    if key.local_ids:
+    if seen.key.local_ids:
         words.append("return_local_topk_ids=True")
-    words += [str(value) for value in key.more if value]
+    for name, value in seen.extras.items():
+        if isinstance(value, Buffer):
+            words.append(f"{name}=given")
+        elif name not in KNOWN and value is not None:
+            words.append(f"{name}={value}")
     return ",".join(word for word in words if word)
-
-
-def _key(seen: SeenCall, request: SortRequest) -> Key:
-    accumulate = request.accumulate or seen.key.has_expert_mask
-    return seen.key._replace(block_size=request.block_size, accumulate=accumulate)
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:

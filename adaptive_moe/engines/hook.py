@@ -13,15 +13,17 @@ answers in its place. What each call costs is in wrapper.py, what happens rarely
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 from adaptive_moe.engines.counters import Counters, Counts
-from adaptive_moe.engines.entries import Entries, Entry, entry_for, unanswered
+from adaptive_moe.engines.entries import Entries, Entry, entry_for, unanswered, watched
+from adaptive_moe.engines.key import Key
 from adaptive_moe.engines.rare import RareCalls
 from adaptive_moe.engines.seam import Layer
-from adaptive_moe.engines.seen import Key, SeenCall
+from adaptive_moe.engines.seen import SeenCall
 from adaptive_moe.engines.wrapper import fixed, measured
 from adaptive_moe.kernels import POLICIES, SortKernel
 from adaptive_moe.kernels.aiter import meaning_of, seam_problem
@@ -31,12 +33,7 @@ from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import Mode, Settings
 
-__all__ = ["AiterHook", "Key", "SeenCall"]
-
 logger = logging.getLogger("adaptive_moe")
-
-IsCapturing = Callable[[], bool]
-Observer = Callable[[Entry, PolicyTable], Entry]
 
 
 class AiterHook:
@@ -51,7 +48,7 @@ class AiterHook:
         settings: Settings,
         *,
         engine_policy: int = 0,
-        is_capturing: IsCapturing | None = None,
+        is_capturing: Callable[[], bool] | None = None,
     ) -> None:
         self.settings = settings
         self.engine_policy = engine_policy
@@ -60,12 +57,13 @@ class AiterHook:
         self._lock = threading.RLock()
         self._counters = Counters()
         self._is_capturing = is_capturing
-        self._rare = RareCalls(self._lock, self._counters, engine_policy, self._capture_query)
+        self._rare = RareCalls(self._lock, self._counters, engine_policy)
         self._layer: Layer | None = None
         self._tables: Mapping[Key, PolicyTable] = {}
         self._sorts: dict[Key, Mapping[str, Callable[..., Any]]] = {}
         self._off: set[str] = set()
-        self._observer: Observer | None = None
+        self._captured: Counter[str] = Counter()
+        self._watches_captures = False
 
     def install(self, module: ModuleType) -> bool:
         """Wrap the seam of `module`; False, with one warning, where it is not the seam we know.
@@ -84,7 +82,7 @@ class AiterHook:
             if problem is not None:
                 logger.warning("nothing is changed: %s", problem)
                 return False
-            self._layer = layer = Layer(module, self._rare.asked)
+            self._layer = layer = Layer(module, self._rare.asked, self._is_capturing)
             policy = self.settings.fixed_policy
             if self.settings.mode is Mode.FIXED and policy is not None:
                 if policy not in POLICIES:
@@ -92,8 +90,7 @@ class AiterHook:
                 layer.put(fixed(layer, policy, self._counters))
             else:
                 self._renew()
-                ask = self._capture_query()
-                layer.put(measured(layer, self._rare.answer, self._broke, ask))
+                layer.put(measured(layer, self._rare.answer, self._broke))
             return True
 
     def uninstall(self) -> None:
@@ -171,34 +168,31 @@ class AiterHook:
             self._renew()
         return kernel
 
-    def observe(self, observer: Observer | None) -> None:
-        """Until it is None again, calls are answered by what the observer makes of each table's
-        entry, which answers alike: for counting while an engine starts, at no cost afterwards."""
-        with self._lock:
-            self._observer = observer
-            self._renew()
-
     def counts(self) -> Counts:
         """What happened to the calls so far."""
         return self._counters.read()
 
-    def _capture_query(self) -> IsCapturing:
-        return self._is_capturing or capture_query()
+    def watch_captures(self, watch: bool) -> None:
+        """Count which candidates captured calls take, until told otherwise: while an engine starts,
+        as it costs calls something. Replays never come by."""
+        with self._lock:
+            self._watches_captures = watch
+            self._renew()
+
+    def captured(self) -> dict[str, int]:
+        """Captured calls that were watched, by candidate, the most frequent first."""
+        return dict(self._captured.most_common())
 
     def _renew(self) -> None:
         """Give the layer the entries of the tables; those of other keys are made when called."""
         layer = self._layer
-        if layer is not None:
-            found: dict[tuple[Any, ...], Entry] = {
-                key: entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
-                for key, table in self._tables.items()
-                if layer.active
-            }
-            if self._observer is not None:
-                found = {
-                    k: self._observer(found[k], t) for k, t in self._tables.items() if k in found
-                }
-            layer.entries = Entries(found)
+        if layer is None:
+            return
+        found: dict[tuple[Any, ...], Entry] = {}
+        for key, table in self._tables.items() if layer.active else ():
+            entry = entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
+            found[key] = watched(entry, table, self._captured) if self._watches_captures else entry
+        layer.entries = Entries(found)
 
     def _broke(self, sort: Any, error: Exception) -> None:
         """That sort raised while serving: it is off in this process, whatever it was to answer."""
@@ -213,13 +207,3 @@ class AiterHook:
             "%s is off in this process and the baseline serves in its place: it raised %s: %s",
             *(", ".join(sorted(names)), type(error).__name__, error),
         )
-
-
-def capture_query() -> IsCapturing:
-    """A function that says whether the current stream is being captured into a graph. A torch
-    built for the CPU cannot say, and never captures."""
-    import torch
-
-    if torch.version.cuda is None and torch.version.hip is None:
-        return lambda: False
-    return torch.cuda.is_current_stream_capturing

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from adaptive_moe.engines.alone import Alone
-from adaptive_moe.engines.hook import Key
+from adaptive_moe.engines.key import Key
+from adaptive_moe.engines.own import OwnTables
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks.agreement import Channel, agree, limit_for, look
@@ -14,6 +14,15 @@ logger = logging.getLogger("adaptive_moe")
 
 # How the other ranks are reached; None is for a rank that is alone.
 Connect = Callable[[], Channel | None]
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This rank in torch.distributed, and how many there are. Rank 0 speaks for all."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 @dataclass(frozen=True)
@@ -41,17 +50,17 @@ class Others:
             return cls(lost=lost)
 
     def agree(
-        self, alone: Alone, before: Mapping[Key, PolicyTable]
+        self, own: OwnTables, before: Mapping[Key, PolicyTable]
     ) -> tuple[dict[Key, PolicyTable], tuple[str, ...]]:
         """The tables to set now, and why others have none. A rank that is alone sets its own."""
-        mine = {key: own.table for key, own in alone.own.items()}
+        mine = {key: one.table for key, one in own.tables.items()}
         if self.channel is None:
             return ({} if self.lost else mine), ((self.lost,) if self.lost else ())
         brought: dict[Coverage, PolicyTable] = {}
         for table in (*mine.values(), *before.values()):
             # Layers on two devices of this process can be covered alike: the first brings its own.
             brought.setdefault(table.evidence.coverage, table)
-        failed = {c: why for c, why in alone.failed.items() if c not in brought}
+        failed = {c: why for c, why in own.failed.items() if c not in brought}
         agreed = agree(brought, failed, self.channel, limit_s=self.limit_s, over=self.over)
         tables = {}
         for key, table in {**before, **mine}.items():

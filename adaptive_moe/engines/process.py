@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from adaptive_moe.engines import telling
+from adaptive_moe.engines.choosers import Chooser
 from adaptive_moe.engines.counters import Counters, Counts
-from adaptive_moe.engines.coverage import Chooser
 from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.on_import import when_imported
+from adaptive_moe.engines.plugin import when_imported
 from adaptive_moe.engines.warm_up import WarmUp
 from adaptive_moe.engines.warm_up import warm_up as warm_up_hook
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
@@ -111,7 +111,7 @@ def warm_up(
             above the largest captured size, or from 2,048 on where nothing is captured.
         padding_rows: may rows of topk_ids be -1?
         pooled: ranks whose tokens reach the sort together.
-        choosers: for layers whose block_size AITER does not pick; see engines/coverage.py.
+        choosers: for layers whose block_size AITER does not pick; see engines/choosers.py.
 
     Returns what was set, and a sentence for each shape that has no table. Raises ValueError for a
     max_tokens below 1.

@@ -11,15 +11,16 @@ go on failing, and each time costs microseconds.
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from adaptive_moe.engines.counters import Counters
 from adaptive_moe.engines.entries import Entries, Entry, grown, left_alone
-from adaptive_moe.engines.reading import OddCallError, extras, read, seen_call
+from adaptive_moe.engines.key import Key, OddCallError, read_key
 from adaptive_moe.engines.seam import Layer
-from adaptive_moe.engines.seen import Key, SeenCall, is_rounded
+from adaptive_moe.engines.seen import SeenCall, is_rounded
+from adaptive_moe.kernels.aiter import LEADING
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -32,23 +33,15 @@ class RareCalls:
     """Notes what is seen, and makes entries for what has no table.
 
     lock: held while a layer's entries change. engine_policy: as in AiterHook.
-    capture_query: gives what says whether the current stream is being captured.
     """
 
-    def __init__(
-        self,
-        lock: threading.RLock,
-        counters: Counters,
-        engine_policy: int,
-        capture_query: Callable[[], Callable[[], bool]],
-    ) -> None:
+    def __init__(self, lock: threading.RLock, counters: Counters, engine_policy: int) -> None:
         self.seen: dict[Key, SeenCall] = {}
         self.asked = threading.local()
         self.warmed_up = False
         self._lock = lock
         self._counters = counters
         self._engine_policy = engine_policy
-        self._capture_query = capture_query
         self._failures = 0
 
     def answer(self, layer: Layer, values: tuple[Any, ...], call: Any = None) -> Any:
@@ -83,7 +76,7 @@ class RareCalls:
     ) -> tuple[tuple[Key, int] | None, bool]:
         """The key and token count to look at the outputs of, if any; and whether the wrapper now
         answers the call. Raises OddCallError, and whatever failed in the wrapper."""
-        key, num_tokens, passed = read(named, layer.device)
+        key, num_tokens, passed = read_key(named, layer.device)
         if passed:
             self._counters.passed.add()
             return None, False
@@ -91,7 +84,7 @@ class RareCalls:
             entry = layer.entries.get(key)
             if entry is not None and num_tokens < len(entry.array):
                 # Only this question can have failed; or another thread made the entry just now.
-                self._capture_query()()
+                layer.is_capturing()
                 self._counters.unknown.add()
                 return None, False
             is_baseline = self._is_baseline(named["dispatch_policy"])
@@ -123,7 +116,7 @@ class RareCalls:
         if len(self.seen) >= MAX_SEEN or key in layer.entries:
             return False
         asked = getattr(self.asked, "last", None)
-        self.seen[key] = seen_call(key, num_tokens, named, extras(layer, named, call), asked)
+        self.seen[key] = SeenCall.now(key, num_tokens, named, _passed(layer, named, call), asked)
         if self.warmed_up:
             logger.warning(
                 "sorting %d tokens of %s was first seen after warm-up: the baseline, %s, serves it "
@@ -154,6 +147,16 @@ class RareCalls:
                 else "a call ran as it came",
                 *(type(error).__name__, error),
             )
+
+
+def _passed(layer: Layer, named: Mapping[str, Any], call: Any) -> dict[str, Any]:
+    """The arguments after the ninth that reach the seam."""
+    after = list(named)[len(LEADING) :]
+    if call is None:
+        return {name: named[name] for name in after}
+    args, kwargs = call[:2]
+    given = {*kwargs, *layer.names[: len(args)]}
+    return {name: named[name] for name in after if name in given}
 
 
 def _set(layer: Layer, key: Key, entry: Entry) -> None:

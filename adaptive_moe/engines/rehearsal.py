@@ -16,6 +16,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from adaptive_moe.engines import sglang, vllm
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.kernels.aiter import MODULE, SEAM
 from adaptive_moe.settings import Settings
@@ -77,13 +78,9 @@ def calls_of(engine: str) -> EngineCalls:
     try:
         name = f"{engine} {importlib.metadata.version(engine)}"
         if engine == "vllm":
-            from adaptive_moe.engines.vllm import _has_padding_rows as vllm_pads
-
-            return EngineCalls(name, padding_rows=vllm_pads())
-        from adaptive_moe.engines.sglang import _engine_policy, _has_padding_rows
-
-        _patch_as_sglang()
-        return EngineCalls(name, _engine_policy(), _has_padding_rows())
+            return EngineCalls(name, padding_rows=vllm.has_padding_rows())
+        sglang.patch_small_sort()
+        return EngineCalls(name, sglang.engine_policy(), sglang.has_padding_rows())
     except (importlib.metadata.PackageNotFoundError, ImportError) as error:
         raise RehearsalError(
             f"--for {engine} needs {engine} installed here ({error}): a table is kept for its "
@@ -184,12 +181,3 @@ def _forward(
         num_local_tokens=inputs.num_local_tokens,
         **options,
     )
-
-
-def _patch_as_sglang() -> None:
-    """On gfx950 SGLang puts a sort of its own below the seam; elsewhere this does nothing."""
-    try:
-        patch = import_module("sglang.kernels.ops.moe.moe_sorting_small")
-    except ImportError:
-        return  # a SGLang without it
-    patch.apply_aiter_small_moe_sort_patch()

@@ -7,10 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from adaptive_moe.engines.entries import Entries
-from adaptive_moe.kernels.aiter import SEAM
-
-# AITER's function that picks block_size for a token count, called just before each sort.
-CHOOSER = "get_2stage_cfgs"
+from adaptive_moe.kernels.aiter import CHOOSER, SEAM
 
 
 class Layer:
@@ -21,15 +18,22 @@ class Layer:
     names: the parameters that the wrapper binds
     device: the only one that this process sees, as get_device() calls it; None where there are
     several, and each call is asked
+    is_capturing: says whether the current stream is being captured into a graph; torch's by default
     """
 
-    def __init__(self, module: ModuleType, asked: threading.local) -> None:
+    def __init__(
+        self,
+        module: ModuleType,
+        asked: threading.local,
+        is_capturing: Callable[[], bool] | None = None,
+    ) -> None:
         self.module = module
         self.seam: Callable[..., Any] = getattr(module, SEAM)
         self.chooser: Callable[..., Any] | None = getattr(module, CHOOSER, None)
         self.active = True
         self.entries = Entries({})
         self.device = _only_device()
+        self.is_capturing = is_capturing or capture_query()
         self.names: tuple[str, ...] = ()
         self.wrapper = self.seam
         self._watcher = None if self.chooser is None else _watch(self.chooser, asked)
@@ -70,6 +74,15 @@ def _only_device() -> int | None:
     import torch
 
     return {0: -1, 1: 0}.get(torch.cuda.device_count())
+
+
+def capture_query() -> Callable[[], bool]:
+    """torch's own answer. A torch built for the CPU has none, and never captures."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return lambda: False
+    return torch.cuda.is_current_stream_capturing
 
 
 def _watch(chooser: Callable[..., Any], asked: threading.local) -> Callable[..., Any]:

@@ -6,55 +6,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from adaptive_moe.kernels import policy_name
+from adaptive_moe.engines.key import Key
 from adaptive_moe.kernels.aiter import ConfigCall
+from adaptive_moe.kernels.call import Buffer
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-
-# Kept in a Key in place of a True, which as a part of a tuple would be the same as 1.
-TRUE = "True"
-
-
-class Key(NamedTuple):
-    """What tells the calls of one table from others, as the call spells it. Plain tuples compare
-    equal to it, and are what the hot path builds.
-
-    accumulate  masked, or accumulate as passed: either makes moe_buf [num_tokens, model_dim]
-    local_ids   return_local_topk_ids
-    more        values of arguments that later AITERs have, and names of buffers that are given
-    baseline    the policy the caller passes, or TRUE for a True
-    device      the GPU's index; -1 on the CPU. Where the process sees one only, that one
-    """
-
-    num_experts: int
-    topk: int
-    model_dim: int
-    dtype: "torch.dtype"
-    block_size: int
-    has_expert_mask: bool
-    has_num_local_tokens: bool
-    accumulate: bool
-    local_ids: bool
-    more: tuple[Any, ...]
-    baseline: Any
-    device: int
-
-    @property
-    def baseline_name(self) -> str:
-        """As a candidate: `policy 0`."""
-        return policy_name(self.baseline)
-
-    def describe(self) -> str:
-        return (
-            f"{self.num_experts} experts, topk {self.topk}, dim {self.model_dim}, "
-            f"{str(self.dtype).removeprefix('torch.')}, block {self.block_size}"
-            + (f", cuda:{self.device}" if self.device > 0 else "")
-        )
 
 
 @dataclass(frozen=True)
@@ -85,6 +46,40 @@ class SeenCall:
     stream: "torch.cuda.Stream | None"
     rounded: bool | None = None
     num_outputs: int = 0
+
+    @classmethod
+    def now(
+        cls,
+        key: Key,
+        num_tokens: int,
+        named: Mapping[str, Any],
+        passed: Mapping[str, Any],
+        asked: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    ) -> "SeenCall":
+        """The call that is being made, of these arguments by name. passed: those after the ninth
+        that reach the seam; asked: how the chooser was asked just before."""
+        import torch
+
+        device = named["topk_ids"].device
+        args, kwargs = asked or ((), {})
+        return cls(
+            key=key,
+            num_tokens=num_tokens,
+            device=device,
+            baseline=named["dispatch_policy"],
+            expert_mask=named["expert_mask"],
+            extras={
+                name: Buffer(tuple(value.shape[1:]), value.dtype)
+                if isinstance(value, torch.Tensor)
+                else value
+                for name, value in passed.items()
+            },
+            config=ConfigCall(args[1:], tuple(kwargs.items())) if args else None,
+            context=contextvars.copy_context(),
+            grad=torch.is_grad_enabled(),
+            inference=torch.is_inference_mode_enabled(),
+            stream=None if device.type == "cpu" else torch.cuda.current_stream(device),
+        )
 
     def as_called(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run a function where this call ran: in a copy of its context, on its device and stream,

@@ -24,15 +24,15 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 from weakref import WeakSet
 
+from adaptive_moe.engines.plugin import safely, start, when_imported, wrap
+
 logger = logging.getLogger("adaptive_moe")
 
-# As in settings.py, which is only imported when something is set.
-VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
-PREFIX = "ADAPTIVE_MOE_"
 SGLANG_VARIABLE = "SGLANG_AITER_MOE_SORTING_DISPATCH_POLICY"
 
 _BACKENDS = "sglang.srt.model_executor.runner_backend"
@@ -48,17 +48,11 @@ DUMMY_REQUESTS = 32
 
 def register() -> None:
     """Entry point. Never raises: without us SGLang starts as it would have."""
-    if not any(os.environ[n] for n in os.environ if n == VARIABLE or n.startswith(PREFIX)):
-        return
-    try:
-        _register()
-    except Exception:
-        logger.exception("adaptive_moe could not start; SGLang goes on without it")
+    start(_register, "SGLang")
 
 
 def _register() -> None:
     from adaptive_moe.engines import process
-    from adaptive_moe.engines.on_import import when_imported
     from adaptive_moe.settings import Mode
 
     settings = process.asked_for()
@@ -74,7 +68,7 @@ def _register() -> None:
         )
         return
     engine = process.named("sglang")
-    if not process.install(settings, engine_policy=_engine_policy(), engine=engine):
+    if not process.install(settings, engine_policy=engine_policy(), engine=engine):
         return
     if settings.mode is Mode.AUTO:
         for module, name in BACKENDS.items():
@@ -82,7 +76,7 @@ def _register() -> None:
         when_imported(MODEL_RUNNER, _wrap_model_runner)
 
 
-def _engine_policy() -> int:
+def engine_policy() -> int:
     """What SGLang passes when its user chose nothing; versions without the variable pass none."""
     from sglang.srt.environ import envs
 
@@ -91,19 +85,15 @@ def _engine_policy() -> int:
 
 
 def _wrap_capture(name: str, module: ModuleType) -> None:
-    backend = getattr(module, name, None)
-    original = getattr(backend, "capture_one", None)
-    if original is None:
+    if not wrap(getattr(module, name, None), "capture_one", _warm_up_before_it):
         logger.warning(
             "this SGLang has no %s.capture_one, so nothing will be calibrated with that graph "
             "backend and the baseline stays: use SGLang 0.5.20 to 0.5.23",
             name,
         )
-        return
-    if hasattr(original, "warms_up_adaptive_moe"):
-        return
 
-    @functools.wraps(original)
+
+def _warm_up_before_it(original: Callable[..., Any]) -> Callable[..., Any]:
     def capture_one(
         self: Any,
         shape_key: Any,
@@ -115,15 +105,11 @@ def _wrap_capture(name: str, module: ModuleType) -> None:
         def after_eager_run() -> None:
             if post_warmup_hook is not None:
                 post_warmup_hook()
-            try:
-                _before_capture(self)
-            except Exception:
-                logger.exception("warm-up failed; the baseline stays for what has no table")
+            safely(_before_capture, self)
 
         return original(self, shape_key, forward_fn, capture_inputs, after_eager_run)
 
-    capture_one.warms_up_adaptive_moe = True  # type: ignore[attr-defined]
-    backend.capture_one = capture_one  # type: ignore[union-attr]
+    return capture_one
 
 
 # Graph backends that were warmed up for. Each rank has as many, in the same order.
@@ -150,31 +136,23 @@ def _before_capture(backend: Any) -> None:
 def _wrap_model_runner(module: ModuleType) -> None:
     """`init_cuda_graphs` comes by on every rank, before serving, whether or not graphs are captured
     in it."""
-    runner = getattr(module, "ModelRunner", None)
-    original = getattr(runner, "init_cuda_graphs", None)
-    if original is None:
+    if not wrap(getattr(module, "ModelRunner", None), "init_cuda_graphs", _warm_up_after_it):
         logger.warning(
             "this SGLang has no ModelRunner.init_cuda_graphs, so nothing will be calibrated with "
             "--disable-cuda-graph and the baseline stays there: use SGLang 0.5.20 to 0.5.23"
         )
-        return
-    if hasattr(original, "warms_up_adaptive_moe"):
-        return
 
-    @functools.wraps(original)
+
+def _warm_up_after_it(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_cuda_graphs(self: Any, *args: Any, **kwargs: Any) -> Any:
         from adaptive_moe.engines import process
 
         with process.starting():
             result = original(self, *args, **kwargs)
-        try:
-            _after_graphs(self)
-        except Exception:
-            logger.exception("warm-up failed; the baseline stays for what has no table")
+        safely(_after_graphs, self)
         return result
 
-    init_cuda_graphs.warms_up_adaptive_moe = True  # type: ignore[attr-defined]
-    runner.init_cuda_graphs = init_cuda_graphs  # type: ignore[union-attr]
+    return init_cuda_graphs
 
 
 def _after_graphs(model_runner: Any) -> None:
@@ -219,7 +197,7 @@ def _warm_up(group: Any, capture_sizes: tuple[int, ...]) -> None:
         capture_sizes=capture_sizes,
         agree=False if group is None else group,
         pooled=_pooled(),
-        padding_rows=_has_padding_rows(),
+        padding_rows=has_padding_rows(),
     )
 
 
@@ -248,9 +226,19 @@ def _pooled() -> int:
     return int(parallel.dp_size if ranks is None else ranks)
 
 
-def _has_padding_rows() -> bool:
+def has_padding_rows() -> bool:
     """On ROCm SGLang gives rows of padding the id 0, but for one router that writes -1."""
     return any(name.endswith(".dsv41.vl_routing") for name in sys.modules)
+
+
+def patch_small_sort() -> None:
+    """Put SGLang's sort for small batches below the seam, as its start does: on gfx950; elsewhere
+    this does nothing."""
+    try:
+        patch = import_module("sglang.kernels.ops.moe.moe_sorting_small")
+    except ImportError:
+        return  # a SGLang without it
+    patch.apply_aiter_small_moe_sort_patch()
 
 
 def _tensor_parallel() -> Any:

@@ -4,11 +4,12 @@ import atexit
 import logging
 from dataclasses import asdict, dataclass, field, replace
 
+from adaptive_moe.disk import status
 from adaptive_moe.disk.folder import cache_folder
-from adaptive_moe.engines import status
-from adaptive_moe.engines.captured import Captured
-from adaptive_moe.engines.hook import AiterHook, Key
-from adaptive_moe.engines.warm_up import WarmUp, is_rank_zero
+from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.key import Key
+from adaptive_moe.engines.others import rank_and_size
+from adaptive_moe.engines.warm_up import WarmUp
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report import text as report
 
@@ -21,7 +22,6 @@ class _Told:
 
     hook: AiterHook
     engine: str
-    captured: Captured = field(default_factory=Captured)
     origins: dict[Key, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
@@ -35,13 +35,13 @@ def after_warm_up(hook: AiterHook, engine: str, made: WarmUp, *, captures_next: 
     global _told  # noqa: PLW0603
     if _told is None:
         atexit.register(_write, "exit")
-        status.remove_stale(cache_folder(hook.settings))
+        status.read_all(cache_folder(hook.settings))  # removes what others left behind
     if _told is None or _told.hook is not hook:
         _told = _Told(hook, engine)
     _told.origins.update(made.origins)
     _told.problems = made.problems
     if captures_next:
-        hook.observe(_told.captured.watched)
+        hook.watch_captures(True)
     _write("warm-up")
 
 
@@ -49,9 +49,9 @@ def after_capture() -> None:
     """One line on rank 0: how many captured calls took which candidate."""
     if _told is None:
         return
-    _told.hook.observe(None)
-    found = _told.captured.read()
-    if found and is_rank_zero():
+    _told.hook.watch_captures(False)
+    found = _told.hook.captured()
+    if found and rank_and_size()[0] == 0:
         words = ", ".join(f"{count:,} calls of {name}" for name, count in found.items())
         logger.info("the graphs hold %s", words)
     _write("capture")
@@ -70,11 +70,11 @@ def _write(moment: str) -> None:
 def _status(told: _Told) -> status.ProcessStatus:
     hook = told.hook
     return replace(
-        status.here(told.engine, *_rank(), hook.settings.mode.value),
+        status.here(told.engine, *rank_and_size(), hook.settings.mode.value),
         tables=tuple(_table(t, told.origins.get(key, "")) for key, t in hook.tables.items()),
         problems=told.problems,
         calls=tuple(asdict(hook.counts()).items()),
-        captured=tuple(told.captured.read().items()),
+        captured=tuple(hook.captured().items()),
     )
 
 
@@ -89,11 +89,3 @@ def _table(table: PolicyTable, origin: str) -> status.TableStatus:
         decided=report.summary(table),
         settled=table.settled,
     )
-
-
-def _rank() -> tuple[int, int]:
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()

@@ -1,9 +1,8 @@
 """The vLLM plugin (entry-point group `vllm.general_plugins`), run in every process of vLLM.
 
-With no variable of ours set it returns at once; this module itself imports nothing heavier than
-logging. Else vLLM's own parser of its variable learns our words, the seam is wrapped as soon as
-vLLM imports AITER, and calibration runs inside vLLM's kernel_warmup: on every rank, after the
-memory profile and the KV cache, before graphs are captured.
+With no variable of ours set it returns at once. Else vLLM's own parser of its variable learns our
+words, the seam is wrapped as soon as vLLM imports AITER, and calibration runs inside vLLM's
+kernel_warmup: on every rank, after the memory profile and the KV cache, before graphs are captured.
 
 Ranks agree over torch.distributed's default group: all ranks of the engine and, where data-parallel
 engines run one MoE model together, of all of those. vLLM builds its own world group from exactly
@@ -13,7 +12,6 @@ all of them come to kernel_warmup, equally often.
 Read in vLLM 0.22.1, 0.23.0, 0.27.1 and 0.33.0.
 """
 
-import functools
 import logging
 import os
 import sys
@@ -21,11 +19,11 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from adaptive_moe.engines.plugin import VARIABLE, safely, start, when_imported, wrap
+
 logger = logging.getLogger("adaptive_moe")
 
-# As in settings.py, which is only imported when something is set.
-VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
-PREFIX = "ADAPTIVE_MOE_"
+# Ours, as in settings.py.
 WORDS = ("auto", "off", "none", "false", "")
 PLUGIN = "adaptive_moe"
 KERNEL_WARMUP = "vllm.model_executor.warmup.kernel_warmup"
@@ -35,12 +33,7 @@ INT4 = "vllm.model_executor.layers.fused_moe.fused_flydsl_moe"
 
 def register() -> None:
     """Entry point. Never raises: without us vLLM starts as it would have."""
-    if not any(os.environ[n] for n in os.environ if n == VARIABLE or n.startswith(PREFIX)):
-        return
-    try:
-        _register()
-    except Exception:
-        logger.exception("adaptive_moe could not start; vLLM goes on without it")
+    start(_register, "vLLM")
 
 
 def plugin_problem(environ: Mapping[str, str]) -> str | None:
@@ -58,7 +51,6 @@ def plugin_problem(environ: Mapping[str, str]) -> str | None:
 
 def _register() -> None:
     from adaptive_moe.engines import process
-    from adaptive_moe.engines.on_import import when_imported
     from adaptive_moe.kernels.aiter import find_aiter
     from adaptive_moe.settings import Mode
 
@@ -113,62 +105,55 @@ def _teach_envs() -> None:
 
 def _wrap_kernel_warmup(module: ModuleType) -> None:
     original = getattr(module, "kernel_warmup", None)
-    if original is None:
+    if not wrap(module, "kernel_warmup", _then_warm_up):
         logger.warning(
             "this vLLM has no kernel_warmup, so nothing will be calibrated and the baseline stays: "
             "use a vLLM from 0.22.1 to 0.33.0, or call adaptive_moe.warm_up() yourself"
         )
         return
-    if hasattr(original, "warms_up_adaptive_moe"):  # plugins may be loaded twice
-        return
+    # gpu_worker and others import it by name, some of them before this plugin is loaded.
+    for name, other in list(sys.modules.items()):
+        # Not getattr: vLLM has modules that import, or raise, when asked for a name.
+        held = vars(other) if name.startswith("vllm.") and isinstance(other, ModuleType) else {}
+        if held.get("kernel_warmup") is original:
+            held["kernel_warmup"] = module.kernel_warmup
 
-    @functools.wraps(original)
+
+def _then_warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
     def kernel_warmup(worker: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(worker, *args, **kwargs)
         # Said to a worker that joins engines at work (elastic expert parallelism): no rank comes
         # but this one. It is warmed up once more, like the others, before its graphs are captured.
         if kwargs.get("process_local_only"):
             return result
-        try:
-            _warm_up(worker)
-        except Exception:
-            logger.exception("warm-up failed; the baseline stays where nothing was measured")
+        safely(_warm_up, worker)
         return result
 
-    kernel_warmup.warms_up_adaptive_moe = True  # type: ignore[attr-defined]
-    # gpu_worker and others import it by name, some of them before this plugin is loaded.
-    for name, other in list(sys.modules.items()):
-        # Not getattr: vLLM has modules that import, or raise, when asked for a name.
-        held = vars(other) if name.startswith("vllm.") and isinstance(other, ModuleType) else {}
-        if held.get("kernel_warmup") is original:
-            held["kernel_warmup"] = kernel_warmup
+    return kernel_warmup
 
 
 def _wrap_worker(module: ModuleType) -> None:
     """Around what calls kernel_warmup, and then captures."""
-    worker = getattr(module, "Worker", None)
-    original = getattr(worker, "compile_or_warm_up_model", None)
-    if original is None or hasattr(original, "tells_of_adaptive_moe"):
-        return
+    wrap(getattr(module, "Worker", None), "compile_or_warm_up_model", _as_a_start)
 
-    @functools.wraps(original)
+
+def _as_a_start(original: Callable[..., Any]) -> Callable[..., Any]:
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         from adaptive_moe.engines import process
 
         with process.starting():
             return original(self, *args, **kwargs)
 
-    compile_or_warm_up_model.tells_of_adaptive_moe = True  # type: ignore[attr-defined]
-    worker.compile_or_warm_up_model = compile_or_warm_up_model  # type: ignore[union-attr]
+    return compile_or_warm_up_model
 
 
 _int4: list[Any] = []
 
 
 def _watch_int4(module: ModuleType) -> None:
-    from adaptive_moe.engines.vllm_int4 import Int4Chooser
+    from adaptive_moe.engines.choosers import VllmInt4
 
-    _int4[:] = [Int4Chooser(module)]
+    _int4[:] = [VllmInt4(module)]
 
 
 def _warm_up(worker: Any) -> None:
@@ -180,7 +165,7 @@ def _warm_up(worker: Any) -> None:
         capture_sizes=config.compilation_config.cudagraph_capture_sizes or (),
         agree=True,
         pooled=_pooled(config.parallel_config),
-        padding_rows=_has_padding_rows(),
+        padding_rows=has_padding_rows(),
         choosers=_int4,
     )
 
@@ -195,7 +180,7 @@ def _pooled(config: Any) -> int:
     return 1
 
 
-def _has_padding_rows() -> bool:
+def has_padding_rows() -> bool:
     """vLLM marks rows of padding by ids of -1 in some routings, where this is on. Which routing a
     layer has cannot be told at the sort."""
     from vllm import envs

@@ -1,11 +1,11 @@
 """Warm-up: a table for every shape seen at the seam so far, the same on all ranks. Never while
 serving.
 
-    coverages    which tables are wanted, each for which calls (coverage.py)
-    tables_of    this rank's, stored by an earlier start or measured now, and what failed (alone.py)
-    _agree       one exchange with the other ranks, which this rank comes to whatever became of it,
-                 and brings all tables it has to
-    then         what was agreed is set, all tables at once, and what is sound is stored
+    coverages     which tables are wanted, each for which calls (coverage.py)
+    make_own      this rank's, stored by an earlier start or measured now, and what failed (own.py)
+    others.agree  one exchange with the other ranks, which this rank comes to whatever became of it,
+                  and brings all tables it has to (others.py)
+    then          what was agreed is set, all tables at once, and what is sound is stored
 
 A dummy batch's own ids are never sorted here: they route every token to the same experts.
 """
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_moe.disk import folder as store
-from adaptive_moe.engines.alone import Alone, Measure, tables_of
-from adaptive_moe.engines.coverage import Batches, Chooser, Wanted, coverages
-from adaptive_moe.engines.hook import AiterHook, Key
-from adaptive_moe.engines.others import Connect, Others
-from adaptive_moe.engines.ready import make_ready
+from adaptive_moe.engines.choosers import Chooser
+from adaptive_moe.engines.coverage import Batches, Wanted, coverages
+from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.key import Key
+from adaptive_moe.engines.others import Connect, Others, rank_and_size
+from adaptive_moe.engines.own import Measure, OwnTables, make_own, make_ready
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report import text as report
 from adaptive_moe.settings import LogDetail, Mode
@@ -91,11 +92,11 @@ def warm_up(
         hook.settings.busy_from or busy_from,
         tuple(choosers),
     )
-    speaks = is_rank_zero()
+    speaks = rank_and_size()[0] == 0
     with hook.warming:
         wanted, problems = _wanted(hook, batches, speaks)
         others = Others.reached(connect, len(wanted) + len(hook.tables), hook.settings.budget_s)
-        alone = tables_of(
+        own = make_own(
             hook,
             wanted,
             measure or _calibrate,
@@ -103,33 +104,25 @@ def warm_up(
             speaks=speaks,
             refused=_refusal(hook),
         )
-        alone.problems = [*problems, *alone.problems]
-        for problem in alone.problems:
+        problems += own.problems
+        for problem in problems:
             logger.warning(
                 "not calibrated this time, the baseline serves it and the next start tries again: "
                 "%s",
                 problem,
             )
-        tables, refusals = others.agree(alone, hook.tables)
+        tables, refusals = others.agree(own, hook.tables)
         hook.set_tables(tables)
         hook.warmed_up = True
-        for key, own in alone.own.items():
+        for key, one in own.tables.items():
             if key in tables:
-                make_ready(own, tables[key])
-        origins = {key: _origin(alone, key, table) for key, table in tables.items()}
+                make_ready(one, tables[key])
+        origins = {key: _origin(own, key, table) for key, table in tables.items()}
         if speaks:
             _report(hook, tables, origins)
-        if alone.kept is not None:
-            alone.kept.publish(_worth_keeping(alone, tables))
-    found = (*alone.problems, *refusals)
-    return WarmUp(tables, found, time.monotonic() - begun, origins)
-
-
-def is_rank_zero() -> bool:
-    """True on the rank that speaks for all: rank 0, or the only one."""
-    import torch.distributed as dist
-
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        if own.kept is not None:
+            own.kept.publish(_worth_keeping(own, tables))
+    return WarmUp(tables, (*problems, *refusals), time.monotonic() - begun, origins)
 
 
 def _refusal(hook: AiterHook) -> str:
@@ -162,21 +155,23 @@ def _wanted(hook: AiterHook, batches: Batches, speaks: bool) -> tuple[list[Wante
         return [], [f"{type(error).__name__}: {error}"]
 
 
-def _origin(alone: Alone, key: Key, table: PolicyTable) -> str:
-    own = alone.own.get(key)
-    if own is None or table != own.table:
+def _origin(own: OwnTables, key: Key, table: PolicyTable) -> str:
+    one = own.tables.get(key)
+    if one is None or table != one.table:
         return "agreed"
-    return "measured" if own.measured else "stored"
+    return "measured" if one.measured else "stored"
 
 
-def _worth_keeping(alone: Alone, tables: Mapping[Key, PolicyTable]) -> dict[store.Key, PolicyTable]:
+def _worth_keeping(
+    own: OwnTables, tables: Mapping[Key, PolicyTable]
+) -> dict[store.Key, PolicyTable]:
     """What the ranks run, where that is news here; else what was measured, for the next start. The
     store itself refuses a table in which something failed: that is for this process only."""
     keep = {}
-    for key, own in alone.own.items():
-        table = tables.get(key, own.table)
-        if own.measured or table != own.table:
-            keep[own.place] = table
+    for key, one in own.tables.items():
+        table = tables.get(key, one.table)
+        if one.measured or table != one.table:
+            keep[one.place] = table
     return keep
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from adaptive_moe.engines.entries import ASK
-from adaptive_moe.engines.seen import TRUE
+from adaptive_moe.engines.key import TRUE
 from adaptive_moe.kernels.aiter import BUFFERS, KNOWN, LEADING, UNSORTED
 
 if TYPE_CHECKING:
@@ -90,7 +90,6 @@ def measured(
     layer: "Layer",
     rare: Callable[..., Any],
     broke: Callable[[Any, Exception], None],
-    is_capturing: Callable[[], bool],
 ) -> Callable[..., Any]:
     """The seam of `layer`, answered as `layer.entries` says.
 
@@ -108,7 +107,7 @@ def measured(
     scope = {
         "_layer": layer,
         "_Tensor": torch.Tensor,
-        "_is_capturing": is_capturing,
+        "_is_capturing": layer.is_capturing,
         "_rare": functools.partial(rare, layer),
         "_broke": broke,
     }

@@ -15,6 +15,8 @@ from typing import Any
 
 MODULE = "aiter.fused_moe"
 SEAM = "moe_sorting"
+# What picks block_size for a token count, called just before each sort.
+CHOOSER = "get_2stage_cfgs"
 # What the seam calls under Opus and CK, since v0.1.11; others have put theirs in its place.
 IMPLEMENTATION = "_moe_sorting_impl"
 LEADING = (
@@ -143,7 +145,7 @@ class ConfigCall:
 def request_at(
     module: ModuleType, choose: Callable[..., Any], call: ConfigCall, num_tokens: int
 ) -> SortRequest:
-    """Ask AITER's own chooser what `num_tokens` rows of that layer will be sorted as."""
+    """Ask AITER's chooser what `num_tokens` rows of that layer will be sorted as."""
     pad = getattr(module, "get_padded_M", None)
     padded = pad(num_tokens) if pad is not None else num_tokens
     found = choose(padded, *call.rest, **dict(call.keywords))

@@ -1,5 +1,6 @@
 """The live AITER as a kernel to measure: its seam under every policy, and the sorts beside it."""
 
+import contextvars
 import functools
 import logging
 import os
@@ -84,16 +85,38 @@ def _seam(live: Live, policy: object) -> Callable[["SortingInputs"], "Call"]:
             key: value.make(num_tokens, live.device) if isinstance(value, Buffer) else value
             for key, value in live.extras.items()
         }
-        return functools.partial(live.seam, *inputs.arguments(policy), **extras)
+        call = functools.partial(live.seam, *inputs.arguments(policy), **extras)
+        return _without_smaller_batches(call, num_tokens)
 
     return bind
+
+
+def _without_smaller_batches(call: "Call", num_tokens: int) -> "Call":
+    """The context of the seen call may hold tensors of its batch, and a sort read a row of them for
+    each token that it is given, as SGLang's does that quantises small batches. A call of more
+    tokens than they have rows is made without them: it would read past their end."""
+    import torch
+
+    here = contextvars.copy_context()
+    kept = {
+        variable: value
+        for variable, value in here.items()
+        if not (isinstance(value, torch.Tensor) and value.ndim and len(value) < num_tokens)
+    }
+    if len(kept) == len(here):
+        return call
+    context = contextvars.Context()
+    for variable, value in kept.items():
+        context.run(variable.set, value)
+    return functools.partial(context.run, call)
 
 
 def _other(live: Live, sort: OtherSort) -> Callable[["SortingInputs"], "Call"]:
     accumulate = live.extras.get("accumulate", True)
 
     def bind(inputs: "SortingInputs") -> "Call":
-        return functools.partial(sort.call, *inputs.arguments(0)[:-1], accumulate)
+        call = functools.partial(sort.call, *inputs.arguments(0)[:-1], accumulate)
+        return _without_smaller_batches(call, inputs.topk_ids.shape[0])
 
     return bind
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from adaptive_moe import cli
-from adaptive_moe.engines import status
+from adaptive_moe.disk import status
 
 
 @pytest.fixture

@@ -16,13 +16,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from adaptive_moe.engines.seam import CHOOSER, UNSORTED
-from adaptive_moe.kernels.aiter import FLAGS, LEADING, REDUCES, SEAM
+from adaptive_moe.kernels.aiter import CHOOSER, LEADING, REDUCES, SEAM, UNSORTED
 
 FILE = "aiter/fused_moe.py"
 POLICY_AT = LEADING.index("dispatch_policy")
 # What has come after the policy so far. Another one may change what a sort is.
 LATER = ("return_local_topk_ids", "accumulate", "flat", "output_aux", "output")
+# As kernels/call.py reads them.
+FLAGS = ("_USE_CK_MOE_SORTING", "_USE_FLYDSL_MOE_SORTING", "_USE_OPUS_MOE_SORTING")
 # Which backend runs is an argument of one function, or the other function.
 IMPLEMENTATION, FLYDSL = "_moe_sorting_impl", "_flydsl_moe_sorting"
 

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from adaptive_moe.engines import on_import, process, sglang, telling, vllm
+from adaptive_moe.engines import plugin, process, sglang, telling, vllm
 from adaptive_moe.settings import VARIABLES
 from tests.aiter_standin.load import VERSIONS, forget_aiter, load_aiter
 
@@ -55,7 +55,7 @@ def package(tmp_path, monkeypatch):
 def fresh_process(tmp_path, monkeypatch):
     """No variable set but the cache folder, no AITER imported, no hook, nothing waited for or said;
     and none of it left behind."""
-    monkeypatch.setattr(on_import._finder, "waiting", {})
+    monkeypatch.setattr(plugin._finder, "waiting", {})
     for name in (*(v.name for v in VARIABLES), sglang.SGLANG_VARIABLE, "VLLM_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))

@@ -1,8 +1,12 @@
 """What the tests of the hook share: calls of the stand-in, and what arrives at its sort."""
 
+import inspect
+from types import ModuleType
+
 import torch
 
-from adaptive_moe.engines.hook import AiterHook, Key
+from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.key import Key
 from adaptive_moe.settings import Mode, Settings
 
 AUTO = Settings(mode=Mode.AUTO)
@@ -56,21 +60,39 @@ def installed(module, settings=AUTO, tables=None, **options):
     return hook
 
 
-def plain_seam(record):
-    """A seam of the nine parameters that keeps what reaches it and returns the policy."""
+def nine(
+    topk_ids,
+    topk_weights,
+    num_experts,
+    model_dim,
+    moebuf_dtype,
+    block_size=32,
+    expert_mask=None,
+    num_local_tokens=None,
+    dispatch_policy=0,
+):
+    """The parameters that every AITER's seam begins with."""
 
-    def moe_sorting(
-        topk_ids,
-        topk_weights,
-        num_experts,
-        model_dim,
-        moebuf_dtype,
-        block_size=32,
-        expert_mask=None,
-        num_local_tokens=None,
-        dispatch_policy=0,
-    ):
-        record.append((model_dim, topk_ids.shape[0], dispatch_policy))
-        return dispatch_policy
 
-    return moe_sorting
+def seam_of(answer, **later):
+    """A module whose seam has the nine parameters and these later ones, with their defaults; it
+    returns answer(all its arguments by name, in order)."""
+    parameters = list(inspect.signature(nine).parameters.values())
+    for name, default in later.items():
+        parameters.append(inspect.Parameter(name, parameters[0].kind, default=default))
+    signature = inspect.Signature(parameters)
+
+    def moe_sorting(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return answer(bound.arguments)
+
+    moe_sorting.__signature__ = signature
+    module = ModuleType("aiter.fused_moe")
+    module.moe_sorting = moe_sorting
+    return module
+
+
+def policy_of(given):
+    """An answer of seam_of: the policy that arrives."""
+    return given["dispatch_policy"]

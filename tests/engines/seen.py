@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from adaptive_moe.engines.hook import Key, SeenCall
+from adaptive_moe.engines.key import Key
+from adaptive_moe.engines.seen import SeenCall
 from adaptive_moe.kernels.aiter import ConfigCall
 
 ASKED = ConfigCall((), ())

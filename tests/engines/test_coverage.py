@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_moe.engines.coverage import Batches, Piece, coverages
-from adaptive_moe.engines.vllm_int4 import Int4Chooser
+from adaptive_moe.engines.choosers import Piece, VllmInt4
+from adaptive_moe.engines.coverage import Batches, coverages
 from adaptive_moe.kernels.aiter import SortRequest
+from adaptive_moe.kernels.call import Buffer
 from adaptive_moe.policy.coverage import BUSY_FROM
 from tests.engines.seen import aiter_module, hook_with, seen_call
 from tests.tables import make_table
@@ -184,6 +185,19 @@ def test_baseline_padding_rows_and_context_are_part_of_it():
     assert "return_local_topk_ids" in one.coverage.context
 
 
+def test_what_no_shape_has_is_said_with_its_name():
+    extras = {
+        "accumulate": True,
+        "order": "rising",
+        "fast": False,
+        "hint": None,
+        "output": Buffer((64,), torch.bfloat16),
+    }
+    seen = seen_call(8, more=("rising", False, None, "output"), extras=extras)
+    (one,), _ = coverages(hook_with(seen), Batches(64))
+    assert one.coverage.describe().endswith("block 32, order=rising,fast=False,output=given")
+
+
 def test_layers_on_two_gpus_get_a_table_each():
     hook = hook_with(seen_call(8, device=0), seen_call(8, device=1))
     wanted, _ = coverages(hook, Batches(64))
@@ -271,7 +285,7 @@ INT4 = {1: 16, 512: 16, 1024: 32, 2048: 64, 4096: 32, 8192: 64}
 @pytest.mark.parametrize(("seen", "block"), [(8, 16), (8192, 64)])
 def test_vllms_int4_layers_are_covered_at_all_their_block_sizes(seen, block):
     module = flydsl(INT4)
-    chooser = Int4Chooser(module)
+    chooser = VllmInt4(module)
     module.try_get_optimal_config(16, 512)
     hook = hook_with(seen_call(seen, block_size=block, dtype=torch.float16, **GPU))
     found = by_block(hook, Batches(8192, choosers=(chooser,)))
@@ -285,7 +299,7 @@ def test_vllms_int4_layers_are_covered_at_all_their_block_sizes(seen, block):
 @given(st.dictionaries(st.integers(1, 3000), st.sampled_from([16, 32, 64]), min_size=1, max_size=6))
 def test_the_pieces_are_those_that_vllm_picks(counts):
     module = flydsl(dict(sorted(counts.items())))
-    chooser = Int4Chooser(module)
+    chooser = VllmInt4(module)
     config = module.try_get_optimal_config(16, 512)
     picked = config[min(config, key=lambda count: abs(count - 8))]["tile_m"]
     pieces = chooser(seen_call(8, block_size=picked), 4000)
@@ -307,7 +321,7 @@ def test_the_pieces_are_those_that_vllm_picks(counts):
 )
 def test_other_layers_are_none_of_its_business(call):
     module = flydsl(INT4)
-    chooser = Int4Chooser(module)
+    chooser = VllmInt4(module)
     module.try_get_optimal_config(16, 512)
     assert chooser(seen_call(8, **{"block_size": 16, **call}), 4096) is None
 
@@ -317,7 +331,7 @@ def test_tiles_are_snapped_as_vllm_snaps_them():
     tiles = {"tile_m": 24, "tile_n": 1, "tile_k": 2, "tile_n2": 3, "tile_k2": 4}
     module.try_get_optimal_config = lambda num_experts, inter_dim: {1: tiles}
     module._snap_flydsl_int4_tiles = lambda m, n, k, n2, k2: (16, n, k, n2, k2)
-    chooser = Int4Chooser(module)
+    chooser = VllmInt4(module)
     module.try_get_optimal_config(16, 512)
     assert chooser(seen_call(8, block_size=16), 100) == [
         Piece(1, 100, SortRequest(16, accumulate=True, sorts=True))

@@ -2,12 +2,11 @@
 
 import functools
 import inspect
-from types import ModuleType
 
 import pytest
 import torch
 
-from adaptive_moe.engines.hook import Key
+from adaptive_moe.engines.key import Key
 from adaptive_moe.kernels.aiter import LEADING
 from adaptive_moe.settings import Mode, Settings
 from tests.aiter_standin.load import load_aiter
@@ -19,6 +18,7 @@ from tests.engines.hooking import (
     batch,
     installed,
     policy_that_arrived,
+    seam_of,
     sort_arguments,
 )
 from tests.tables import make_table
@@ -205,26 +205,11 @@ def test_calls_that_do_not_sort_by_policy_are_left_alone(aiter, option, mode):
 def test_everything_but_the_policy_goes_through_untouched():
     received = {}
 
-    def moe_sorting(
-        topk_ids,
-        topk_weights,
-        num_experts,
-        model_dim,
-        moebuf_dtype,
-        block_size=32,
-        expert_mask=None,
-        num_local_tokens=None,
-        dispatch_policy=0,
-        inserted_in_a_later_version="default",
-        output=None,
-    ):
-        arguments = dict(locals())
-        del arguments["received"]
-        received.update(arguments)
+    def answer(given):
+        received.update(given)
         return "outputs"
 
-    module = ModuleType("aiter.fused_moe")
-    module.moe_sorting = moe_sorting
+    module = seam_of(answer, inserted_in_a_later_version="default", output=None)
     key = Key(
         *(16, 4, 64, torch.bfloat16, 64, True, True, True, False),
         *(("given", "output"), 0, -1),

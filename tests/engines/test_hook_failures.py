@@ -1,6 +1,7 @@
 """What goes wrong at the seam, and what it costs: never a call, and never more than that call."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -8,12 +9,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from adaptive_moe.engines.rare import MAX_FAILURES, MAX_SEEN
+from tests.engines.at_once import at_once
 from tests.engines.hooking import (
     KEY,
     batch,
     installed,
     number_of_sorts,
+    policy_of,
     policy_that_arrived,
+    seam_of,
     sort_arguments,
 )
 from tests.tables import make_table
@@ -62,9 +66,9 @@ ODD = {
 
 
 @pytest.mark.parametrize("what", ODD)
-def test_a_call_we_cannot_read_costs_itself_alone(aiter, what, caplog):
+def test_a_call_we_cannot_read_costs_itself_alone(what, caplog):
     received = []
-    aiter.moe_sorting = real_then(aiter.moe_sorting, received)
+    aiter = seam_of(lambda given: received.append(list(given.values())))
     hook = installed(aiter)
     odd = sort_arguments(8)
     for place, value in ODD[what]().items():
@@ -80,37 +84,14 @@ def test_a_call_we_cannot_read_costs_itself_alone(aiter, what, caplog):
     assert not lines(caplog)
 
 
-def real_then(real, received):
-    """The same seam, which keeps what it is given and sorts nothing."""
-
-    def moe_sorting(
-        topk_ids,
-        topk_weights,
-        num_experts,
-        model_dim,
-        moebuf_dtype,
-        block_size=32,
-        expert_mask=None,
-        num_local_tokens=None,
-        dispatch_policy=0,
-    ):
-        nine = (topk_ids, topk_weights, num_experts, model_dim, moebuf_dtype, block_size)
-        received.append((*nine, expert_mask, num_local_tokens, dispatch_policy))
-
-    assert real is not None
-    return moe_sorting
-
-
 @pytest.mark.parametrize("topk", [1, 4])
-def test_symbolic_sizes_get_no_guard_of_ours(aiter, topk):
-    received = []
-    aiter.moe_sorting = real_then(aiter.moe_sorting, received)
+def test_symbolic_sizes_get_no_guard_of_ours(topk):
+    aiter = seam_of(policy_of)
     installed(aiter, tables={KEY._replace(topk=topk): make_table({1: 2, 64: 2})})
     arguments = sort_arguments(8, topk=topk)
-    aiter.moe_sorting(*arguments)
+    assert aiter.moe_sorting(*arguments) == 2
     ids = symbolic_ids(topk)
-    aiter.moe_sorting(ids, *arguments[1:])
-    assert [call[8] for call in received] == [2, 0]
+    assert aiter.moe_sorting(ids, *arguments[1:]) == 0
     assert ids.fake_mode.shape_env.guards == []
 
 
@@ -188,11 +169,7 @@ def test_threads_that_fail_at_the_same_moment_share_the_lines(aiter, caplog):
         broken()
 
     hook = installed(aiter, tables=DIFFER, is_capturing=is_capturing)
-    threads = [threading.Thread(target=aiter.fused_moe, args=batch(8)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60.0)
+    at_once(*[partial(aiter.fused_moe, *batch(8))] * 4)
     assert hook.counts().failed == 4
     assert caplog.text.count("driver says no") == 1
 
@@ -216,8 +193,8 @@ def test_aiters_own_exception_reaches_the_caller_after_one_call(aiter, caplog):
     assert not lines(caplog)
 
 
-def test_endless_new_shapes_do_not_fill_the_memory(aiter):
-    aiter.moe_sorting = real_then(aiter.moe_sorting, [])
+def test_endless_new_shapes_do_not_fill_the_memory():
+    aiter = seam_of(policy_of)
     hook = installed(aiter)
     for block_size in range(1, MAX_SEEN + 50):
         arguments = sort_arguments(1)
@@ -228,8 +205,8 @@ def test_endless_new_shapes_do_not_fill_the_memory(aiter):
     assert hook.counts().unknown == MAX_SEEN + 49
 
 
-def test_endless_own_policies_do_not_fill_the_memory_either(aiter):
-    aiter.moe_sorting = real_then(aiter.moe_sorting, [])
+def test_endless_own_policies_do_not_fill_the_memory_either():
+    aiter = seam_of(policy_of)
     hook = installed(aiter)
     for policy in range(3, 3 * MAX_SEEN):
         aiter.moe_sorting(*sort_arguments(1)[:8], policy)

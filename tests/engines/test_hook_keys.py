@@ -1,18 +1,17 @@
 """What tells the calls of one table from others."""
 
-from types import ModuleType
-
 import pytest
 import torch
 
 from adaptive_moe.engines.entries import Entries
-from adaptive_moe.engines.hook import Key
+from adaptive_moe.engines.key import Key
 from tests.engines.hooking import (
     KEY,
     batch,
     installed,
-    plain_seam,
+    policy_of,
     policy_that_arrived,
+    seam_of,
     sort_arguments,
 )
 from tests.tables import make_table
@@ -53,8 +52,7 @@ def test_shapes_are_told_apart_by(aiter, field):
 
 def test_two_devices_of_one_process_are_told_apart(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    module, calls = ModuleType("aiter.fused_moe"), []
-    module.moe_sorting = plain_seam(calls)
+    module = seam_of(policy_of)
     hook = installed(module, tables={KEY._replace(device=1): make_table({1: 2, 64: 2})})
     assert module.moe_sorting(*sort_arguments(8)) == 0
     (noted,) = hook.seen
@@ -64,22 +62,7 @@ def test_two_devices_of_one_process_are_told_apart(monkeypatch):
 
 
 def test_a_later_aiters_argument_tells_shapes_apart_by_its_value():
-    def moe_sorting(
-        topk_ids,
-        topk_weights,
-        num_experts,
-        model_dim,
-        moebuf_dtype,
-        block_size=32,
-        expert_mask=None,
-        num_local_tokens=None,
-        dispatch_policy=0,
-        order="rising",
-    ):
-        return dispatch_policy
-
-    module = ModuleType("aiter.fused_moe")
-    module.moe_sorting = moe_sorting
+    module = seam_of(policy_of, order="rising")
     hook = installed(module, tables={KEY._replace(more=("rising",)): make_table({1: 2, 64: 2})})
     assert module.moe_sorting(*sort_arguments(8)) == 2
     assert module.moe_sorting(*sort_arguments(8), order="falling") == 0

@@ -2,14 +2,11 @@
 
 import contextvars
 import enum
-import functools
-from types import ModuleType
 
 import pytest
 import torch
 
 from adaptive_moe.engines.seen import SeenCall, is_rounded
-from adaptive_moe.kernels.aiter import SEAM
 from adaptive_moe.kernels.call import Buffer
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.settings import Mode, Settings
@@ -19,8 +16,9 @@ from tests.engines.hooking import (
     KEY,
     batch,
     installed,
-    plain_seam,
+    policy_of,
     policy_that_arrived,
+    seam_of,
     sort_arguments,
 )
 from tests.tables import make_table
@@ -51,24 +49,7 @@ def test_a_batch_past_the_table_is_noted_so_that_a_later_warm_up_extends_it(aite
 
 
 def test_every_argument_after_the_ninth_is_kept_and_none_of_the_batchs_tensors():
-    def moe_sorting(
-        topk_ids,
-        topk_weights,
-        num_experts,
-        model_dim,
-        moebuf_dtype,
-        block_size=32,
-        expert_mask=None,
-        num_local_tokens=None,
-        dispatch_policy=0,
-        accumulate=True,
-        order="rising",
-        output=None,
-    ):
-        return ()
-
-    module = ModuleType("aiter.fused_moe")
-    module.moe_sorting = moe_sorting
+    module = seam_of(lambda given: (), accumulate=True, order="rising", output=None)
     hook = installed(module)
     module.moe_sorting(*sort_arguments(8), accumulate=False, output=torch.zeros(8, 64))
     (seen,) = hook.seen.values()
@@ -116,30 +97,11 @@ def test_a_batch_that_cannot_tell_leaves_it_to_a_later_one(version, rounded):
 
 
 def test_what_no_sort_returns_is_nobodys_problem(caplog):
-    module = ModuleType("aiter.fused_moe")
     for outputs in (None, (), "text", ("text",), (torch.tensor(1),), 3):
-        setattr(module, SEAM, _returning(outputs))
+        module = seam_of(lambda given, outputs=outputs: outputs)
         hook = installed(module)
         assert module.moe_sorting(*sort_arguments(8)) is outputs
         assert hook.seen[KEY].rounded is None
-        hook.uninstall()
-
-
-def _returning(outputs):
-    def moe_sorting(
-        topk_ids,
-        topk_weights,
-        num_experts,
-        model_dim,
-        moebuf_dtype,
-        block_size=32,
-        expert_mask=None,
-        num_local_tokens=None,
-        dispatch_policy=0,
-    ):
-        return outputs
-
-    return moe_sorting
 
 
 def test_an_unknown_shape_after_warm_up_is_said_once_with_its_baseline(aiter, caplog):
@@ -210,8 +172,7 @@ def test_what_contexts_say_in_plain_values_is_named_in_order():
     number, text, thing, kind, switch = (
         contextvars.ContextVar(name) for name in ("number", "a text", "thing", "kind", "switch")
     )
-    module = ModuleType("aiter.fused_moe")
-    module.moe_sorting = plain_seam([])
+    module = seam_of(policy_of)
 
     def call():
         number.set(3)
@@ -228,30 +189,10 @@ def test_what_contexts_say_in_plain_values_is_named_in_order():
     assert seen.context_values() == "a text=fp4,kind=Format.MXFP4,number=3,switch=True"
 
 
-def test_a_measured_call_passes_what_the_seen_one_passed(aiter):
+def test_a_measured_call_passes_what_the_seen_one_passed():
     passed = []
-    real = aiter.moe_sorting
-
-    @functools.wraps(real)
-    def recorder(
-        topk_ids,
-        topk_weights,
-        num_experts,
-        model_dim,
-        moebuf_dtype,
-        block_size=32,
-        expert_mask=None,
-        num_local_tokens=None,
-        dispatch_policy=0,
-        return_local_topk_ids=False,
-        accumulate=True,
-        order="rising",
-        output=None,
-    ):
-        passed.append((dispatch_policy, return_local_topk_ids, accumulate, order, output))
-        return ()
-
-    aiter.moe_sorting = recorder
+    later = {"return_local_topk_ids": False, "accumulate": True, "order": "rising", "output": None}
+    aiter = seam_of(lambda given: passed.append(list(given.values())[8:]) or (), **later)
     hook = installed(aiter, Settings(mode=Mode.AUTO))
     buffer = torch.zeros((8, 64))
     aiter.moe_sorting(

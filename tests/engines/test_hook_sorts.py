@@ -12,6 +12,7 @@ from adaptive_moe.kernels.sorts import REGISTRY, OtherSort
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.settings import Mode, Settings
 from adaptive_moe.shape import SortingShape
+from tests.engines.at_once import at_once
 from tests.engines.hooking import (
     KEY,
     arrived,
@@ -204,11 +205,7 @@ def test_threads_in_which_a_sort_raises_get_every_call_answered(
         for _ in range(50):
             aiter.moe_sorting(*sort_arguments(8))
 
-    threads = [threading.Thread(target=call) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(*[call] * 8)
     assert number_of_sorts() - before == 400
     counts = hook.counts()
     assert counts.chosen + counts.baseline == 400

@@ -284,7 +284,7 @@ def test_after_capture_the_log_says_what_the_graphs_hold(package, monkeypatch, c
     aiter = load_aiter()
     sort(aiter)
     monkeypatch.setattr("adaptive_moe.engines.warm_up._calibrate", measure_as({1: 2, 64: 2}))
-    monkeypatch.setattr("adaptive_moe.engines.hook.capture_query", lambda: lambda: True)
+    monkeypatch.setattr("adaptive_moe.engines.seam.capture_query", lambda: lambda: True)
     process.uninstall()
     process.install(process.current().settings, engine=process._engine)  # asks anew
     one = gpu_worker.Worker()

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from adaptive_moe.disk import folder as store
-from adaptive_moe.engines import alone, others, process, warm_up
+from adaptive_moe.engines import others, own, process, warm_up
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.kernels import SortKernel, policy_candidates
 from adaptive_moe.kernels.cpu_sort import moe_sorting
@@ -28,6 +29,7 @@ from adaptive_moe.ranks.agreement import Channel
 from adaptive_moe.settings import Mode, Settings
 from adaptive_moe.tuning.calibrator import calibrate
 from tests.aiter_standin.load import forget_aiter, load_aiter
+from tests.engines.at_once import at_once
 from tests.engines.seen import hook_with, seen_call
 from tests.faults.made_up import made_up_table
 from tests.tables import make_table, measure_as
@@ -104,21 +106,11 @@ def channels(size):
 
 def together(*ranks):
     """All ranks warm up at the same time, and none of them takes as long as waiting in vain."""
-    made, begun = {}, time.monotonic()
-
-    def run(number, rank, channel):
-        made[number] = rank.warm_up(channel)
-
-    threads = [
-        threading.Thread(target=run, args=(number, rank, channel))
-        for number, (rank, channel) in enumerate(zip(ranks, channels(len(ranks)), strict=True))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60.0)
+    begun = time.monotonic()
+    pairs = zip(ranks, channels(len(ranks)), strict=True)
+    made = at_once(*(partial(rank.warm_up, channel) for rank, channel in pairs))
     assert time.monotonic() - begun < 30.0 < agreement.LIMIT_S
-    return [made[number] for number in range(len(ranks))]
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -204,9 +196,9 @@ def stood_aside(rank, monkeypatch):
 
 def raises(rank, monkeypatch):
     broken = rank.hook
-    real = alone._table_for
+    real = own._table_for
     monkeypatch.setattr(
-        alone,
+        own,
         "_table_for",
         lambda one, hook, *more: 1 / 0 if hook is broken else real(one, hook, *more),
     )
@@ -414,7 +406,7 @@ def test_measuring_runs_as_the_seen_call_ran(tmp_path):
 
 def test_a_calibration_under_another_default_dtype_finds_every_policy_right(tmp_path):
     """As ATOM sets it, for the whole process."""
-    rank = Rank(tmp_path, settings={"budget_s": 0.2})
+    rank = Rank(tmp_path, settings={"budget_s": 3.0})
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -458,24 +450,9 @@ def test_layers_on_two_gpus_are_measured_each_on_its_own(tmp_path):
 
 
 def test_with_other_ranks_both_gpus_of_a_process_run_what_was_agreed(tmp_path):
-    made = {}
-
-    hooks = [two_gpus(tmp_path / str(number)) for number in (0, 1)]
-    ranks = [Rank(tmp_path / "unused", number, dims=()) for number in (0, 1)]
-
-    def run(number, channel):
-        made[number] = warm_up.warm_up(
-            hooks[number], 64, measure=ranks[number].measure, connect=lambda: channel
-        )
-
-    threads = [
-        threading.Thread(target=run, args=(number, channel))
-        for number, channel in enumerate(channels(2))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60.0)
-    texts = {t.to_json() for number in made for t in made[number].tables.values()}
-    assert [len(made[number].tables) for number in (0, 1)] == [2, 2]
-    assert len(texts) == 1
+    ranks = [Rank(tmp_path / str(number), number, dims=()) for number in (0, 1)]
+    for rank in ranks:
+        rank.hook = two_gpus(rank.cache)
+    made = together(*ranks)
+    assert [len(one.tables) for one in made] == [2, 2]
+    assert len({table.to_json() for one in made for table in one.tables.values()}) == 1

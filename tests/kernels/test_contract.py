@@ -44,6 +44,14 @@ def right(inputs: SortingInputs) -> Outputs:
     return list(cpu_sort.moe_sorting(*inputs.arguments(1)))
 
 
+def spoil_beyond_num_valid_ids(outputs: Outputs) -> int:
+    total = int(outputs[3][0])
+    outputs[0][total:] = 12345
+    outputs[1][total:] = float("nan")
+    outputs[2][total // BLOCK :] = 99
+    return total
+
+
 @pytest.fixture(params=INPUTS)
 def inputs(request: pytest.FixtureRequest) -> Iterator[SortingInputs]:
     return INPUTS[request.param]()
@@ -55,10 +63,7 @@ def test_right_outputs_have_no_problem(inputs: SortingInputs) -> None:
 
 def test_what_lies_beyond_num_valid_ids_does_not_matter(inputs: SortingInputs) -> None:
     outputs = right(inputs)
-    total = int(outputs[3][0])
-    outputs[0][total:] = 12345
-    outputs[1][total:] = float("nan")
-    outputs[2][total // BLOCK :] = 99
+    spoil_beyond_num_valid_ids(outputs)
     assert check_contract(inputs, tuple(outputs)) == []
 
 
@@ -71,11 +76,8 @@ def test_padding_may_name_any_token_that_is_not_real(inputs: SortingInputs) -> N
 
 def test_what_equals_right_outputs_where_they_are_defined_is_right(inputs: SortingInputs) -> None:
     outputs = right(inputs)
-    total = int(outputs[3][0])
-    outputs[0][total:] = 12345
-    outputs[1][total:] = float("nan")
+    total = spoil_beyond_num_valid_ids(outputs)
     outputs[1][:total][outputs[0][:total] >> 24 == TOPK] = float("nan")
-    outputs[2][total // BLOCK :] = 99
     assert check_contract(inputs, tuple(outputs), right=right(inputs)) == []
 
 

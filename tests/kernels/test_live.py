@@ -1,12 +1,16 @@
 """What a calibration of the live AITER is valid for, and whom rows of padding leave out."""
 
+import contextvars
+from dataclasses import replace
+
 import pytest
+import torch
 
 from adaptive_moe.kernels import live as live_module
 from adaptive_moe.kernels.live import live_kernel, name
 from adaptive_moe.kernels.sorts import GROUPS, OtherSort
 from adaptive_moe.policy.coverage import Coverage
-from tests.kernels.living import SHAPE, candidates, live
+from tests.kernels.living import SHAPE, candidates, inputs, live
 
 # What a calibration is valid for
 
@@ -83,6 +87,36 @@ def test_other_sorts_count_by_their_identity(made, added):
     assert first != name(live(made))
     added.sorts = lambda live, shape: iter([OtherSort("bitonic", print, "bitonic 1.1")])
     assert named() != first
+
+
+# In the context of the seen call
+
+BATCH = contextvars.ContextVar("activations of the batch", default=None)
+SCALES = contextvars.ContextVar("of each expert")
+
+
+@pytest.mark.parametrize("who", ["policy 0", "policy 2", "bitonic"])
+def test_a_batch_in_the_context_is_not_given_to_more_tokens_than_it_has(made, added, who):
+    """A sort that reads a row of it for each token would read past its end."""
+
+    def sort(*arguments, **extras):
+        return BATCH.get(), SCALES.get()
+
+    added.sorts = lambda live, shape: iter([OtherSort("bitonic", sort, "bitonic 1.0")])
+    call = replace(live(made), seam=sort)
+    kernel, _ = live_kernel(call, Coverage.up_to(SHAPE, 64), ("policies", "bitonic"))
+    (candidate,) = (c for c in kernel.candidates if c.name == who)
+    seen, scales = torch.zeros(8, 2), torch.tensor(1.0)
+
+    def measured(num_tokens):
+        BATCH.set(seen)
+        SCALES.set(scales)
+        return candidate.bind(inputs(num_tokens))()
+
+    for num_tokens, batch in ((1, seen), (8, seen), (9, None), (64, None)):
+        found = contextvars.copy_context().run(measured, num_tokens)
+        assert found[0] is batch
+        assert found[1] is scales
 
 
 # Rows of padding

@@ -12,7 +12,7 @@ from adaptive_moe.kernels.live import live_kernel
 from adaptive_moe.kernels.sorts import GROUPS, REGISTRY, offered
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.shape import SortingShape
-from tests.kernels.living import SHAPE, candidates, live
+from tests.kernels.living import SHAPE, candidates, inputs, live
 
 
 def names(found, wanted=("all",), shape=SHAPE, environ=None):
@@ -224,13 +224,6 @@ def test_what_measures_is_what_serves(made, added):
     kernel, serving = live_kernel(
         live(made, accumulate=False), Coverage.up_to(SHAPE, 64), ("bitonic",)
     )
-    inputs = _inputs()
-    measured = kernel.candidates[1].bind(inputs)()
-    assert measured == serving["bitonic"](*inputs.arguments(0)[:-1], False)
-
-
-def _inputs():
-    from adaptive_moe.kernels.contract import SortingInputs
-
-    ids = torch.zeros((4, 8), dtype=torch.int32)
-    return SortingInputs(ids, torch.zeros((4, 8)), 256, 7168, torch.bfloat16, 32)
+    given = inputs()
+    measured = kernel.candidates[1].bind(given)()
+    assert measured == serving["bitonic"](*given.arguments(0)[:-1], False)

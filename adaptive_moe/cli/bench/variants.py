@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
 
-from adaptive_moe.engines.hook import AiterHook, Key
+from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.key import Key
 from adaptive_moe.engines.warm_up import warm_up
 from adaptive_moe.policy.decision import Standing
 from adaptive_moe.policy.evidence import Bucket

@@ -1,14 +1,13 @@
-"""The process-wide hook, as `adaptive_moe.install()` has it, and waiting for imports."""
+"""The one hook of a process, as `adaptive_moe.install()` has it, and what the process tells."""
 
-import importlib
 import logging
 import sys
 from dataclasses import replace
 
 import pytest
 
-from adaptive_moe.engines import process, status
-from adaptive_moe.engines.on_import import when_imported
+from adaptive_moe.disk import status
+from adaptive_moe.engines import process
 from adaptive_moe.engines.warm_up import warm_up
 from adaptive_moe.kernels.aiter import find_aiter
 from adaptive_moe.policy.environment import describe_environment
@@ -195,7 +194,7 @@ def test_a_shape_without_a_table_is_in_the_status_with_why(monkeypatch, cache):
 
 
 def test_while_an_engine_starts_captured_calls_are_counted_and_told(monkeypatch, caplog, cache):
-    monkeypatch.setattr("adaptive_moe.engines.hook.capture_query", lambda: lambda: True)
+    monkeypatch.setattr("adaptive_moe.engines.seam.capture_query", lambda: lambda: True)
     with caplog.at_level(logging.INFO, logger="adaptive_moe"), process.starting():
         warmed_up(monkeypatch)
     assert "the graphs hold 2 calls of policy 2" in caplog.text
@@ -211,45 +210,3 @@ def test_a_start_that_fails_fails_as_it_would(monkeypatch):
     with pytest.raises(KeyError, match="theirs"), process.starting():
         raise KeyError("theirs")
     assert process._starting is False
-
-
-# when_imported
-
-
-def test_actions_run_after_the_import_once_and_not_before(package):
-    package({"waited_for.py": "value = 1"})
-    seen = []
-    when_imported("waited_for", lambda module: seen.append(module.value))
-    assert seen == []
-    module = importlib.import_module("waited_for")
-    assert seen == [1]
-    assert module.__loader__.get_source("waited_for") == "value = 1"
-    when_imported("waited_for", lambda module: seen.append("at once"))
-    assert seen == [1, "at once"]
-    importlib.reload(module)
-    assert seen == [1, "at once"]
-
-
-def test_a_failing_action_does_not_reach_the_importer(package, caplog):
-    package({"waited_for.py": "value = 1"})
-    when_imported("waited_for", lambda module: 1 / 0)
-    assert importlib.import_module("waited_for").value == 1
-    assert "ZeroDivisionError" in caplog.text
-
-
-def test_an_import_that_fails_is_waited_for_again(package, tmp_path):
-    package({"waited_for.py": "raise ImportError('not yet')"})
-    seen = []
-    when_imported("waited_for", seen.append)
-    with pytest.raises(ImportError, match="not yet"):
-        importlib.import_module("waited_for")
-    assert seen == []
-    (tmp_path / "waited_for.py").write_text("value = 12345")
-    assert importlib.import_module("waited_for").value == 12345
-    assert len(seen) == 1
-
-
-def test_a_module_that_does_not_exist_still_does_not(package):
-    when_imported("no_such_module_here", print)
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("no_such_module_here")

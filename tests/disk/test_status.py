@@ -8,15 +8,9 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 
-from adaptive_moe.engines import status
-from adaptive_moe.engines.captured import Captured
-from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.status import ProcessStatus, TableStatus
-from adaptive_moe.settings import Mode, Settings
-from tests.aiter_standin.load import forget_aiter, load_aiter
-from tests.tables import make_table
+from adaptive_moe.disk import status
+from adaptive_moe.disk.status import ProcessStatus, TableStatus
 
 TABLE = TableStatus("16 experts", "aiter 1", "MI300X", "stored", "2026-01-01", "policy 1", True)
 
@@ -125,6 +119,17 @@ def test_links_and_pipes_are_not_followed(tmp_path):
     assert status.read_all(tmp_path) == []
 
 
+def test_what_a_killed_writer_left_half_written_goes_with_a_later_write(tmp_path):
+    status.write(tmp_path, told(), "warm-up")
+    for name, hours in ((".adaptive-moe-1.tmp", 2), (".adaptive-moe-2.tmp", 0)):
+        path = tmp_path / "status" / name
+        path.write_text("{")
+        os.utime(path, (time.time() - 3600.0 * hours,) * 2)
+    status.write(tmp_path, told(), "capture")
+    assert files(tmp_path)[0] == ".adaptive-moe-2.tmp"  # somebody may be writing it
+    assert len(files(tmp_path)) == 2
+
+
 def test_no_folder_is_nobody(tmp_path):
     assert status.read_all(tmp_path / "none") == []
 
@@ -155,57 +160,7 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_no_other(tmp_path, monke
 def test_the_module_imports_nothing_heavy():
     code = (
         "import sys\n"
-        "import adaptive_moe.engines.status\n"
+        "import adaptive_moe.disk.status\n"
         "assert not {'torch', 'numpy', 'aiter'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# Which candidates captured calls took
-
-
-@pytest.fixture
-def hook():
-    """On a stand-in for AITER, with a table that differs between captured and eager calls."""
-    hook = AiterHook(Settings(mode=Mode.AUTO), is_capturing=lambda: hook.captures)
-    hook.captures = False
-    hook.install(load_aiter())
-    sort(8)
-    table = make_table({1: 0, 64: 1}, {1: 0, 8: 2, 64: 1})
-    hook.set_tables(dict.fromkeys(hook.seen, table))
-    yield hook
-    hook.uninstall()
-    forget_aiter()
-
-
-def sort(num_tokens):
-    ids = torch.arange(4, dtype=torch.int32).repeat(num_tokens, 1)
-    arguments = (ids, torch.ones((num_tokens, 4)), 16, 64, torch.bfloat16)
-    sys.modules["aiter.fused_moe"].moe_sorting(*arguments)
-    return sys.modules["aiter.sort"].calls[-1].policy
-
-
-def test_captured_calls_are_counted_by_candidate_and_answered_as_before(hook):
-    def answers():
-        found = []
-        for hook.captures in (True, False):
-            found += [sort(num_tokens) for num_tokens in (1, 8, 8, 64, 65)]
-        return found
-
-    before = answers()
-    captured = Captured()
-    hook.observe(captured.watched)
-    assert answers() == before == [0, 2, 2, 1, 1, 0, 1, 1, 1, 1]
-    assert captured.read() == {"policy 2": 2, "policy 1": 2, "policy 0": 1}
-    hook.observe(None)
-    assert answers() == before
-    assert sum(captured.read().values()) == 5
-
-
-def test_tables_that_come_while_it_is_watched_are_watched_too(hook):
-    captured = Captured()
-    hook.observe(captured.watched)
-    hook.set_tables(dict.fromkeys(hook.tables, make_table({64: 2})))
-    hook.captures = True
-    assert sort(8) == 2
-    assert captured.read() == {"policy 2": 1}

@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from adaptive_moe.engines.alone import Own
 from adaptive_moe.engines.coverage import Wanted
-from adaptive_moe.engines.ready import make_ready
+from adaptive_moe.engines.own import OwnTable, make_ready
 from adaptive_moe.kernels import Candidate, SortKernel
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.shape import SortingShape
@@ -35,7 +34,9 @@ def called(table, fails=False):
 
     seen = seen_call(8, inference=True)
     kernel = SortKernel("k", torch.device("cpu"), tuple(candidate(name) for name in NAMES))
-    own = Own(Wanted(seen.key, seen, COVERAGE), table, kernel, SimpleNamespace(), measured=False)
+    own = OwnTable(
+        Wanted(seen.key, seen, COVERAGE), table, kernel, SimpleNamespace(), measured=False
+    )
     make_ready(own, table)
     return calls
 

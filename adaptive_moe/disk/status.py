@@ -1,4 +1,4 @@
-"""What this process runs, in one small file of the cache folder; and what other processes wrote.
+"""What each process runs, in one small file of the cache folder.
 
 Written at warm-up, after capture and at exit: no thread, no port, nothing a call. A process that
 has ended keeps its file for an hour, so that its counts can be read; the file of one that died
@@ -10,12 +10,13 @@ import logging
 import os
 import socket
 import stat
-import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from adaptive_moe.disk.write import remove_stale, replace_file
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -86,15 +87,10 @@ def write(folder: Path, status: ProcessStatus, moment: str) -> None:
         place = folder / FOLDER
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        text = json.dumps(asdict(replace(status, moment=moment, written=now)), indent=1)
-        descriptor, temporary = tempfile.mkstemp(".tmp", ".adaptive-moe-", place)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-            os.replace(temporary, place / f"{status.host}-{status.pid}.json")
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        text = json.dumps(asdict(replace(status, moment=moment, written=now)), indent=1) + "\n"
+        path = place / f"{status.host}-{status.pid}.json"
+        replace_file(path, text.encode("utf-8"), mode=0o600)
+        remove_stale(place)
     except (OSError, ValueError) as error:
         logger.debug("the status file was not written: %s", error)
 
@@ -118,11 +114,6 @@ def read_all(folder: Path) -> list[ProcessStatus]:
         except (OSError, ValueError, TypeError, RecursionError) as error:
             logger.debug("%s is not read: %s", path, error)
     return sorted(found, key=lambda s: (s.engine, s.host, s.rank, s.pid))
-
-
-def remove_stale(folder: Path) -> None:
-    """What processes that are gone have left behind."""
-    read_all(folder)
 
 
 def _read(path: Path) -> tuple[ProcessStatus, float]:

@@ -1,0 +1,138 @@
+"""What the engines' plugins are made of.
+
+They are loaded in every process of their engine, asked for or not, long before it imports AITER or
+torch: so neither this module nor theirs imports more than the standard library.
+
+    start          what an entry point does: nothing where no variable of ours is set; never raises
+    safely         a warm-up in the midst of that start, which goes on whatever comes of it
+    when_imported  wait for one of the engine's modules, without importing it ourselves
+    wrap           put something of ours around one of the engine's functions
+"""
+
+import functools
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+logger = logging.getLogger("adaptive_moe")
+
+# As in settings.py, which is only imported when something is set.
+VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
+PREFIX = "ADAPTIVE_MOE_"
+
+Action = Callable[[ModuleType], None]
+Function = Callable[..., Any]
+
+
+def start(register: Callable[[], None], engine: str) -> None:
+    """Run it where any variable of ours is set. Never raises: without us the engine starts as it
+    would have."""
+    if not any(os.environ[n] for n in os.environ if n == VARIABLE or n.startswith(PREFIX)):
+        return
+    try:
+        register()
+    except Exception:
+        logger.exception("adaptive_moe could not start; %s goes on without it", engine)
+
+
+def safely(warm_up: Callable[..., None], *arguments: Any) -> None:
+    """Run it. What it raises is logged and never reaches the engine."""
+    try:
+        warm_up(*arguments)
+    except Exception:
+        logger.exception("warm-up failed; the baseline stays for what has no table")
+
+
+def wrap(owner: Any, name: str, around: Callable[[Function], Function]) -> bool:
+    """Put around(it) in place of the function `owner.name`; once, as plugins may be loaded twice.
+    False where there is none."""
+    original = getattr(owner, name, None)
+    if original is None:
+        return False
+    if not hasattr(original, "wrapped_by_adaptive_moe"):
+        wrapper = functools.wraps(original)(around(original))
+        wrapper.wrapped_by_adaptive_moe = True  # type: ignore[attr-defined]
+        setattr(owner, name, wrapper)
+    return True
+
+
+def when_imported(name: str, action: Action) -> None:
+    """Call `action(module)` once `name` has been imported; now, if it already was.
+
+    An exception of the action is logged and never reaches whoever imports the module.
+    """
+    module = sys.modules.get(name)
+    if module is not None and not _is_initializing(module):
+        _run([action], module)
+        return
+    with _finder.lock:
+        _finder.waiting.setdefault(name, []).append(action)
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+
+
+class _Finder:
+    """First on sys.meta_path; finds nothing itself, and asks the others for the modules waited for.
+
+    The loader those return is a fresh object for each module, so shadowing its exec_module touches
+    no other import, and `module.__loader__` stays what tools expect to see.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[Action]] = {}
+        self.lock = threading.Lock()
+
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if name not in self.waiting:
+            return None
+        for finder in list(sys.meta_path):
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                self._run_after_exec(name, spec)
+                return spec
+        return None
+
+    def _run_after_exec(self, name: str, spec: ModuleSpec) -> None:
+        loader = spec.loader
+        execute = getattr(loader, "exec_module", None)
+        if execute is None:
+            return
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            # Taken off the list only now: an import that raised is tried again later.
+            with self.lock:
+                actions = self.waiting.pop(name, [])
+            _run(actions, module)
+
+        try:
+            loader.exec_module = exec_module  # type: ignore[union-attr, method-assign]
+        except AttributeError:
+            logger.warning("module %s cannot be watched: its loader is %r", name, loader)
+
+
+_finder = _Finder()
+
+
+def _is_initializing(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _run(actions: list[Action], module: ModuleType) -> None:
+    for action in actions:
+        try:
+            action(module)
+        except Exception:
+            logger.exception("adaptive_moe could not prepare %s and leaves it alone", module)
