@@ -43,7 +43,7 @@ def test_the_second_pass_ends_most_false_switches_of_the_first(name):
     found = outcomes(name, SAME, 150)
     first = sum(o.first.candidate != BASE for o in found)
     both = sum(o.switched for o in found)
-    assert first >= 8
+    assert first >= 5
     assert both <= first / 3
 
 
