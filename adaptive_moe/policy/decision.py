@@ -29,6 +29,9 @@ from adaptive_moe.policy.interval import half_width, median, moments
 SWEEPS = 2
 # What a candidate must gain, in margins, to be worth more rounds than it takes to rule that out.
 TIE_MARGINS = 2.5
+# The logarithm of the largest time ratio that is told from larger ones. On a machine that stalls a
+# few rounds reach further: to where no float does, or nobody reads it from a file or a rank again.
+MOST_LOG_RATIO = 20.0
 
 
 class Standing(enum.Enum):
@@ -224,7 +227,8 @@ def _judge(samples: Samples, baseline: Samples, rule: Rule) -> Result:
     likely = half_width(len(ratios), spread, 1.0 - rule.tie_confidence)
     # expm1 turns a log-ratio into the fraction of the baseline's time that is saved.
     gain, low, high, tie_high = (
-        -math.expm1(log_ratio) for log_ratio in (mean, mean + sure, mean - sure, mean - likely)
+        -math.expm1(min(log_ratio, MOST_LOG_RATIO))
+        for log_ratio in (mean, mean + sure, mean - sure, mean - likely)
     )
     standing = Standing.UNSETTLED
     if len(ratios) >= rule.min_rounds:

@@ -22,6 +22,7 @@ from adaptive_moe.policy.decision import (
     standing_of,
 )
 from adaptive_moe.policy.interval import PRIOR_ROUNDS
+from adaptive_moe.policy.plain import from_plain, to_plain
 
 RULE = Rule()
 
@@ -75,6 +76,18 @@ def test_identical_samples_keep_policy_0_and_are_tied(times: list[float]) -> Non
     verdict = decide([Samples(f"policy {policy}", tuple(times)) for policy in (0, 1, 2)], RULE)
     assert (verdict.candidate, verdict.settled) == ("policy 0", True)
     assert [r.standing for r in verdict.results[1:]] == [Standing.TIED, Standing.TIED]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from((1.0, 1e3, 1e6)), min_size=2, max_size=12), st.integers(0, 3))
+def test_a_verdict_on_a_machine_that_stalls_is_read_as_it_was_written(
+    stalls: list[float], more: int
+) -> None:
+    """Its intervals are as wide as they come; a file that nobody can read is measured again."""
+    times = [50.0 * stall for stall in stalls]
+    baseline = Samples("policy 0", (50.0,) * (len(times) + more))
+    verdict = decide([baseline, Samples("policy 1", tuple(times))], RULE)
+    assert from_plain(Verdict, to_plain(verdict)) == verdict
 
 
 @settings(max_examples=200, deadline=None)
