@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -62,18 +63,27 @@ def sglang_with_plugin():
         )
 
 
-def forward(runner, num_tokens, *, experts=16, topk=4, dim=64, mxfp8=False):
-    """One MoE layer through SGLang's own runner; what arrived at the sort."""
+def forward(runner, num_tokens, **layer):
+    """One MoE layer; what arrived at the sort."""
+    run_layer(runner, num_tokens, **layer)
+    import aiter.sort
+
+    return aiter.sort.calls[-1]
+
+
+def run_layer(runner, num_tokens, *, experts=16, topk=4, dim=64, mxfp8=False):
+    """One MoE layer through SGLang's own runner; its result and its routing's weights."""
     kind = runner.AiterQuantType.PER_1X32 if mxfp8 else runner.AiterQuantType.NONE
     weights = torch.float8_e4m3fnuz if mxfp8 else torch.bfloat16
     core = runner.AiterRunnerCore(runner.MoeRunnerConfig())
     generator = torch.Generator().manual_seed(num_tokens)
     ids = torch.rand((num_tokens, experts), generator=generator).argsort(1)[:, :topk]
-    core.run(
+    weight = torch.rand((num_tokens, topk), generator=generator)
+    result = core.run(
         runner.AiterRunnerInput(
             hidden_states=torch.zeros((num_tokens, dim), dtype=torch.bfloat16),
             topk_ids=ids.int().contiguous(),
-            topk_weights=torch.rand((num_tokens, topk), generator=generator),
+            topk_weights=weight,
             quant_type=kind,
         ),
         runner.AiterMoeQuantInfo(
@@ -82,9 +92,7 @@ def forward(runner, num_tokens, *, experts=16, topk=4, dim=64, mxfp8=False):
         ),
         {},
     )
-    import aiter.sort
-
-    return aiter.sort.calls[-1]
+    return result.hidden_states, weight
 
 
 class CaptureBeginsError(Exception):
@@ -119,7 +127,7 @@ def start_rank(sglang, rank, size, port, folder):
     import aiter.sort
     from sglang.srt.distributed import parallel_state
 
-    from adaptive_moe.engines import process
+    from adaptive_moe.engines import process, status
 
     parallel_state.init_distributed_environment(
         size, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo"
@@ -131,9 +139,11 @@ def start_rank(sglang, rank, size, port, folder):
     before, forwards = len(aiter.sort.calls), 2
     capture_one(full, lambda: forward(sglang.runner, LARGEST_CAPTURE), group)
     tables = process.current().tables.values()
+    told = [one for one in status.read_all(Path(folder) / "adaptive_moe") if one.pid == os.getpid()]
     result = {
         "group": group.ranks,
         "measured": len(aiter.sort.calls) - before - forwards,
+        "origins": [table.origin for one in told for table in one.tables],
         "tables": [hashlib.sha256(table.to_json().encode()).hexdigest() for table in tables],
         "policy": int(forward(sglang.runner, 8).policy),
     }

@@ -1,6 +1,7 @@
 """The plugin in a real SGLang, whose code runs on the CPU; run.py runs it in its environment."""
 
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -12,8 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from competing import SETTINGS, Engine, check_start
 from processes import STANDIN
-from sglang_worker import LARGEST_CAPTURE, PREFILL, capture_one, forward, sglang_with_plugin
+from sglang_worker import (
+    LARGEST_CAPTURE,
+    PREFILL,
+    capture_one,
+    forward,
+    run_layer,
+    sglang_with_plugin,
+)
 
 HERE = Path(__file__).parent
 VERSION = tuple(map(int, os.environ["CONTRACT_VERSION"].split(".")))
@@ -188,17 +197,49 @@ def test_a_failure_of_ours_does_not_stop_the_capture(sglang, monkeypatch, caplog
 
 
 def test_plugins_loaded_twice_are_one_layer(sglang):
-    from sglang.srt import plugins
-
     from adaptive_moe.engines import process
 
     before = [backend.capture_one for backend in sglang.backends]
-    plugins._plugins_loaded = False
-    plugins.load_plugins()
+    load_plugins()
     assert [backend.capture_one for backend in sglang.backends] == before
     already = process.counts().total
     forward(sglang.runner, 8)
     assert process.counts().total == already + 1
+
+
+def load_plugins():
+    from sglang.srt import plugins
+
+    plugins._plugins_loaded = False
+    plugins.load_plugins()
+
+
+@pytest.mark.parametrize("sorts", SETTINGS)
+def test_the_sorts_that_were_asked_for_compete_serve_and_are_named(sglang, sorts, tmp_path):
+    layer = functools.partial(run_layer, sglang.runner)  # the shape of competing.py
+
+    def warm_up():
+        capture_one(sglang.backends[0], lambda: layer(LARGEST_CAPTURE))
+
+    engine = Engine(f"policy {BASELINE}", frozenset(), load_plugins, warm_up, layer)
+    check_start(engine, sorts, tmp_path / "cache")
+
+
+def test_a_sort_that_nobody_has_is_refused_in_one_line_and_sglang_starts(
+    sglang, monkeypatch, caplog
+):
+    from adaptive_moe.engines import process
+
+    monkeypatch.setenv("ADAPTIVE_MOE_SORTS", "flydsl,oppus")
+    for _ in range(2):
+        load_plugins()
+    (line,) = [r.message for r in caplog.records if "ADAPTIVE_MOE_SORTS" in r.message]
+    assert line.startswith(
+        "ADAPTIVE_MOE_SORTS='flydsl,oppus' is not accepted: give policies, aiter"
+    )
+    assert line.endswith("or leave it unset; it counts as policies")
+    assert process.current().settings.sorts == ("policies",)
+    assert forward(sglang.runner, 8, dim=576).policy == BASELINE
 
 
 @pytest.fixture
@@ -256,15 +297,19 @@ def test_what_is_measured_is_sglangs_small_sort_as_it_serves(sglang, small_sort)
 
 
 def test_what_was_calibrated_before_is_what_the_next_start_finds(tmp_path):
-    """`adaptive-moe calibrate --for sglang`, then SGLang's start: nothing is measured."""
+    """`adaptive-moe calibrate --for sglang`, then SGLang's start: from the store, nothing measured.
+    The same on another rank, which has another machine's cache folder, through an export."""
+    here, elsewhere = tmp_path / "a", tmp_path / "b"
     layer = "--experts 16 --topk 4 --hidden 64 --inter 16"
     calls = f"--for sglang --max-batched-tokens {PREFILL} --capture-sizes 1,8,64"
-    out = run(
-        f"-m adaptive_moe calibrate --kernel aiter {layer} {calls} --budget 30",
-        ADAPTIVE_MOE_CACHE_DIR=str(tmp_path / "adaptive_moe"),
-    )
-    assert "written to" in out
-    log = run(f"sglang_worker.py {tmp_path}", **{VARIABLE: "auto"})
-    first, again = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
-    assert [rank["measured"] for rank in (*first, *again)] == [0, 0]
-    assert len(first[0]["tables"]) == 1
+    calibrate = f"calibrate --kernel aiter {layer} {calls} --budget 30"
+    for folder, command in (
+        (here, calibrate),
+        (here, f"cache export {tmp_path / 'fleet.json'}"),
+        (elsewhere, f"cache import {tmp_path / 'fleet.json'}"),
+    ):
+        run(f"-m adaptive_moe {command}", ADAPTIVE_MOE_CACHE_DIR=str(folder / "adaptive_moe"))
+    log = run(f"sglang_worker.py {here} {elsewhere}", **{VARIABLE: "auto"})
+    for ranks in json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1)):
+        assert [rank["measured"] for rank in ranks] == [0, 0]
+        assert [rank["origins"] for rank in ranks] == [["stored"]] * 2

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import worker
+from competing import DIM, EXPERTS, SETTINGS, TOPK, Engine, check_start
 from processes import STANDIN
 
 HERE = Path(__file__).parent
@@ -252,6 +253,45 @@ def test_a_failure_of_ours_does_not_stop_the_warm_up(envs, monkeypatch, caplog):
         gpu_worker.kernel_warmup(made)
         logging.getLogger("adaptive_moe").removeHandler(caplog.handler)
     assert "warm-up failed" in caplog.text
+    assert worker.forward(8).policy == 0
+
+
+def load_plugins():
+    import vllm.plugins
+
+    vllm.plugins.plugins_loaded = False
+    vllm.plugins.load_general_plugins()
+
+
+@pytest.mark.parametrize("sorts", SETTINGS)
+def test_the_sorts_that_were_asked_for_compete_serve_and_are_named(envs, sorts, tmp_path):
+    gpu_worker = worker.import_worker()
+
+    def layer(num_tokens):
+        return worker.run_layer(num_tokens, experts=EXPERTS, topk=TOPK, dim=DIM)
+
+    def warm_up():
+        layer(worker.MAX_TOKENS)
+        gpu_worker.kernel_warmup(worker.make_worker(gpu_worker))
+
+    # vLLM pads with rows of -1, and not every CK there is takes them.
+    engine = Engine("policy 0", frozenset({"ck"}), load_plugins, warm_up, layer)
+    check_start(engine, sorts, tmp_path / "cache")
+
+
+def test_a_sort_that_nobody_has_is_refused_in_one_line_and_vllm_starts(envs, monkeypatch, caplog):
+    from adaptive_moe.engines import process
+
+    monkeypatch.setenv("ADAPTIVE_MOE_SORTS", "flydsl,oppus")
+    monkeypatch.setattr(logging.getLogger("adaptive_moe"), "propagate", True)
+    for _ in range(2):
+        load_plugins()
+    (line,) = [r.message for r in caplog.records if "ADAPTIVE_MOE_SORTS" in r.message]
+    assert line.startswith(
+        "ADAPTIVE_MOE_SORTS='flydsl,oppus' is not accepted: give policies, aiter"
+    )
+    assert line.endswith("or leave it unset; it counts as policies")
+    assert process.current().settings.sorts == ("policies",)
     assert worker.forward(8).policy == 0
 
 

@@ -67,9 +67,16 @@ def make_worker(gpu_worker: Any) -> Any:
     return worker
 
 
-def forward(num_tokens: int, *, experts: int = 256, topk: int = 8, dim: int = 7168) -> Any:
-    """One MoE layer (DeepSeek-V3's shape) through vLLM's own implementation; what arrived at the
-    sort."""
+def forward(num_tokens: int) -> Any:
+    """One MoE layer of DeepSeek-V3's shape; what arrived at the sort."""
+    run_layer(num_tokens, experts=256, topk=8, dim=7168)
+    import aiter.sort
+
+    return aiter.sort.calls[-1]
+
+
+def run_layer(num_tokens: int, *, experts: int, topk: int, dim: int) -> Any:
+    """One MoE layer through vLLM's own implementation; its result and its routing's weights."""
     import torch
     import vllm._aiter_ops as ops
     from aiter import QuantType
@@ -78,19 +85,18 @@ def forward(num_tokens: int, *, experts: int = 256, topk: int = 8, dim: int = 71
     ids = torch.rand((num_tokens, experts), generator=generator).argsort(1)[:, :topk]
     policy = read_policy(ops.rocm_aiter_ops)
     passed = {} if policy is None else {"moe_sorting_dispatch_policy": policy}
+    weights = torch.rand((num_tokens, topk), generator=generator)
     zero = torch.zeros((), dtype=torch.bfloat16)
-    ops._rocm_aiter_fused_moe_impl(
+    result = ops._rocm_aiter_fused_moe_impl(
         zero.expand(num_tokens, dim),
         zero.expand(experts, 32, dim),
         zero.expand(experts, dim, 16),
-        torch.rand((num_tokens, topk), generator=generator),
+        weights,
         ids.int().contiguous(),
         quant_method=QuantType.per_1x128.value,
         **passed,
     )
-    import aiter.sort
-
-    return aiter.sort.calls[-1]
+    return result, weights
 
 
 def read_policy(rocm_aiter_ops: Any) -> Any:

@@ -1,8 +1,9 @@
 """The sort behind the stand-in's seam, and a record of how it was called.
 
 The real one launches AITER's kernels; this one runs adaptive_moe's CPU or Triton kernel, which keep
-the same output contract. AITER_STANDIN_SLOW names policies, as in 0,1, to make a millisecond
-slower, so that there is something to choose whatever the machine; failures.py makes sorts fail.
+the same output contract. AITER_STANDIN_SLOW names policies and backends, as in 0,1 or opus,ck, to
+make a millisecond slower, so that there is something to choose whatever the machine; failures.py
+makes sorts fail.
 `hazardous` has those that the real kernels would not have survived; here they go well.
 """
 
@@ -70,7 +71,8 @@ def sort(
     hazard = hazards.hazard(topk_ids, num_experts, dispatch_policy, backend, padded)
     if hazard is not None:
         hazardous.append((call, hazard))
-    if str(int(dispatch_policy)) in os.environ.get("AITER_STANDIN_SLOW", "").split(","):
+    slow = os.environ.get("AITER_STANDIN_SLOW", "").split(",")
+    if str(int(dispatch_policy)) in slow or backend in slow:
         time.sleep(0.001)
     failure = failures.failure_of(backend, dispatch_policy)
     failures.raise_if_due(failure)

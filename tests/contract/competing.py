@@ -1,0 +1,160 @@
+"""Starts of an engine with ADAPTIVE_MOE_SORTS, each in a child of this process.
+
+The engine's own code loads the plugin, warms up and runs the layers: how, its tests say. All sorts
+are the stand-in's, slowed so that one kind of candidate is the fastest by far.
+"""
+
+import contextlib
+import functools
+import io
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from processes import in_child
+
+EXPERTS, TOPK, DIM = 16, 4, 64
+COUNTS = (1, 8, 33, 100)
+POLICIES = ("policy 0", "policy 1", "policy 2")
+TRITON = ("triton one-shot", "triton multi-phase")
+# ADAPTIVE_MOE_SORTS -> which of the stand-in's sorts are slow, who may compete with the baseline,
+# and who is the fastest.
+SETTINGS = {
+    "policies": ("0,2", POLICIES, ("policy 1",)),
+    "aiter": ("opus,ck", (*POLICIES, "ck", "flydsl"), ("flydsl",)),
+    "all": ("opus,ck,flydsl", (*POLICIES, "ck", "flydsl", *TRITON), TRITON),
+    "FlyDSL,triton one-shot": ("opus,triton", ("flydsl", "triton one-shot"), ("flydsl",)),
+}
+WORDS = {
+    "policy 0": "policy 0 (AITER's rule)",
+    "policy 1": "policy 1 (one-shot)",
+    "policy 2": "policy 2 (multi-phase)",
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """baseline: what it passes. unsafe: who cannot take its rows of -1. load: its plugins, as in a
+    new process. warm_up: its first forward and what comes then. layer(num_tokens): one MoE layer of
+    EXPERTS, TOPK and DIM; its result, and the weights of its routing."""
+
+    baseline: str
+    unsafe: frozenset[str]
+    load: Callable[[], None]
+    warm_up: Callable[[], None]
+    layer: Callable[[int], tuple[Any, Any]]
+
+
+def check_start(engine: Engine, sorts: str, folder: Path) -> None:
+    """An engine's start with these `sorts`: who competes, serves and is named."""
+    found = start(engine, sorts, folder)
+    _, competing, fastest = SETTINGS[sorts]
+    for offered in found["offered"]:
+        assert offered[0] == engine.baseline, found
+        assert set(offered[1:]) == {*competing} - {engine.baseline} - engine.unsafe, found
+    for name in engine.unsafe & {*competing}:
+        assert f"{name} is not offered" in found["log"], found
+    # Small batches, in which a slow sort is many times as slow; larger ones as was decided.
+    assert {found["served"][count][0] for count in (1, 8)} <= {*fastest}, found
+    assert found["served"] == found["decided"], found
+    for first, last, name in (run for runs in found["runs"] for run in runs):
+        words = WORDS.get(name, name)
+        more = {f"{words} {where}" for where in ("at every", f"up to {last} token")}
+        for told in ("log", "status", "report"):
+            assert words in found[told], found
+            assert first > 1 or any(piece in found[told] for piece in more), found
+    if "policy 1" in fastest:
+        return
+    (name,) = found["served"][8]
+    # It raises at the first call, which the baseline answers as well, and is asked no more.
+    assert found["raises"] == [[name, engine.baseline], [engine.baseline]], found
+    assert found["well again"] == [[engine.baseline], [engine.baseline]], found
+    (line,) = found["said"]
+    assert line.startswith(f"{name} is off in this process and the baseline serves in its place")
+    assert found["fell back"] == 1
+
+
+def start(engine: Engine, sorts: str, folder: Path) -> dict[str, Any]:
+    environ = {
+        "ADAPTIVE_MOE_SORTS": sorts,
+        "ADAPTIVE_MOE_CACHE_DIR": str(folder),
+        "ADAPTIVE_MOE_REPORT": f"{folder}.json",
+        "ADAPTIVE_MOE_BUDGET_S": "5",  # for a busy machine; it ends when settled
+        "ADAPTIVE_MOE_BUCKETS": "8,64",
+        "AITER_STANDIN_SLOW": SETTINGS[sorts][0],
+    }
+    return in_child(functools.partial(_start, engine, environ), f"start with {sorts}")()
+
+
+def _start(engine: Engine, environ: dict[str, str]) -> dict[str, Any]:
+    import ours_on_cpu
+    import torch
+
+    from adaptive_moe.engines import process
+
+    os.environ.update(environ)
+    torch.set_num_threads(1)
+    ours_on_cpu.register()
+    engine.load()
+    log = _heard()
+    engine.warm_up()
+    tables = {t.evidence.coverage.shape.block_size: t for t in process.current().tables.values()}
+    served = {count: _who(engine, count) for count in COUNTS}
+    found = {
+        "offered": [table.evidence.candidates for table in tables.values()],
+        "runs": [table.runs() for table in tables.values()],
+        "decided": {n: [tables[block].candidate(n)] for n, (_, block) in served.items()},
+        "served": {n: names for n, (names, _) in served.items()},
+        "log": "\n".join(log),
+        "status": _printed("status"),
+        "report": _printed("show", "--table", environ["ADAPTIVE_MOE_REPORT"]),
+    }
+    ((name,), _) = served[8]
+    log.clear()
+    if not name.startswith("policy"):
+        os.environ["AITER_STANDIN_FAIL"] = f"backend={name.split()[0]},kind=raise"
+        found["raises"] = [_who(engine, 8)[0] for _ in range(2)]
+        os.environ["AITER_STANDIN_FAIL"] = ""
+        found["well again"] = [_who(engine, 8)[0] for _ in range(2)]
+    return {**found, "said": log, "fell back": process.counts().fell_back}
+
+
+def _who(engine: Engine, num_tokens: int) -> tuple[list[str], int]:
+    """The candidates that one layer's sort came to, one after another, and its block size."""
+    import aiter.sort
+    import torch
+
+    before = len(aiter.sort.calls)
+    result, weights = engine.layer(num_tokens)
+    expected = weights.sum(1, keepdim=True).expand(num_tokens, DIM)
+    torch.testing.assert_close(result.float(), expected, rtol=0.02, atol=0.02)
+    calls = list(aiter.sort.calls)[before:]
+    return [_candidate(call) for call in calls], calls[-1].block_size
+
+
+def _candidate(call: Any) -> str:
+    if call.backend == "triton":
+        return TRITON[call.policy - 1]
+    return f"policy {int(call.policy)}" if call.backend == "opus" else str(call.backend)
+
+
+def _heard() -> list[str]:
+    """What adaptive_moe says from now on."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("adaptive_moe")
+    logger.setLevel(logging.INFO)  # as SGLang's servers set it for all
+    logger.addHandler(handler)
+    return lines
+
+
+def _printed(*command: str) -> str:
+    from adaptive_moe.cli import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(command) == 0
+    return out.getvalue()
