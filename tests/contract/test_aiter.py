@@ -32,6 +32,9 @@ def aiter():
     sys.modules[two_stages] = gemms
     import aiter.fused_moe
 
+    torch.set_num_threads(
+        1
+    )  # as engines' workers have it; two wait for each other on a busy machine
     return SimpleNamespace(module=aiter.fused_moe, sort=module_moe_sorting)
 
 
@@ -223,17 +226,38 @@ def test_a_masked_and_padded_call_keeps_its_arguments(aiter):
     assert torch.equal(after[2][: valid // 32], before[2][: valid // 32])
 
 
-def test_what_was_calibrated_before_is_what_the_next_start_finds(aiter, monkeypatch, capsys):
-    """`adaptive-moe calibrate` on AMD's AITER, block sizes by its own chooser; then a start."""
+def test_what_was_calibrated_before_is_what_the_next_start_finds(
+    aiter, tmp_path, monkeypatch, capsys, caplog
+):
+    """`adaptive-moe calibrate` on AMD's AITER, block sizes by its own chooser; then a start, and
+    one with another machine's cache folder, through an export."""
     from adaptive_moe.cli import main
 
+    def run(*command):
+        assert main([*command]) == 0
+        return capsys.readouterr().out
+
+    def keep_in(name):
+        monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", str(tmp_path / name))
+
+    # Of both: a start that has more goes on with what a smaller one left open.
     monkeypatch.setenv("ADAPTIVE_MOE_BUDGET_S", "0.5")
+    caplog.set_level("INFO", "adaptive_moe")
     layer = f"--experts {EXPERTS} --topk {TOPK} --hidden 768 --inter {INTER}"
     calls = f"--max-batched-tokens {MAX_TOKENS} --capture-sizes 1,8,64"
-    assert main(["calibrate", "--kernel", "aiter", *layer.split(), *calls.split()]) == 0
-    assert "written to" in capsys.readouterr().out
-    assert adaptive_moe.install()
-    forward(aiter, MAX_TOKENS, dim=768)
-    made = adaptive_moe.warm_up(MAX_TOKENS, CAPTURE_SIZES)
-    assert set(made.origins.values()) == {"stored"}
-    assert {key.block_size for key in made.tables} == set(BLOCK_SIZES.values())
+    file = str(tmp_path / "fleet.json")
+    keep_in("a")
+    assert "written to" in run("calibrate", "--kernel", "aiter", *layer.split(), *calls.split())
+    assert "3 calibrations written" in run("cache", "export", file)
+    keep_in("b")
+    assert "3 imported into" in run("cache", "import", file)
+    for name in ("a", "b"):
+        keep_in(name)
+        assert adaptive_moe.install()
+        forward(aiter, MAX_TOKENS, dim=768)
+        before = len(aiter.sort.calls)
+        made = adaptive_moe.warm_up(MAX_TOKENS, CAPTURE_SIZES)
+        assert set(made.origins.values()) == {"stored"}
+        assert {key.block_size for key in made.tables} == set(BLOCK_SIZES.values())
+        assert len(aiter.sort.calls) == before
+        assert caplog.text.count(f"table from {tmp_path / name}") == 3
