@@ -1,15 +1,20 @@
 """No test reads or leaves anything in the user's own cache folder."""
 
-import pytest
-from hypothesis import Phase, settings
+import contextlib
 
-# `make mutants`: the same examples for every mutant, and none made smaller.
-settings.register_profile(
-    "mutants",
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-)
+import pytest
+
+# The environments of tests/contract/ have no hypothesis.
+with contextlib.suppress(ImportError):
+    from hypothesis import Phase, settings
+
+    # `make mutants`: the same examples for every mutant, and none made smaller.
+    settings.register_profile(
+        "mutants",
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+    )
 
 
 @pytest.fixture(autouse=True)
