@@ -3,7 +3,7 @@
 from adaptive_moe.policy.evidence import Bucket, Calibration
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.report.words import candidate_words, result_words, situation_words
+from adaptive_moe.report.words import bucket_words, candidate_words, result_words, situation_words
 
 
 def explain(table: PolicyTable, num_tokens: int, *, captured: bool) -> list[str]:
@@ -17,11 +17,12 @@ def explain(table: PolicyTable, num_tokens: int, *, captured: bool) -> list[str]
         if bucket is None:
             continue
         lines.append(f"  {situation_words(found, situation)}, {_served(num_tokens, bucket)}")
-        lines.append(f"    {bucket.reason}")
+        lines.append(f"    {bucket_words(bucket, bucket.verdicts)}")
         for fill in bucket.fills:
             if len(bucket.fills) > 1:
                 lines.append(f"    with {100 * fill.fraction:.3g}% of the rows real:")
-            lines += [f"    {result_words(result)}" for result in fill.verdict.results]
+            verdict = fill.verdict
+            lines += [f"    {result_words(verdict, result)}" for result in verdict.results]
     if not captured and num_tokens < found.coverage.busy_from and found.idle:
         lines.append(
             f"  below {found.coverage.busy_from} tokens an eager call may find the device busy or "

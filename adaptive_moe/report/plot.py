@@ -16,7 +16,7 @@ from typing import Any
 from adaptive_moe.policy.decision import Result, Standing
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.report.words import candidate_words, sections, situation_words
+from adaptive_moe.report.words import candidate_words, sections, situation_words, time_us
 
 FORMATS = ("png", "svg")
 # A loss beyond this is drawn at the edge: what matters is near zero.
@@ -65,7 +65,7 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'adaptive-moe[plot]'") from None
+        raise ValueError("plots need matplotlib: pip install matplotlib") from None
     found = table.evidence
     measured = list(sections(found))
     figure = Figure(figsize=(max(4.4 * len(measured), 6.4) + 2.4, 5.6), layout="constrained")
@@ -193,15 +193,12 @@ def _fill(style: Style) -> dict[str, Any]:
 def _points(
     table: PolicyTable, situation: Situation, name: str
 ) -> Iterator[tuple[int, float, Result]]:
-    """(tokens, us, result) where the candidate was timed; its time by its paired rounds, where
-    there are some, so that it agrees with what it saves. The first fill speaks for a bucket."""
+    """(tokens, us, result) where the candidate was timed. The first fill speaks for a bucket."""
     for bucket in table.evidence.section(situation):
         verdict = bucket.fills[0].verdict
-        result, base = verdict.result(name), verdict.baseline.median_us
-        if result is None or result.median_us is None:
-            continue
-        paired = base * (1.0 - result.gain) if base and result.gain is not None else 0.0
-        yield bucket.num_tokens, paired or result.median_us, result
+        result, us = verdict.result(name), time_us(verdict, name)
+        if result is not None and us is not None:
+            yield bucket.num_tokens, us, result
 
 
 def _mark(axes: Any, x: float, y: float, style: Style, result: Result) -> None:

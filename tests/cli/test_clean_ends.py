@@ -207,9 +207,9 @@ def test_writing_follows_a_link_and_fills_a_device(tmp_path):
 def test_checking_a_place_leaves_nothing_there(tmp_path):
     output.check_place(str(tmp_path / "deep" / "file.json"))
     assert list((tmp_path / "deep").iterdir()) == []
-    with pytest.raises(ValueError, match="give another --output"):
+    with pytest.raises(ValueError, match="give another place"):
         output.check_place(str(tmp_path))
-    with pytest.raises(ValueError, match="give another --output"):
+    with pytest.raises(ValueError, match="give another place"):
         output.check_place("/proc/nowhere/x.json")
 
 

@@ -103,7 +103,7 @@ def test_nothing_is_saved_where_the_winner_of_a_situation_is_not_applied():
     assert "; saves nothing; " in headline(table)
 
 
-def test_the_bucket_table_has_each_median_the_saving_and_the_reason():
+def test_the_bucket_table_has_each_time_the_saving_and_the_reason():
     head, tied, faster, _, hopeless = bucket_table(TABLE)
     columns = "tokens policy 0 us policy 1 us policy 2 us saves rounds verdict"
     assert head.split() == columns.split()
@@ -115,8 +115,23 @@ def test_the_bucket_table_has_each_median_the_saving_and_the_reason():
 
 
 def test_what_was_not_measured_at_all_is_a_row_of_empty_cells():
-    row = bucket_table(table_of({8: NOTHING_MEASURED}))[1]
-    assert row.split("kept")[0].split() == ["8"]
+    table = table_of({8: NOTHING_MEASURED})
+    said = "kept policy 0: not measured, no time was left"
+    assert bucket_table(table)[1].split(maxsplit=1) == ["8", said]
+    assert explain(table, 8, captured=False)[2].strip() == said
+    assert "baseline kept: 1 bucket not measured" in summary(table)
+
+
+def test_times_agree_with_what_is_saved_where_the_machine_changed_its_speed():
+    """All rounds of policy 1 are from while it was slow, most of the baseline's are not."""
+    slow_first = (40.0,) * 8 + (10.0,) * 12
+    found = decide([Samples(NAMES[0], slow_first), Samples(NAMES[1], (32.0,) * 8)], Rule())
+    assert [r.median_us for r in found.results] == [10.0, 32.0]
+    row = bucket_table(table_of({8: found}))[1].split()
+    assert row[:4] == ["8", "10.0", "8.0", "20.0%"]
+    assert "policy 1 (one-shot): faster, 8.0 us, saves 20.0%" in "\n".join(
+        explain(table_of({8: found}), 8, captured=False)
+    )
 
 
 def test_each_situation_has_its_block():
@@ -133,11 +148,14 @@ def test_every_fill_of_a_padded_bucket_has_its_row():
     assert ["64 (100% real)" in lines[1], "64 (1.56% real)" in lines[2]] == [True, True]
 
 
-def test_many_unsettled_buckets_are_explained_and_few_are_not():
-    text = " ".join(advice(table_of({1: UNSETTLED, 2: ONE_FASTER, 4: ONE_FASTER})))
-    assert "1 of 3 buckets are unsettled" in text
-    assert "--budget" in text
-    assert "such as 4 s" in text
+def test_many_open_buckets_are_explained_and_few_are_not():
+    many = table_of({1: UNSETTLED, 2: ONE_FASTER, 4: NOTHING_MEASURED})
+    text = " ".join(advice(many))
+    assert "1 unsettled and 1 not measured of 3 buckets" in text
+    assert "such as 4 s (--budget" in text
+    # It had time left, so that more would change nothing.
+    early = PolicyTable(replace(many.evidence, seconds=0.9))
+    assert "when it is quiet. What" in advice(early)[1]
     few = {1: UNSETTLED} | dict.fromkeys(range(2, 8), ONE_FASTER)
     assert advice(table_of(few)) == []
 
@@ -157,7 +175,7 @@ def test_explain_names_the_candidate_the_bucket_the_reason_and_the_evidence(
     assert lines[0] == f"{num_tokens} tokens, eager: {words}"
     assert lines[1] == f"  eager, {served}"
     text = "\n".join(lines)
-    assert f"{words}: faster, median" in text
+    assert f"{words}: faster, " in text
     assert "margin 1.0%, confidence 99%" in text
     assert "2026-01-01" in text
 
