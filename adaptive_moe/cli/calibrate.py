@@ -47,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         output.check_place(args.output)
     name, why = kernel.choose(args.kernel)
+    if name != "aiter" and (given := options.for_aiter_alone(args)):
+        raise options.UsageError(
+            f"{', '.join(given)} would change nothing {why}: leave it out, or give --kernel aiter"
+        )
     quiet = args.json or args.output == output.STDOUT
     if name != "aiter":
         on_cpu = name == "cpu"
@@ -105,9 +109,11 @@ def _finish(args: argparse.Namespace, settings: Settings, made: "Sequence[Stored
         print(text, end="")
     elif args.output != output.STDOUT:
         print("\n".join(line for table in tables for line in _lines(table)))
-    if args.output is not None:
-        output.write(args.output, text.encode("utf-8"))
-    kept = [_keep(stored, cache_folder(settings)) for stored in made]
+    try:
+        kept = [_keep(stored, cache_folder(settings)) for stored in made]
+    finally:  # a disk that is full here may have room there
+        if args.output is not None:
+            output.write(args.output, text.encode("utf-8"))
     if not args.json and args.output != output.STDOUT:
         files = [*kept, *([args.output] if args.output else [])]
         print("\n".join(f"written to {path}" for path in files))

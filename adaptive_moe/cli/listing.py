@@ -22,16 +22,16 @@ class Entry:
     stored: Stored | None
     problem: str = ""
 
-    def line(self) -> str:
+    def lines(self) -> list[str]:
         if self.stored is None:
-            return f"{self.path.name}: not usable, {self.problem}"
+            return [f"{self.path.name}: not usable, {self.problem}"]
         found = self.stored.table.evidence
-        return (
-            f"{self.path.name}: {found.coverage.describe()} on {found.kernel} for "
-            f"{self.stored.request.engine} ({found.environment.device}), up to "
-            f"{found.coverage.max_tokens} tokens, measured {found.created}: "
-            f"{summary(self.stored.table)}"
-        )
+        return [
+            f"{self.path.name}",
+            f"  {found.coverage.describe()}, up to {found.coverage.max_tokens} tokens, on "
+            f"{found.kernel} for {self.stored.request.engine} ({found.environment.device})",
+            f"  measured {found.created}: {summary(self.stored.table)}",
+        ]
 
     def plain(self) -> dict[str, Any]:
         found: dict[str, Any] = {"file": str(self.path), "usable": self.stored is not None}
@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = cache_folder_here()
     found = list(entries(folder))
-    lines = [entry.line() for entry in found] or [f"nothing is kept in {folder}"]
+    lines = [line for entry in found for line in entry.lines()] or [f"nothing is kept in {folder}"]
     plain = {"folder": str(folder), "entries": [entry.plain() for entry in found]}
     output.report(args, lines, plain)
     return 0

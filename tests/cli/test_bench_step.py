@@ -247,6 +247,7 @@ def test_a_seam_that_is_none_and_a_kernel_that_is_not_here(seam, monkeypatch):
         kernel_at(broken, Coverage.up_to(SHAPE, 64), "policies"),
     ):
         pass
-    monkeypatch.setattr(seams, "find_aiter", lambda: argparse.Namespace(problem="no AITER"))
+    none = argparse.Namespace(problem="no AITER")
+    monkeypatch.setattr("adaptive_moe.kernels.aiter.find_aiter", lambda: none)
     with pytest.raises(KernelUnavailableError, match="no AITER"):
         open_seam("aiter")

@@ -112,12 +112,12 @@ def test_a_plugin_that_is_not_registered_is_said(machine):
     assert not found["would happen"].ok
 
 
-@pytest.mark.parametrize(("value", "more"), [("1", ""), ("2", ""), ("7", "takes as 2")])
+@pytest.mark.parametrize(("value", "more"), [("1", ""), ("2", ""), ("7", "takes it as 2")])
 def test_an_integer_is_said_to_be_what_aiter_takes_it_for(machine, value, more):
     text, ok = outlook(**{NEUTRAL: value})
     assert text.startswith(f"policy {value} for every call")
     assert more in text
-    assert ("takes as 2" in text) is bool(more)
+    assert ("takes it as 2" in text) is bool(more)
     assert ok
     machine(aiter=NONE)
     assert not outlook(**{NEUTRAL: value})[1]
