@@ -82,12 +82,13 @@ def _on_kernel(args: argparse.Namespace, name: str, settings: Settings, *, quiet
     from adaptive_moe.disk.file import Stored, key_for
     from adaptive_moe.disk.folder import open_store
     from adaptive_moe.policy.decision import Rule
+    from adaptive_moe.report.words import calls_words
     from adaptive_moe.tuning.calibrator import Plan, calibrate
 
     coverage = options.coverage_from(args, on_cpu=name == "cpu")
     sorts = kernel.load(name)
     plan = Plan(settings.buckets, settings.budget_s, Rule(margin=settings.margin))
-    _say(quiet, f"{coverage.describe()}, up to {coverage.max_tokens} tokens")
+    _say(quiet, calls_words(coverage))
     key = key_for(sorts, coverage, plan, ENGINE)
     earlier = open_store(settings).load(key)
     with Progress(settings.budget_s, quiet=quiet) as progress:

@@ -11,6 +11,7 @@ from adaptive_moe.cli.options import cache_folder_here
 from adaptive_moe.disk.file import Stored
 from adaptive_moe.disk.folder import read_file, stored_files
 from adaptive_moe.report.text import summary
+from adaptive_moe.report.words import calls_words
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Entry:
         found = self.stored.table.evidence
         return [
             f"{self.path.name}",
-            f"  {found.coverage.describe()}, up to {found.coverage.max_tokens} tokens, on "
-            f"{found.kernel} for {self.stored.request.engine} ({found.environment.device})",
+            f"  {calls_words(found.coverage)}, on {found.kernel} for {self.stored.request.engine} "
+            f"({found.environment.device})",
             f"  measured {found.created}: {summary(self.stored.table)}",
         ]
 

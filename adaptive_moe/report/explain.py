@@ -23,6 +23,8 @@ def explain(table: PolicyTable, num_tokens: int, *, captured: bool) -> list[str]
                 lines.append(f"    with {100 * fill.fraction:.3g}% of the rows real:")
             verdict = fill.verdict
             lines += [f"    {result_words(verdict, result)}" for result in verdict.results]
+    if not is_for(table, num_tokens):
+        lines.append("  this table is not for so many tokens: another one may be")
     if not captured and num_tokens < found.coverage.busy_from and found.idle:
         lines.append(
             f"  below {found.coverage.busy_from} tokens an eager call may find the device busy or "
@@ -33,6 +35,12 @@ def explain(table: PolicyTable, num_tokens: int, *, captured: bool) -> list[str]
         f"{found.created}; margin {found.rule.margin:.1%}, confidence {found.rule.confidence:.0%}"
     )
     return lines
+
+
+def is_for(table: PolicyTable, num_tokens: int) -> bool:
+    """Is that count among those the table was made for?"""
+    coverage = table.evidence.coverage
+    return num_tokens in coverage.captured or num_tokens in coverage.counts(Situation.BUSY)
 
 
 def _asked(found: Calibration, num_tokens: int, captured: bool) -> tuple[Situation, ...]:

@@ -16,11 +16,19 @@ from typing import Any
 from adaptive_moe.policy.decision import Result, Standing
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.report.words import candidate_words, sections, situation_words, time_us
+from adaptive_moe.report.words import (
+    calls_words,
+    candidate_words,
+    sections,
+    situation_words,
+    time_us,
+)
 
 FORMATS = ("png", "svg")
 # A loss beyond this is drawn at the edge: what matters is near zero.
 MOST_LOST = 0.6
+# Intervals at one count are drawn beside each other.
+APART = 1.012
 MARGIN_LINE = (0, (1, 2))
 
 
@@ -79,7 +87,7 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
         times.set_title(situation_words(found, situation), fontsize=10)
     _draw_legend(figure, table)
     figure.suptitle(
-        f"{found.coverage.describe()}\n{found.kernel}, {found.environment.device}",
+        f"{calls_words(found.coverage)}\n{found.kernel}, {found.environment.device}",
         fontsize=10,
         x=0.01,
         ha="left",
@@ -120,7 +128,7 @@ def _draw_points(times: Any, savings: Any, table: PolicyTable, situation: Situat
             _mark(savings, count, _shown(result.gain), style, result)
             if result.gain_low is not None and result.gain_high is not None:
                 ends = (_shown(result.gain_low), _shown(result.gain_high))
-                savings.vlines(count, *ends, color=style.colour, lw=1.0)
+                savings.vlines(count * APART**index, *ends, color=style.colour, lw=1.0)
     for axes in (times, savings):
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.25, which="both")
@@ -138,18 +146,19 @@ def _draw_band(axes: Any, table: PolicyTable, situation: Situation) -> None:
     """What is applied at each count, with the counts where it changes."""
     found = table.evidence
     runs = table.runs(captured=situation is Situation.GRAPH)
+    least = found.coverage.counts(situation)[0]
     shown = found.coverage.busy_from - 1 if situation is Situation.IDLE else runs[-1][1]
     for first, last, name in runs:
         style = STYLES[found.candidates.index(name) % len(STYLES)]
         # Spans meet halfway between counts, so that the band has no gaps.
         axes.axvspan(max(first - 0.5, 0.75), last + 0.5, **_fill(style))
-        if 1 < first <= shown:
+        if least < first <= shown:
             where = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
             axes.annotate(str(first), (first, 1.04), fontsize=7, **where)
     axes.set_yticks([])
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlim(0.9, max(shown, 2) * 1.1)
+    axes.set_xlim(0.9 * least, max(shown, 2 * least) * 1.1)
     axes.set_xlabel("tokens")
     axes.set_ylabel("applied", rotation=0, ha="right", va="center")
 

@@ -12,6 +12,7 @@ from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable, Run
 from adaptive_moe.report.words import (
     bucket_words,
+    calls_words,
     candidate_words,
     percent,
     plural,
@@ -42,7 +43,7 @@ def headline(table: PolicyTable, *, measured_now: bool = True) -> str:
     found = table.evidence
     when = f"{found.seconds:.2f} s" if measured_now else f"as measured {found.created}"
     return (
-        f"{found.coverage.describe()} on {found.kernel} ({found.environment.device}), baseline "
+        f"{calls_words(found.coverage)}, on {found.kernel} ({found.environment.device}), baseline "
         f"{candidate_words(found.coverage.baseline)}: {summary(table)}; {gains(table)}; {when}"
     )
 

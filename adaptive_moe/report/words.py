@@ -5,6 +5,7 @@ Logs, the command line, plots and the page all take them from here.
 
 from collections.abc import Iterator, Sequence
 
+from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Result, Standing, Verdict
 from adaptive_moe.policy.evidence import Bucket, Calibration
 from adaptive_moe.policy.situation import Situation
@@ -29,6 +30,15 @@ def candidate_words(name: str) -> str:
     """Such as `policy 1 (one-shot)`; other sorts' names speak for themselves."""
     meaning = _MEANINGS.get(name)
     return f"{name} ({meaning})" if meaning else name
+
+
+def calls_words(coverage: Coverage) -> str:
+    """What a table is for, such as `8 experts, ..., block 64, 33 to 2048 tokens`. Where AITER picks
+    the block size by token count, each table is for some of them only."""
+    spans = ", ".join(f"{a} to {b}" if a < b else f"{a}" for a, b in coverage.eager)
+    if coverage.eager == ((1, coverage.max_tokens),):
+        spans = f"up to {coverage.max_tokens}"
+    return f"{coverage.describe()}, {spans} tokens"
 
 
 def sections(found: Calibration) -> Iterator[Situation]:

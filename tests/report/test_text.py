@@ -8,7 +8,7 @@ from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule, Samples, Standing, decide
 from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.report.explain import explain
+from adaptive_moe.report.explain import explain, is_for
 from adaptive_moe.report.text import advice, bucket_table, headline, summary
 from adaptive_moe.shape import SortingShape
 from tests.tables import make_table
@@ -178,6 +178,19 @@ def test_explain_names_the_candidate_the_bucket_the_reason_and_the_evidence(
     assert f"{words}: faster, " in text
     assert "margin 1.0%, confidence 99%" in text
     assert "2026-01-01" in text
+
+
+def test_a_table_for_some_counts_says_for_which():
+    """As each block size that AITER picks by token count has its own."""
+    table = table_of({64: ALL_TIED, 128: ONE_FASTER})
+    coverage = replace(table.evidence.coverage, eager=((33, 64), (100, 100), (120, 128)))
+    table = PolicyTable(replace(table.evidence, coverage=coverage))
+    assert "block 32, 33 to 64, 100, 120 to 128 tokens, on made by hand" in headline(table)
+    assert "block 32, up to 4096 tokens, on made by hand" in headline(TABLE)
+    unfit = "this table is not for so many tokens"
+    for count, fits in ((33, True), (100, True), (8, False), (110, False), (129, False)):
+        assert is_for(table, count) is fits
+        assert (unfit in "\n".join(explain(table, count, captured=False))) is not fits
 
 
 def test_explain_says_why_a_candidate_was_dropped_and_what_a_slower_one_costs():
