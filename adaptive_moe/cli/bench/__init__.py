@@ -59,7 +59,7 @@ def as_text(figures: Mapping[str, Any]) -> str:
     return _FLAT.sub(lambda m: " ".join(m[0].split()), json.dumps(figures, indent=1))
 
 
-def stamp(device: Any = None) -> dict[str, Any]:
+def stamp(device: Any = None, program: str = "adaptive-moe") -> dict[str, Any]:
     """Machine, date, versions and the command: what every committed figure needs beside it."""
     import torch
 
@@ -67,7 +67,7 @@ def stamp(device: Any = None) -> dict[str, Any]:
     from adaptive_moe.policy.plain import to_plain
 
     return {
-        "command": " ".join(["adaptive-moe", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "adaptive_moe": __version__,
         "environment": to_plain(describe_environment(device or torch.device("cpu"))),
