@@ -25,9 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_kernel_options(parser)
     options.add_engine_options(parser)
     measuring = parser.add_argument_group("how")
-    measuring.add_argument(
-        "--budget", metavar="S", help=f"seconds [{options.CPU_BUDGET_S:g} on the CPU, else 0.6]"
-    )
+    options.add_budget(measuring)
     measuring.add_argument("--margin", help="what the baseline must be beaten by [0.01]")
     measuring.add_argument(
         "--buckets", metavar="N,N", help="token counts measured first [powers of two]"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adaptive_moe.cli.engines import ENGINES
 from adaptive_moe.cli.kernel import WHY
-from adaptive_moe.settings import MAX_TOKENS, parse_buckets, read_for_serving
+from adaptive_moe.settings import MAX_TOKENS, Settings, parse_buckets, read_for_serving
 from adaptive_moe.shape import DTYPES, SortingShape
 
 if TYPE_CHECKING:
@@ -69,6 +69,11 @@ def add_kernel_options(parser: argparse.ArgumentParser, names: tuple[str, ...] =
         metavar="N,N",
         help="token counts captured into graphs, or none [vLLM's; none on the CPU]",
     )
+
+
+def add_budget(parser: argparse._ActionsContainer) -> None:
+    usual = f"{CPU_BUDGET_S:g} on the CPU, else {Settings.budget_s:g}"
+    parser.add_argument("--budget", metavar="S", help=f"seconds a table [{usual}]")
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

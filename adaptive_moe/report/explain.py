@@ -26,9 +26,10 @@ def explain(table: PolicyTable, num_tokens: int, *, captured: bool) -> list[str]
     if not is_for(table, num_tokens):
         lines.append("  this table is not for so many tokens: another one may be")
     if not captured and num_tokens < found.coverage.busy_from and found.idle:
+        also = ", and is the choice for graphs, too" if _in_graphs(found, num_tokens) else ""
         lines.append(
             f"  below {found.coverage.busy_from} tokens an eager call may find the device busy or "
-            "idle: the baseline is left only for what is faster in one and loses in neither"
+            f"idle: the baseline is left only for what is faster in one and loses in neither{also}"
         )
     lines.append(
         f"  {found.kernel} on {found.environment.device}, torch {found.environment.torch}, "
@@ -49,7 +50,13 @@ def _asked(found: Calibration, num_tokens: int, captured: bool) -> tuple[Situati
         return (Situation.GRAPH,)
     if num_tokens >= found.coverage.busy_from:
         return (Situation.BUSY,)
-    return (Situation.BUSY, Situation.IDLE)
+    graphs = (Situation.GRAPH,) if found.idle and _in_graphs(found, num_tokens) else ()
+    return (*graphs, Situation.BUSY, Situation.IDLE)
+
+
+def _in_graphs(found: Calibration, num_tokens: int) -> bool:
+    """Do graphs hold as many tokens? Then they have a say in eager calls, too (policy/table.py)."""
+    return bool(found.graph) and num_tokens <= found.graph[-1].num_tokens
 
 
 def _served(num_tokens: int, bucket: Bucket) -> str:

@@ -213,5 +213,16 @@ def test_explain_shows_both_situations_below_busy_from_and_one_above():
     assert "device busy" in below
     assert "device idle" in below
     assert "below 9 tokens an eager call may find the device busy or idle" in below
+    assert "for graphs" not in below
     above = "\n".join(explain(table, 64, captured=False))
     assert "device idle" not in above
+
+
+def test_explain_shows_graphs_where_they_have_a_say_in_eager_calls():
+    """One that is faster in both eager situations is not applied where graphs choose another."""
+    both = {8: ONE_FASTER, 64: ONE_FASTER}
+    table = table_of(both, graph={16: TWO_FASTER}, idle=both, busy_from=17)
+    lines = explain(table, 8, captured=False)
+    assert lines[0] == "8 tokens, eager: policy 0 (AITER's rule)"
+    assert lines[1] == "  graph replay, measured at 16 tokens, the next bucket up"
+    assert "loses in neither, and is the choice for graphs, too" in "\n".join(lines)
