@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,18 @@ STYLES = (
 
 
 def plot_format(path: str) -> str:
-    """`png` or `svg`, by the suffix; svg for standard output. ValueError for another one."""
+    """`png` or `svg`, by the suffix; svg for standard output. ValueError for another one, or where
+    matplotlib is missing, with what to install."""
     suffix = Path(path).suffix.lower().removeprefix(".") if path != "-" else "svg"
     if suffix not in FORMATS:
         raise ValueError(f"{path} is not accepted: give a file that ends in .svg or .png")
+    check_matplotlib()
     return suffix
+
+
+def check_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install matplotlib")
 
 
 def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
@@ -69,11 +77,9 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
     Raises:
         ValueError: matplotlib is missing, with what to install.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install matplotlib") from None
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     found = table.evidence
     measured = list(sections(found))
     figure = Figure(figsize=(max(4.4 * len(measured), 6.4) + 2.4, 5.6), layout="constrained")
@@ -92,9 +98,16 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
         x=0.01,
         ha="left",
     )
+    return as_file(figure, image_format)
+
+
+def as_file(figure: Any, image_format: str) -> bytes:
+    """A figure as a file's content. Text stays text, and nothing depends on the moment or on
+    chance."""
+    from matplotlib import rc_context
+
     out = io.BytesIO()
-    # Text stays text, and nothing depends on the moment or on chance.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "adaptive-moe"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "adaptive-moe"}):
         metadata = {"Date": None} if image_format == "svg" else {}
         figure.savefig(out, dpi=150, format=image_format, metadata=metadata)
     return out.getvalue()

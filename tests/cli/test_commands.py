@@ -127,6 +127,17 @@ def test_plot_says_what_it_wrote_and_writes_pngs_and_standard_output(
     assert cli.main(["plot", "--output", "-", "--table", "256x8"]) == 2
 
 
+def test_without_matplotlib_plots_end_before_anything_is_measured_and_a_page_has_none(
+    engines_cache, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("adaptive_moe.report.plot.find_spec", lambda name: None)
+    for words in (["plot", "--output", "x.svg"], ["bench", "sorts", "--plot", "x.png"]):
+        assert cli.main(words) == 2
+        assert capsys.readouterr().err.endswith("plots need matplotlib: pip install matplotlib\n")
+    assert "without plots: plots need matplotlib" in main(capsys, "page", tmp_path / "start.html")
+    assert "<svg" not in (tmp_path / "start.html").read_text()
+
+
 def test_list_names_what_is_kept_and_what_is_not_usable(engines_cache, capsys):
     bad = engines_cache / "something-0123456789abcdef.json"
     bad.write_text("{}")

@@ -18,6 +18,7 @@ from typing import Any
 
 from adaptive_moe import __version__
 from adaptive_moe.cli import LazyParser, output
+from adaptive_moe.report.plot import plot_format
 
 _FLAT = re.compile(r"\[[^\[\]{}]*\]|\{[^\[\]{}]*\}")
 
@@ -37,8 +38,11 @@ def add_options(parser: LazyParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.out is not None:
-        output.check_place(args.out)
+    if plot := getattr(args, "plot", None):
+        plot_format(plot)
+    for path in (args.out, plot):
+        if path:
+            output.check_place(path)
     module = import_module(f"adaptive_moe.cli.bench.{args.bench}")
     figures = {"bench": args.bench, **module.run(args)}
     text = as_text(figures)

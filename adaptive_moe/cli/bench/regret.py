@@ -50,7 +50,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from adaptive_moe.cli.bench import stamp
     from adaptive_moe.report.plot import draw, plot_format
 
-    image_format = plot_format(args.plot) if args.plot else ""
     seam = open_seam(args.kernel)
     on_cpu = not seam.on_gpu
     max_tokens = options.max_tokens_from(args, on_cpu=on_cpu)
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             }
         results[model] = shape_result(table, points)
         if args.plot and len(results) == 1:
-            output.write(args.plot, draw(table, image_format))
+            output.write(args.plot, draw(table, plot_format(args.plot)))
     return {**stamp(seam.device), "kernel": seam.name, "sorts": args.sorts, "shapes": results}
 
 
