@@ -74,7 +74,7 @@ def shell(tmp_path):
 
 def test_readmes_own_commands_run_as_printed(shell, tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split(NEXT)[1].split("\n\n")[1]
+    block = re.search(r"(?:^    .+\n)+", text.split(NEXT)[1], re.MULTILINE)[0]
     lines = [line.strip() for line in block.splitlines()]
     assert len(lines) > 6
     for line in lines:

@@ -8,6 +8,8 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import shutil
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -42,6 +44,17 @@ class Finding:
     ok: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def lines(self, indent: int, columns: int) -> list[str]:
+        """The topic, and beside it the text, no wider than so many columns."""
+        return textwrap.wrap(
+            ("" if self.ok else "NOT OK: ") + self.text,
+            columns,
+            initial_indent=self.topic.ljust(indent),
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     output.add_json(parser)
@@ -49,11 +62,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     findings = diagnose(os.environ)
-    width = max(len(finding.topic) for finding in findings)
-    lines = [
-        f"{finding.topic.ljust(width)}  {'' if finding.ok else 'NOT OK: '}{finding.text}"
-        for finding in findings
-    ]
+    width = max(len(finding.topic) for finding in findings) + 2
+    # On a terminal in columns; elsewhere a line a finding.
+    columns = max(shutil.get_terminal_size(fallback=(10_000, 0)).columns, 2 * width)
+    lines = [line for finding in findings for line in finding.lines(width, columns)]
     plain = [{**asdict(finding), **finding.facts} for finding in findings]
     for entry in plain:
         del entry["facts"]

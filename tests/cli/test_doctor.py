@@ -46,6 +46,19 @@ def outlook(**environ):
     return found.text, found.ok
 
 
+def test_a_terminal_gets_columns_and_a_file_a_line_a_finding(machine, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", "/tmp")  # a long path is not broken
+    cli.main(["doctor"])
+    whole = capsys.readouterr().out.splitlines()
+    assert len(whole) == len(doctor.diagnose(os.environ))
+    monkeypatch.setenv("COLUMNS", "100")
+    cli.main(["doctor"])
+    columns = capsys.readouterr().out.splitlines()
+    assert len(columns) > len(whole)
+    assert all(len(line) <= 100 for line in columns)
+
+
 def test_nothing_asked_for_is_nothing_wrong(machine):
     text, ok = outlook()
     assert text.startswith("nothing: AITER and the engine as they are")
