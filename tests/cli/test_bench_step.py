@@ -204,7 +204,7 @@ def test_every_sort_of_a_seam_is_timed_beside_recorded_times(tmp_path):
     assert list(rows[0]["us"]) == policies
     assert list(rows[1]["us"]) == [*policies, "recorded a sort"]
     best = min(rows[1]["us"][name] for name in policies)
-    assert rows[1]["ratio"]["recorded a sort"] == pytest.approx(12.5 / best, rel=1e-3)
+    assert rows[1]["ratio"]["recorded a sort"] == pytest.approx(12.5 / best, abs=1e-4)
     text = list(sorts.lines(found))
     assert text[0].startswith("qwen3-30b, busy")
     assert sum("*" in line for line in text[2:]) == 2  # the fastest here, at each count
