@@ -163,14 +163,14 @@ VARIABLES = (
     ),
     Variable(
         "ADAPTIVE_MOE_BUDGET_S",
-        "1.5",
+        f"{Settings.budget_s:g}",
         _SECONDS,
         "most wall-clock time one shape's measurement may take",
         _budget,
     ),
     Variable(
         "ADAPTIVE_MOE_MARGIN",
-        "0.01",
+        f"{Settings.margin:g}",
         _FRACTION,
         "the baseline stays unless another is faster by more than this, with confidence",
         _margin,

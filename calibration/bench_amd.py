@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from adaptive_moe.kernels.aiter import find_aiter
 from calibration.record import as_text, stamp
 
 ROOT = Path(__file__).parents[1]
@@ -33,13 +34,22 @@ SAID = 4000
 
 
 def main() -> int:
-    """0 where every part gave its figures, 1 where one did not; the file is written either way."""
+    """0 where every part gave its figures, 1 where one did not; the file is written either way. 2
+    where there is no AITER to measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--models", default=MODELS, help=f"known models [{MODELS}]")
     parser.add_argument("--kernel", default="aiter", help="another is a rehearsal [aiter]")
     parser.add_argument("--quick", action="store_true", help="seconds, with figures of no worth")
     parser.add_argument("--out", type=Path, help="a file, instead of one in calibration/results/")
     args = parser.parse_args()
+    problem = find_aiter().problem
+    if args.kernel == "aiter" and problem is not None:
+        print(
+            f"bench_amd: {problem}: run it with the Python that has AITER, as in "
+            "make bench-amd GPU_PYTHON=/opt/venv/bin/python",
+            file=sys.stderr,
+        )
+        return 2
     found: dict[str, Any] = {"bench": "amd", **stamp(_device()), "quick": args.quick, "parts": {}}
     path = (
         args.out

@@ -1,4 +1,4 @@
-"""README and docs print commands that work: README's are run as printed, all others parsed."""
+"""README and docs print commands that work: README's and the examples run, all others parse."""
 
 import os
 import re
@@ -12,14 +12,16 @@ import pytest
 from adaptive_moe import cli
 
 ROOT = Path(__file__).parents[1]
-PAPERS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAPERS = [*sorted(ROOT.glob("[CRS]*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 NEXT = "## What to type next"
 
 
 def code(path):
     """Lines of commands: indented or fenced, continued lines joined, and what is in backticks."""
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in fenced for line in block.splitlines()]
+    lines += [line.strip() for line in text.splitlines() if line.startswith("    ")]
     return lines + re.findall(r"`([^`\n]+)`", text)
 
 
@@ -43,11 +45,9 @@ def test_every_command_line_in_the_papers_is_accepted(path, capsys):
             pytest.fail(f"{path.name}: adaptive-moe {command}: {capsys.readouterr().err}")
 
 
-def test_readmes_own_commands_run_as_printed(tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split(NEXT)[1].split("\n\n")[1]
-    lines = [line.strip() for line in block.splitlines()]
-    assert len(lines) > 6
+@pytest.fixture
+def shell(tmp_path):
+    """Run a line as somebody would who has adaptive-moe on the path; what it printed."""
     ours = tmp_path / "adaptive-moe"
     ours.write_text(f'#!/bin/sh\nexec {sys.executable} -m adaptive_moe "$@"\n')
     ours.chmod(0o755)
@@ -55,13 +55,52 @@ def test_readmes_own_commands_run_as_printed(tmp_path):
     environ = {key: value for key, value in os.environ.items() if key not in chosen}
     environ["PATH"] = f"{tmp_path}{os.pathsep}{environ['PATH']}"
     environ |= {"PYTHONPATH": str(ROOT), "ADAPTIVE_MOE_CACHE_DIR": str(tmp_path / "cache")}
-    for line in lines:
+
+    def run(line, **variables):
         done = subprocess.run(
-            line, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+            line,
+            shell=True,
+            cwd=tmp_path,
+            env={**environ, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
+        return done.stdout
+
+    return run
+
+
+def test_readmes_own_commands_run_as_printed(shell, tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"(?:^    .+\n)+", text.split(NEXT)[1], re.MULTILINE)[0]
+    lines = [line.strip() for line in block.splitlines()]
+    assert len(lines) > 6
+    for line in lines:
+        shell(line)
     for name in ("times.svg", "start.html", "tables.json"):
         assert (tmp_path / name).stat().st_size > 1000
+    assert (tmp_path / "start.html").read_text(encoding="utf-8").count("<svg") == 1
+
+
+def test_the_examples_run_on_the_stand_in(shell, tmp_path):
+    on_standin = {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "aiter_standin"))),
+        "OMP_NUM_THREADS": "1",
+    }
+    quick = {"ENGINE": "plain", "BUDGET": "0.5", "MAX_TOKENS": "16", "SIZES": "1,2"}
+    script = shlex.quote(str(ROOT / "examples" / "tune_and_ship.sh"))
+    said = shell(f"{script} fleet.json", **on_standin, **quick)
+    assert "1 calibrations written to fleet.json" in said
+    shell("adaptive-moe cache import fleet.json", **on_standin, ADAPTIVE_MOE_CACHE_DIR="other")
+    text = (ROOT / "examples" / "plain_aiter.py").read_text(encoding="utf-8")
+    small = text.replace('"cuda"', '"cpu"').replace("4096, 1024, 4096", "64, 32, 64")
+    assert small != text
+    (tmp_path / "plain.py").write_text(small, encoding="utf-8")
+    said = shell(f"{sys.executable} plain.py", **on_standin)
+    assert "WarmUp([8 experts, topk 2, dim 64" in said
+    assert "unknown=1" in said  # the forward before warm_up
 
 
 def test_make_targets_and_files_that_the_papers_name_exist():

@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn
 
 # command -> its module here, and what it does.
 COMMANDS = {
@@ -59,10 +60,27 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         return _end(name, str(error), 1)
 
 
+class Help(argparse.HelpFormatter):
+    """As wide as the terminal; argparse would import shutil to find that out."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
+        except (OSError, ValueError):
+            columns = 80
+        super().__init__(prog, width=columns - 2)
+
+
 class LazyParser(argparse.ArgumentParser):
     """A parser that adds its options when it is asked to parse, and not before."""
 
     fill: "Callable[[LazyParser], None] | None" = None
+
+    def __init__(self, **options: "Any") -> None:
+        super().__init__(formatter_class=Help, **options)
+
+    def error(self, message: str) -> "NoReturn":
+        self.exit(2, f"{self.prog}: {message}: `{self.prog} --help` says what is accepted\n")
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         if self.fill is not None:

@@ -96,7 +96,10 @@ def _prune(folder: Path, args: argparse.Namespace) -> int:
 def _export(folder: Path, args: argparse.Namespace) -> int:
     found = list(entries(folder))
     usable = [entry.stored for entry in found if entry.stored is not None]
-    skipped = [entry.line() for entry in found if entry.stored is None]
+    skipped = [line for entry in found if entry.stored is None for line in entry.lines()]
+    if not usable:
+        nothing = f"nothing in {folder} can be exported: run `adaptive-moe calibrate`"
+        raise RuntimeError("; ".join([nothing, *skipped]))
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     output.write(args.file, export_text(usable, now).encode("utf-8"))
     if args.file == output.STDOUT:

@@ -25,9 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_kernel_options(parser)
     options.add_engine_options(parser)
     measuring = parser.add_argument_group("how")
-    measuring.add_argument(
-        "--budget", metavar="S", help=f"seconds [{options.CPU_BUDGET_S:g} on the CPU, else 0.6]"
-    )
+    options.add_budget(measuring)
     measuring.add_argument("--margin", help="what the baseline must be beaten by [0.01]")
     measuring.add_argument(
         "--buckets", metavar="N,N", help="token counts measured first [powers of two]"
@@ -47,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         output.check_place(args.output)
     name, why = kernel.choose(args.kernel)
+    if name != "aiter" and (given := options.for_aiter_alone(args)):
+        raise options.UsageError(
+            f"{', '.join(given)} would change nothing {why}: leave it out, or give --kernel aiter"
+        )
     quiet = args.json or args.output == output.STDOUT
     if name != "aiter":
         on_cpu = name == "cpu"
@@ -78,12 +80,13 @@ def _on_kernel(args: argparse.Namespace, name: str, settings: Settings, *, quiet
     from adaptive_moe.disk.file import Stored, key_for
     from adaptive_moe.disk.folder import open_store
     from adaptive_moe.policy.decision import Rule
+    from adaptive_moe.report.words import calls_words
     from adaptive_moe.tuning.calibrator import Plan, calibrate
 
     coverage = options.coverage_from(args, on_cpu=name == "cpu")
     sorts = kernel.load(name)
     plan = Plan(settings.buckets, settings.budget_s, Rule(margin=settings.margin))
-    _say(quiet, f"{coverage.describe()}, up to {coverage.max_tokens} tokens")
+    _say(quiet, calls_words(coverage))
     key = key_for(sorts, coverage, plan, ENGINE)
     earlier = open_store(settings).load(key)
     with Progress(settings.budget_s, quiet=quiet) as progress:
@@ -105,9 +108,11 @@ def _finish(args: argparse.Namespace, settings: Settings, made: "Sequence[Stored
         print(text, end="")
     elif args.output != output.STDOUT:
         print("\n".join(line for table in tables for line in _lines(table)))
-    if args.output is not None:
-        output.write(args.output, text.encode("utf-8"))
-    kept = [_keep(stored, cache_folder(settings)) for stored in made]
+    try:
+        kept = [_keep(stored, cache_folder(settings)) for stored in made]
+    finally:  # a disk that is full here may have room there
+        if args.output is not None:
+            output.write(args.output, text.encode("utf-8"))
     if not args.json and args.output != output.STDOUT:
         files = [*kept, *([args.output] if args.output else [])]
         print("\n".join(f"written to {path}" for path in files))

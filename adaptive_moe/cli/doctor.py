@@ -8,13 +8,17 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import shutil
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from adaptive_moe import __version__
 from adaptive_moe.cli import output
-from adaptive_moe.kernels.aiter import AiterInstall, find_aiter
+from adaptive_moe.cli.engines import ENGINES, PLUGIN, Engine
+from adaptive_moe.kernels import POLICIES
+from adaptive_moe.kernels.aiter import AiterInstall, find_aiter, meaning_of
 from adaptive_moe.report.words import plural
 from adaptive_moe.settings import (
     ENGINE_VARIABLE,
@@ -27,32 +31,7 @@ from adaptive_moe.settings import (
     read_for_serving,
 )
 
-PLUGIN = "adaptive_moe"
 ON = ("1", "true")
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How an engine finds our plugin and AITER. allow names the plugins to load, where it is set;
-    aiter switches AITER on."""
-
-    name: str
-    group: str
-    allow: str
-    aiter: str
-
-    def loads_us(self, environ: Mapping[str, str]) -> bool:
-        allowed = environ.get(self.allow)
-        # vLLM takes an empty list at its word, SGLang as no list.
-        if allowed is None or (not allowed and self.name == "sglang"):
-            return True
-        return PLUGIN in (name.strip() for name in allowed.split(","))
-
-
-ENGINES = (
-    Engine("vllm", "vllm.general_plugins", "VLLM_PLUGINS", "VLLM_ROCM_USE_AITER"),
-    Engine("sglang", "sglang.srt.plugins", "SGLANG_PLUGINS", "SGLANG_USE_AITER"),
-)
 
 
 @dataclass(frozen=True)
@@ -65,6 +44,17 @@ class Finding:
     ok: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def lines(self, indent: int, columns: int) -> list[str]:
+        """The topic, and beside it the text, no wider than so many columns."""
+        return textwrap.wrap(
+            ("" if self.ok else "NOT OK: ") + self.text,
+            columns,
+            initial_indent=self.topic.ljust(indent),
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     output.add_json(parser)
@@ -72,11 +62,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     findings = diagnose(os.environ)
-    width = max(len(finding.topic) for finding in findings)
-    lines = [
-        f"{finding.topic.ljust(width)}  {'' if finding.ok else 'NOT OK: '}{finding.text}"
-        for finding in findings
-    ]
+    width = max(len(finding.topic) for finding in findings) + 2
+    # On a terminal in columns; elsewhere a line a finding.
+    columns = max(shutil.get_terminal_size(fallback=(10_000, 0)).columns, 2 * width)
+    lines = [line for finding in findings for line in finding.lines(width, columns)]
     plain = [{**asdict(finding), **finding.facts} for finding in findings]
     for entry in plain:
         del entry["facts"]
@@ -139,7 +128,7 @@ def _engine(engine: Engine, environ: Mapping[str, str], settings: Settings) -> F
     uses_aiter = environ.get(engine.aiter, "").strip().lower() in ON
     problem = None
     if not registered:
-        problem = f"the plugin is not registered in {engine.group}: pip install adaptive-moe here"
+        problem = f"the plugin is not registered in {engine.group}: install adaptive_moe again"
     elif not loaded:
         names = f"{engine.allow}={environ[engine.allow]!r}"
         problem = f"{names} leaves {PLUGIN} out: add it, or unset {engine.allow}"
@@ -192,7 +181,9 @@ def _unwritable(folder: str) -> str | None:
 def _variable(variable: Variable, environ: Mapping[str, str], problems: tuple[str, ...]) -> Finding:
     value = environ.get(variable.name) or None
     problem = next((p for p in problems if p.startswith(f"{variable.name}={value!r}")), None)
-    shown = f"unset ({variable.default})" if value is None else repr(value)
+    shown = repr(value) if value is not None else "unset"
+    if value is None and variable.default != "unset":
+        shown += f", so {variable.default}"
     text = problem or f"{shown}; {variable.meaning}; accepts {variable.accepts}"
     facts = {"value": value, "default": variable.default, "accepts": variable.accepts}
     return Finding(variable.name, text, ok=problem is None, facts=facts)
@@ -221,10 +212,9 @@ def _outlook(
         return finding(f"nothing changes: {why}", ok=False)
     where = f"in {' and '.join(working)}" if working else "after adaptive_moe.install()"
     if settings.mode is Mode.FIXED:
-        taken = "" if (settings.fixed_policy or 0) < 3 else ", which AITER takes as 2, multi-phase"
-        return finding(
-            f"policy {settings.fixed_policy} for every call {where}{taken}; nothing is measured"
-        )
+        policy = settings.fixed_policy or 0
+        what = "" if policy in POLICIES else f", {meaning_of(policy)}"
+        return finding(f"policy {policy} for every call {where}{what}; nothing is measured")
     return finding(f"each sorting shape is measured at warm-up {where}, if no stored table fits")
 
 

@@ -5,7 +5,7 @@ import argparse
 from adaptive_moe.cli import output
 from adaptive_moe.cli.options import UsageError
 from adaptive_moe.cli.source import add_table, tables_of
-from adaptive_moe.report.explain import explain
+from adaptive_moe.report.explain import explain, is_for
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--tokens={args.tokens} is not accepted: give a token count of 1 or more")
     sources = tables_of(args)
     lines, plain = [sources.where], []
-    for found in sources.tables:
+    # Of the tables of one model each block size has its own counts.
+    fitting = [found for found in sources.tables if is_for(found.table, args.tokens)]
+    for found in fitting or sources.tables:
         why = explain(found.table, args.tokens, captured=args.graph)
         lines += [found.describe(), *why]
         plain.append(

@@ -5,33 +5,37 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from adaptive_moe.kernels import SortKernel
 
-REHEARSAL = (
-    "on the CPU kernel: this is a rehearsal that tunes nothing, since no engine sorts with it"
-)
+# Our own kernels, best first, and what it means to calibrate one.
+WHY = {
+    "triton": "on our Triton kernel, which engines use only where ADAPTIVE_MOE_SORTS says so",
+    "cpu": (
+        "on the CPU kernel: this is a rehearsal that tunes nothing, since no engine sorts with it"
+    ),
+}
 
 
 def choose(asked: str) -> tuple[str, str]:
-    """aiter, triton or cpu, and why in words for whoever reads the result."""
+    """aiter, triton or cpu, and why in words for whoever reads the result.
+
+    Raises KernelUnavailableError where AITER is asked for by name and cannot be used.
+    """
     import torch
 
+    from adaptive_moe.kernels import KernelUnavailableError
     from adaptive_moe.kernels.aiter import find_aiter
 
-    if asked == "cpu":
-        return "cpu", REHEARSAL
+    if asked in WHY:
+        return asked, WHY[asked]
     aiter, gpu = find_aiter(), torch.cuda.is_available()
-    if asked == "aiter":
-        return "aiter", f"on AITER {aiter.version}, which is what engines sort with"
-    if asked == "triton":
-        return (
-            "triton",
-            "on our Triton kernel, which engines use only where ADAPTIVE_MOE_SORTS says so",
+    if asked == "aiter" and aiter.problem is not None:
+        raise KernelUnavailableError(
+            f"--kernel aiter cannot run here, {aiter.problem}: run this where the engine serves; "
+            "--kernel cpu rehearses it"
         )
-    if aiter.problem is None and gpu:
+    if asked == "aiter" or (aiter.problem is None and gpu):
         return "aiter", f"on AITER {aiter.version}, which is what engines sort with"
-    why = aiter.problem or "AITER needs a GPU, and torch sees none"
-    if gpu and _has_triton():
-        return "triton", f"on our Triton kernel: {why}"
-    return "cpu", f"{REHEARSAL}; {why}"
+    name = "triton" if gpu and _has_triton() else "cpu"
+    return name, f"{WHY[name]}; {aiter.problem or 'AITER needs a GPU, and torch sees none'}"
 
 
 def load(name: str) -> "SortKernel":

@@ -11,6 +11,7 @@ from adaptive_moe.cli.options import cache_folder_here
 from adaptive_moe.disk.file import Stored
 from adaptive_moe.disk.folder import read_file, stored_files
 from adaptive_moe.report.text import summary
+from adaptive_moe.report.words import calls_words
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,16 @@ class Entry:
     stored: Stored | None
     problem: str = ""
 
-    def line(self) -> str:
+    def lines(self) -> list[str]:
         if self.stored is None:
-            return f"{self.path.name}: not usable, {self.problem}"
+            return [f"{self.path.name}: not usable, {self.problem}"]
         found = self.stored.table.evidence
-        return (
-            f"{self.path.name}: {found.coverage.describe()} on {found.kernel} for "
-            f"{self.stored.request.engine} ({found.environment.device}), up to "
-            f"{found.coverage.max_tokens} tokens, measured {found.created}: "
-            f"{summary(self.stored.table)}"
-        )
+        return [
+            f"{self.path.name}",
+            f"  {calls_words(found.coverage)}, on {found.kernel} for {self.stored.request.engine} "
+            f"({found.environment.device})",
+            f"  measured {found.created}: {summary(self.stored.table)}",
+        ]
 
     def plain(self) -> dict[str, Any]:
         found: dict[str, Any] = {"file": str(self.path), "usable": self.stored is not None}
@@ -58,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = cache_folder_here()
     found = list(entries(folder))
-    lines = [entry.line() for entry in found] or [f"nothing is kept in {folder}"]
+    lines = [line for entry in found for line in entry.lines()] or [f"nothing is kept in {folder}"]
     plain = {"folder": str(folder), "entries": [entry.plain() for entry in found]}
     output.report(args, lines, plain)
     return 0

@@ -5,15 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptive_moe.settings import MAX_TOKENS, parse_buckets, read_for_serving
+from adaptive_moe.cli.engines import ENGINES
+from adaptive_moe.cli.kernel import WHY
+from adaptive_moe.settings import MAX_TOKENS, Settings, parse_buckets, read_for_serving
 from adaptive_moe.shape import DTYPES, SortingShape
 
 if TYPE_CHECKING:
     from adaptive_moe.models import Model
     from adaptive_moe.policy.coverage import Coverage
 
-KERNELS = ("auto", "aiter", "triton", "cpu")
-ENGINES = ("plain", "vllm", "sglang")
+KERNELS = ("auto", "aiter", *WHY)
+PLAIN = "plain"
 QUANTS = ("none", "fp8", "fp8-block", "mxfp4")
 # What the CPU kernel is given where nothing is said: it is a thousand times slower than a GPU.
 CPU_BUDGET_S, CPU_MAX_TOKENS, GPU_MAX_TOKENS = 30.0, 4096, 16384
@@ -69,14 +71,19 @@ def add_kernel_options(parser: argparse.ArgumentParser, names: tuple[str, ...] =
     )
 
 
+def add_budget(parser: argparse._ActionsContainer) -> None:
+    usual = f"{CPU_BUDGET_S:g} on the CPU, else {Settings.budget_s:g}"
+    parser.add_argument("--budget", metavar="S", help=f"seconds a table [{usual}]")
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which engine's calls are meant, with --kernel aiter."""
     engine = parser.add_argument_group("which engine's calls, on AITER")
     engine.add_argument(
         "--for",
         dest="engine",
-        choices=ENGINES,
-        default="plain",
+        choices=(PLAIN, *(engine.name for engine in ENGINES)),
+        default=PLAIN,
         help="whose start is to find the table [plain: adaptive_moe.warm_up]",
     )
     engine.add_argument(
@@ -90,6 +97,17 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         choices=QUANTS,
         help="the experts' weights, which AITER's block sizes depend on [the config's]",
     )
+
+
+def for_aiter_alone(args: argparse.Namespace) -> list[str]:
+    """The options given that no other kernel than AITER looks at."""
+    given = {
+        "--for": args.engine != PLAIN,
+        "--tp": args.tp != 1,
+        "--inter": args.inter is not None,
+        "--quant": args.quant is not None,
+    }
+    return [name for name, is_given in given.items() if is_given]
 
 
 def shape_from(args: argparse.Namespace) -> SortingShape:

@@ -43,7 +43,7 @@ def check_place(path: str) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be written ({error.strerror}): give another --output"
+            f"{path} cannot be written ({error.strerror}): give another place"
         ) from None
 
 

@@ -12,7 +12,7 @@ PLAIN_EVERY_S = 10.0
 class Progress:
     """Shows what is measured, how long that has taken, and the budget, on standard error.
 
-    Called with (buckets measured so far, of how many known by now, what comes next). The budget is
+    Called with (the number of the step, of how many known by now, what it measures). The budget is
     what runs out, so it is what the bar is of. Nothing is shown where `quiet`.
     """
 
@@ -44,10 +44,10 @@ class Progress:
         elapsed = now - self.begun
         if self.bar is not None:
             self.bar.n = min(elapsed, self.budget_s)
-            self.bar.set_description_str(f"{done}/{total} buckets, {what}")
+            self.bar.set_description_str(f"step {done}, {what}")
         elif not self.quiet and now - self.said >= PLAIN_EVERY_S:
             self.said = now
-            line = f"{elapsed:.1f} of {self.budget_s:.1f} s: {done}/{total} buckets, {what}"
+            line = f"{elapsed:.1f} of {self.budget_s:.1f} s: step {done}, {what}"
             print(line, file=sys.stderr, flush=True)
 
     def __exit__(

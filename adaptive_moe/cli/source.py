@@ -11,6 +11,7 @@ from adaptive_moe.disk.folder import read_file, stored_files
 from adaptive_moe.disk.reader import find, newest, read_any
 from adaptive_moe.models import ModelError, find_model
 from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.report.words import calls_words
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Found:
         """The heading of whatever is printed about it."""
         found = self.table.evidence
         whose = f" for {self.engine}" if self.engine else ""
-        return f"{found.coverage.describe()} on {found.kernel}{whose} ({found.environment.device})"
+        device = found.environment.device
+        return f"{calls_words(found.coverage)}, on {found.kernel}{whose} ({device})"
 
 
 @dataclass(frozen=True)

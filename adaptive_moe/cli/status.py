@@ -3,10 +3,30 @@
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 from adaptive_moe.cli import output
 from adaptive_moe.cli.options import cache_folder_here
 from adaptive_moe.disk.status import ProcessStatus, read_all
+
+# Where a table came from, and when it was measured.
+ORIGINS = {
+    "stored": "from the cache folder, measured",
+    "measured": "measured by this process",
+    "agreed": "agreed by all ranks, measured",
+}
+# What became of a call, as adaptive_moe.Counts has it.
+CALLS = {
+    "chosen": "took what was measured to be faster",
+    "baseline": "stayed with the baseline",
+    "fixed": "took the policy that the variable names",
+    "own": "kept the caller's own policy",
+    "passed": "had nothing to choose",
+    "odd": "could not be read",
+    "unknown": "had no table (yet)",
+    "fell_back": "fell back to the baseline",
+    "failed": "met a failure of ours",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +41,14 @@ def run(args: argparse.Namespace) -> int:
         f"no process that uses {folder} has written its status: servers do at their warm-up; with "
         "another ADAPTIVE_MOE_CACHE_DIR they write there"
     )
-    plain = {"folder": str(folder), "processes": [asdict(status) for status in found]}
+    plain = {"folder": str(folder), "processes": [_plain(status) for status in found]}
     output.report(args, lines or [nothing], plain)
     return 0
+
+
+def _plain(status: ProcessStatus) -> dict[str, Any]:
+    counted = {"calls": dict(status.calls), "captured": dict(status.captured)}
+    return asdict(status) | counted
 
 
 def _lines(status: ProcessStatus) -> Iterator[str]:
@@ -34,11 +59,13 @@ def _lines(status: ProcessStatus) -> Iterator[str]:
     )
     for table in status.tables:
         yield f"  {table.calls} on {table.kernel} ({table.device})"
-        open_ = "" if table.settled else ", some buckets unsettled"
-        yield f"    {table.origin}, measured {table.measured}{open_}: {table.decided}"
+        origin = ORIGINS.get(table.origin, table.origin)
+        yield f"    {origin} {table.measured}: {table.decided}"
     for problem in status.problems:
         yield f"  without a table: {problem}"
-    for what, counted in (("calls", status.calls), ("captured calls", status.captured)):
-        told = ", ".join(f"{number} {name}" for name, number in counted if number)
-        if told:
-            yield f"  {what}: {told}"
+    told = [f"{n:,} {CALLS.get(name, name)}" for name, n in status.calls if n]
+    if told:
+        yield f"  calls: {', '.join(told)}"
+    graphs = [f"{n:,} calls of {name}" for name, n in status.captured if n]
+    if graphs:
+        yield f"  the graphs hold {', '.join(graphs)}"

@@ -92,8 +92,7 @@ def load_kernel(name: str) -> SortKernel:
             from adaptive_moe.kernels import triton_sort
         except ImportError as error:
             raise KernelUnavailableError(
-                f"kernel 'triton' needs the package triton ({error}): "
-                "pip install 'adaptive-moe[triton]'"
+                f"kernel 'triton' needs the package triton ({error}): pip install triton"
             ) from error
         device = torch.device("cuda", torch.cuda.current_device())
         return SortKernel("triton", device, policy_candidates(triton_sort.moe_sorting))

@@ -12,7 +12,7 @@ from adaptive_moe.policy.environment import Environment
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.text import advice, bucket_heads, bucket_rows, gains, kept
-from adaptive_moe.report.words import candidate_words, sections, situation_words
+from adaptive_moe.report.words import calls_words, candidate_words, sections, situation_words
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 2rem auto;
@@ -61,10 +61,10 @@ def _overview(tables: Sequence[PolicyTable]) -> Iterator[str]:
     rows = []
     for number, table in enumerate(tables):
         found = table.evidence
-        link = f'<a href="#table{number}">{escape(found.coverage.describe())}</a>'
+        link = f'<a href="#table{number}">{escape(calls_words(found.coverage))}</a>'
         cells = (candidate_words(found.coverage.baseline), gains(table), kept(found))
         rows.append([link, *map(escape, cells)])
-    heads = ["what is sorted", "baseline", "applied where measured", "baseline kept"]
+    heads = ["what is sorted", "baseline", "gain where another is applied", "baseline kept"]
     yield _html_table(heads, rows, "left")
 
 
@@ -83,7 +83,7 @@ def _environments(tables: Sequence[PolicyTable]) -> Iterator[str]:
 def _section(number: int, table: PolicyTable, plot: str) -> Iterator[str]:
     found = table.evidence
     yield f'<section id="table{number}">'
-    yield f"<h2>{escape(found.coverage.describe())}</h2>"
+    yield f"<h2>{escape(calls_words(found.coverage))}</h2>"
     yield (
         f'<p class="quiet">{escape(found.kernel)}, baseline '
         f"{escape(candidate_words(found.coverage.baseline))}; measured {escape(found.created)} in "
@@ -108,8 +108,10 @@ def _applied(table: PolicyTable) -> str:
     if table.evidence.section(Situation.GRAPH):
         kinds.insert(0, ("captured", True))
     for kind, captured in kinds:
+        least = table.evidence.coverage.eager[0][0] if kind == "eager" else 1
         for first, last, name in table.runs(captured=captured):
-            span = str(first) if first == last else f"{first} to {last}"
+            begins = max(first, least)
+            span = str(last) if begins == last else f"{begins} to {last}"
             rows.append([kind, span, escape(candidate_words(name))])
     return _html_table(["calls", "tokens", "sorted by"], rows, "left")
 

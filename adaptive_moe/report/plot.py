@@ -10,17 +10,26 @@ import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from adaptive_moe.policy.decision import Result, Standing
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.report.words import candidate_words, sections, situation_words
+from adaptive_moe.report.words import (
+    calls_words,
+    candidate_words,
+    sections,
+    situation_words,
+    time_us,
+)
 
 FORMATS = ("png", "svg")
 # A loss beyond this is drawn at the edge: what matters is near zero.
 MOST_LOST = 0.6
+# Intervals at one count are drawn beside each other.
+APART = 1.012
 MARGIN_LINE = (0, (1, 2))
 
 
@@ -48,11 +57,18 @@ STYLES = (
 
 
 def plot_format(path: str) -> str:
-    """`png` or `svg`, by the suffix; svg for standard output. ValueError for another one."""
+    """`png` or `svg`, by the suffix; svg for standard output. ValueError for another one, or where
+    matplotlib is missing, with what to install."""
     suffix = Path(path).suffix.lower().removeprefix(".") if path != "-" else "svg"
     if suffix not in FORMATS:
         raise ValueError(f"{path} is not accepted: give a file that ends in .svg or .png")
+    check_matplotlib()
     return suffix
+
+
+def check_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install matplotlib")
 
 
 def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
@@ -61,11 +77,9 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
     Raises:
         ValueError: matplotlib is missing, with what to install.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'adaptive-moe[plot]'") from None
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     found = table.evidence
     measured = list(sections(found))
     figure = Figure(figsize=(max(4.4 * len(measured), 6.4) + 2.4, 5.6), layout="constrained")
@@ -79,14 +93,21 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
         times.set_title(situation_words(found, situation), fontsize=10)
     _draw_legend(figure, table)
     figure.suptitle(
-        f"{found.coverage.describe()}\n{found.kernel}, {found.environment.device}",
+        f"{calls_words(found.coverage)}\n{found.kernel}, {found.environment.device}",
         fontsize=10,
         x=0.01,
         ha="left",
     )
+    return as_file(figure, image_format)
+
+
+def as_file(figure: Any, image_format: str) -> bytes:
+    """A figure as a file's content. Text stays text, and nothing depends on the moment or on
+    chance."""
+    from matplotlib import rc_context
+
     out = io.BytesIO()
-    # Text stays text, and nothing depends on the moment or on chance.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "adaptive-moe"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "adaptive-moe"}):
         metadata = {"Date": None} if image_format == "svg" else {}
         figure.savefig(out, dpi=150, format=image_format, metadata=metadata)
     return out.getvalue()
@@ -120,7 +141,7 @@ def _draw_points(times: Any, savings: Any, table: PolicyTable, situation: Situat
             _mark(savings, count, _shown(result.gain), style, result)
             if result.gain_low is not None and result.gain_high is not None:
                 ends = (_shown(result.gain_low), _shown(result.gain_high))
-                savings.vlines(count, *ends, color=style.colour, lw=1.0)
+                savings.vlines(count * APART**index, *ends, color=style.colour, lw=1.0)
     for axes in (times, savings):
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.25, which="both")
@@ -138,18 +159,19 @@ def _draw_band(axes: Any, table: PolicyTable, situation: Situation) -> None:
     """What is applied at each count, with the counts where it changes."""
     found = table.evidence
     runs = table.runs(captured=situation is Situation.GRAPH)
+    least = found.coverage.counts(situation)[0]
     shown = found.coverage.busy_from - 1 if situation is Situation.IDLE else runs[-1][1]
     for first, last, name in runs:
         style = STYLES[found.candidates.index(name) % len(STYLES)]
         # Spans meet halfway between counts, so that the band has no gaps.
         axes.axvspan(max(first - 0.5, 0.75), last + 0.5, **_fill(style))
-        if 1 < first <= shown:
+        if least < first <= shown:
             where = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
             axes.annotate(str(first), (first, 1.04), fontsize=7, **where)
     axes.set_yticks([])
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlim(0.9, max(shown, 2) * 1.1)
+    axes.set_xlim(0.9 * least, max(shown, 2 * least) * 1.1)
     axes.set_xlabel("tokens")
     axes.set_ylabel("applied", rotation=0, ha="right", va="center")
 
@@ -193,15 +215,12 @@ def _fill(style: Style) -> dict[str, Any]:
 def _points(
     table: PolicyTable, situation: Situation, name: str
 ) -> Iterator[tuple[int, float, Result]]:
-    """(tokens, us, result) where the candidate was timed; its time by its paired rounds, where
-    there are some, so that it agrees with what it saves. The first fill speaks for a bucket."""
+    """(tokens, us, result) where the candidate was timed. The first fill speaks for a bucket."""
     for bucket in table.evidence.section(situation):
         verdict = bucket.fills[0].verdict
-        result, base = verdict.result(name), verdict.baseline.median_us
-        if result is None or result.median_us is None:
-            continue
-        paired = base * (1.0 - result.gain) if base and result.gain is not None else 0.0
-        yield bucket.num_tokens, paired or result.median_us, result
+        result, us = verdict.result(name), time_us(verdict, name)
+        if result is not None and us is not None:
+            yield bucket.num_tokens, us, result
 
 
 def _mark(axes: Any, x: float, y: float, style: Style, result: Result) -> None:

@@ -11,16 +11,20 @@ from adaptive_moe.policy.evidence import Bucket, Calibration
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable, Run
 from adaptive_moe.report.words import (
+    bucket_words,
+    calls_words,
     candidate_words,
-    microseconds,
     percent,
     plural,
     sections,
     situation_words,
+    time_us,
+    was_measured,
 )
 
-# From this share of unsettled buckets on, a reader is told what to do about it.
-MANY_UNSETTLED = 0.25
+# From this share of open buckets on, a reader is told what to do about it.
+MANY_OPEN = 0.25
+UNSETTLED, UNMEASURED = "unsettled", "not measured"
 
 
 def summary(table: PolicyTable) -> str:
@@ -39,15 +43,14 @@ def headline(table: PolicyTable, *, measured_now: bool = True) -> str:
     found = table.evidence
     when = f"{found.seconds:.2f} s" if measured_now else f"as measured {found.created}"
     return (
-        f"{found.coverage.describe()} on {found.kernel} ({found.environment.device}), baseline "
+        f"{calls_words(found.coverage)}, on {found.kernel} ({found.environment.device}), baseline "
         f"{candidate_words(found.coverage.baseline)}: {summary(table)}; {gains(table)}; {when}"
     )
 
 
 def kept(found: Calibration) -> str:
     """How many buckets stay with the baseline, by why, such as `3 buckets tied`."""
-    words = Counter(_why_kept(b) for b in found.buckets if b.candidate == found.coverage.baseline)
-    return ", ".join(f"{plural(number, 'bucket')} {why}" for why, number in sorted(words.items()))
+    return ", ".join(f"{plural(n, 'bucket')} {why}" for why, n in sorted(_kept(found).items()))
 
 
 def gains(table: PolicyTable) -> str:
@@ -71,8 +74,8 @@ def gains(table: PolicyTable) -> str:
 
 
 def bucket_table(table: PolicyTable) -> list[str]:
-    """The evidence as aligned lines, a block a situation: median us of each candidate (empty where
-    nothing was measured), what the winner saves, rounds, and the verdict in words."""
+    """The evidence as aligned lines, a block a situation: us of each candidate (empty where nothing
+    was measured), what the winner saves, rounds, and the verdict in words."""
     found = table.evidence
     lines: list[str] = []
     measured = list(sections(found))
@@ -93,28 +96,35 @@ def bucket_rows(found: Calibration, situation: Situation) -> Iterator[list[str]]
     for bucket in found.section(situation):
         for fill in bucket.fills:
             verdict = fill.verdict
-            times = [microseconds(verdict.result(name)) for name in found.candidates]
+            took = [time_us(verdict, name) for name in found.candidates]
+            times = ["" if us is None else f"{us:.1f}" for us in took]
             chosen = verdict.result(bucket.candidate)
             left = bucket.candidate != found.coverage.baseline and chosen is not None
             tokens = str(bucket.num_tokens)
             if len(bucket.fills) > 1:
                 tokens += f" ({100 * fill.fraction:.3g}% real)"
             saves = percent(chosen.gain) if left and chosen else ""
-            yield [tokens, *times, saves, str(verdict.rounds or ""), bucket.reason]
+            rounds = str(verdict.rounds or "")
+            yield [tokens, *times, saves, rounds, bucket_words(bucket, [verdict])]
 
 
 def advice(table: PolicyTable) -> list[str]:
     """What to do where much was left open; nothing where little was."""
     found = table.evidence
-    unsettled = sum(not _settled(bucket) for bucket in found.buckets)
-    if unsettled < MANY_UNSETTLED * len(found.buckets):
+    why = _kept(found)
+    open_still = [f"{why[word]} {word}" for word in (UNSETTLED, UNMEASURED) if why[word]]
+    if why[UNSETTLED] + why[UNMEASURED] < MANY_OPEN * len(found.buckets):
         return []
+    # One that ended before its budget did had nothing left that promised enough.
+    more = ""
+    if found.seconds >= found.budget_s:
+        more = f", or give more time, such as {4 * found.budget_s:g} s "
+        more += "(--budget, ADAPTIVE_MOE_BUDGET_S)"
     return [
-        f"{unsettled} of {plural(len(found.buckets), 'bucket')} are unsettled: their times vary "
-        f"too much for {found.budget_s:g} s of measuring, so they stay with the baseline.",
-        "Other work on this machine is the usual cause: calibrate again when it is quiet, or give "
-        f"more time, such as {4 * found.budget_s:g} s (--budget, ADAPTIVE_MOE_BUDGET_S). What is "
-        "settled is not measured again.",
+        f"{' and '.join(open_still)} of {plural(len(found.buckets), 'bucket')}: times varied too "
+        "much to tell a gain from noise, so these stay with the baseline.",
+        f"Other work on this machine is the usual cause: calibrate again when it is quiet{more}. "
+        "What is settled is not measured again.",
     ]
 
 
@@ -138,6 +148,11 @@ def _kept_words(found: Calibration) -> str:
     return f"; baseline kept: {why}" if why else ""
 
 
+def _kept(found: Calibration) -> Counter[str]:
+    """How many buckets stay with the baseline, by why."""
+    return Counter(_why_kept(b) for b in found.buckets if b.candidate == found.coverage.baseline)
+
+
 def _why_kept(bucket: Bucket) -> str:
     results = [r for verdict in bucket.verdicts for r in verdict.results]
     failed = {r.candidate: r.standing for r in results if r.standing in OUT[1:]}
@@ -146,14 +161,12 @@ def _why_kept(bucket: Bucket) -> str:
             f"{name} {'failed' if standing is Standing.FAILED else 'was wrong'}"
             for name, standing in failed.items()
         )
-    if not _settled(bucket):
-        return "unsettled"
+    if not all(map(was_measured, bucket.verdicts)):
+        return UNMEASURED
+    if not all(verdict.settled for verdict in bucket.verdicts):
+        return UNSETTLED
     tied = any(r.standing is Standing.TIED for r in results)
     return "tied" if tied else "where it is fastest"
-
-
-def _settled(bucket: Bucket) -> bool:
-    return all(verdict.settled for verdict in bucket.verdicts)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

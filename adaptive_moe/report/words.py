@@ -3,10 +3,11 @@
 Logs, the command line, plots and the page all take them from here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from adaptive_moe.policy.decision import Result, Standing
-from adaptive_moe.policy.evidence import Calibration
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.policy.decision import Result, Standing, Verdict
+from adaptive_moe.policy.evidence import Bucket, Calibration
 from adaptive_moe.policy.situation import Situation
 
 # What a candidate's name does not say by itself.
@@ -31,6 +32,15 @@ def candidate_words(name: str) -> str:
     return f"{name} ({meaning})" if meaning else name
 
 
+def calls_words(coverage: Coverage) -> str:
+    """What a table is for, such as `8 experts, ..., block 64, 33 to 2048 tokens`. Where AITER picks
+    the block size by token count, each table is for some of them only."""
+    spans = ", ".join(f"{a} to {b}" if a < b else f"{a}" for a, b in coverage.eager)
+    if coverage.eager == ((1, coverage.max_tokens),):
+        spans = f"up to {coverage.max_tokens}"
+    return f"{coverage.describe()}, {spans} tokens"
+
+
 def sections(found: Calibration) -> Iterator[Situation]:
     """The situations that were measured, in the order they are read."""
     return (situation for situation in Situation if found.section(situation))
@@ -43,15 +53,33 @@ def situation_words(found: Calibration, situation: Situation) -> str:
     return _SITUATIONS[situation]
 
 
+def was_measured(verdict: Verdict) -> bool:
+    """Was it begun, or decided without?"""
+    return verdict.settled or verdict.rounds > 0
+
+
+def bucket_words(bucket: Bucket, verdicts: Sequence[Verdict]) -> str:
+    """Why the bucket gets what it gets, as far as these verdicts of it go."""
+    if any(map(was_measured, verdicts)):
+        return bucket.reason
+    return f"kept {bucket.candidate}: not measured, no time was left"
+
+
 def percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{100.0 * fraction:.1f}%"
 
 
-def microseconds(result: Result | None) -> str:
-    """The median time, and nothing for what was not measured."""
+def time_us(verdict: Verdict, candidate: str) -> float | None:
+    """What a call took, in microseconds; None for what was not measured.
+
+    The baseline's median, and of another what that is less what it saves: rounds are compared in
+    pairs, and medians of a machine that changes its speed may contradict them.
+    """
+    result, base = verdict.result(candidate), verdict.baseline.median_us
     if result is None or result.median_us is None:
-        return ""
-    return f"{result.median_us:.1f}"
+        return None
+    paired = base * (1.0 - result.gain) if base and result.gain is not None else 0.0
+    return paired or result.median_us
 
 
 def gain_words(result: Result) -> str:
@@ -70,11 +98,11 @@ def gain_words(result: Result) -> str:
     return f"{words.format(percent(gain))} ({sure})"
 
 
-def result_words(result: Result) -> str:
+def result_words(verdict: Verdict, result: Result) -> str:
     """One candidate of one verdict: where it stands, its time, and what it saves."""
     line = f"{candidate_words(result.candidate)}: {result.standing.value}"
-    if result.median_us is not None:
-        line += f", median {result.median_us:.1f} us"
+    if (took := time_us(verdict, result.candidate)) is not None:
+        line += f", {took:.1f} us"
     if result.gain is not None and result.standing is not Standing.BASELINE:
         line += f", {gain_words(result)}"
     return line + (f": {result.reason}" if result.reason else "")

@@ -59,12 +59,20 @@ def test_a_part_that_fails_is_told_and_the_file_is_whole(tmp_path, monkeypatch, 
         bench_amd, "parts", lambda *_, **__: [("good", ["doctor", "--json"]), ("bad", ["bench"])]
     )
     out = tmp_path / "amd.json"
-    monkeypatch.setattr(sys, "argv", ["bench_amd.py", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["bench_amd.py", "--kernel", "cpu", "--out", str(out)])
     assert bench_amd.main() == 1
     found = json.loads(out.read_text())["parts"]
     assert found["good"]["result"]["findings"]
     assert (found["bad"]["exit"], "required" in found["bad"]["said"]) == (2, True)
     assert "bad: FAILED" in capsys.readouterr().err
+
+
+def test_without_aiter_it_says_so_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "amd.json"
+    monkeypatch.setattr(sys, "argv", ["bench_amd.py", "--out", str(out)])
+    assert bench_amd.main() == 2
+    assert "AITER is not installed" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_part_that_hangs_does_not_hold_up_the_others(monkeypatch):

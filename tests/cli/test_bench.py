@@ -81,4 +81,4 @@ def test_a_bench_prints_words_or_json_and_keeps_its_figures(tmp_path):
 def test_a_bench_of_what_is_not_here_says_so(tmp_path):
     done = running.run("bench", "step", "--kernel", "aiter", cache=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "kernel 'aiter' cannot run here: AITER is not installed" in done.stderr
+    assert "--kernel aiter cannot run here, AITER is not installed" in done.stderr

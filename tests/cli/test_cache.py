@@ -157,3 +157,10 @@ def test_an_export_may_go_to_standard_output(keep, tmp_path, capsys):
     file = tmp_path / "piped.json"
     file.write_text(capsys.readouterr().out)
     assert run("import", file) == 0
+
+
+def test_nothing_to_export_is_said_and_leaves_no_file(store, tmp_path, capsys):
+    file = tmp_path / "fleet.json"
+    assert run("export", file) == 1
+    assert "can be exported: run `adaptive-moe calibrate`" in capsys.readouterr().err
+    assert not file.exists()

@@ -82,11 +82,11 @@ def test_ctrl_c_while_measuring_is_one_line_and_leaves_nothing(tmp_path):
         env=environment(cache),
     )
     assert process.stderr is not None
-    assert "buckets" in process.stderr.readline()  # it measures
+    assert "step 1" in process.stderr.readline()  # it measures
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert [line for line in err.splitlines() if "buckets" not in line] == [
+    assert [line for line in err.splitlines() if " s: step " not in line] == [
         "adaptive-moe calibrate: interrupted, nothing is left behind"
     ]
     assert not table.exists()
@@ -207,9 +207,9 @@ def test_writing_follows_a_link_and_fills_a_device(tmp_path):
 def test_checking_a_place_leaves_nothing_there(tmp_path):
     output.check_place(str(tmp_path / "deep" / "file.json"))
     assert list((tmp_path / "deep").iterdir()) == []
-    with pytest.raises(ValueError, match="give another --output"):
+    with pytest.raises(ValueError, match="give another place"):
         output.check_place(str(tmp_path))
-    with pytest.raises(ValueError, match="give another --output"):
+    with pytest.raises(ValueError, match="give another place"):
         output.check_place("/proc/nowhere/x.json")
 
 
@@ -223,5 +223,5 @@ def test_the_plain_progress_lines_come_seldom(monkeypatch, capsys):
             now[0] = float(second)
             shown(second, 50, "64 tokens")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "0.0 of 30.0 s: 0/50 buckets, 64 tokens"
+    assert lines[0] == "0.0 of 30.0 s: step 0, 64 tokens"
     assert [line.split()[0] for line in lines] == ["0.0", "10.0", "20.0"]

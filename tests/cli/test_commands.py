@@ -27,7 +27,7 @@ def calibrated(tmp_path_factory) -> Path:
     assert "policy 0 us" in done.stdout
     assert f"written to {cache}" in done.stdout
     # No terminal: plain lines, no control characters.
-    assert " of 1.5 s: 1/" in done.stderr
+    assert " of 1.5 s: step 1" in done.stderr
     assert "\x1b" not in done.stderr
     return cache
 
@@ -127,11 +127,22 @@ def test_plot_says_what_it_wrote_and_writes_pngs_and_standard_output(
     assert cli.main(["plot", "--output", "-", "--table", "256x8"]) == 2
 
 
+def test_without_matplotlib_plots_end_before_anything_is_measured_and_a_page_has_none(
+    engines_cache, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("adaptive_moe.report.plot.find_spec", lambda name: None)
+    for words in (["plot", "--output", "x.svg"], ["bench", "sorts", "--plot", "x.png"]):
+        assert cli.main(words) == 2
+        assert capsys.readouterr().err.endswith("plots need matplotlib: pip install matplotlib\n")
+    assert "without plots: plots need matplotlib" in main(capsys, "page", tmp_path / "start.html")
+    assert "<svg" not in (tmp_path / "start.html").read_text()
+
+
 def test_list_names_what_is_kept_and_what_is_not_usable(engines_cache, capsys):
     bad = engines_cache / "something-0123456789abcdef.json"
     bad.write_text("{}")
     lines = main(capsys, "list").splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 2 * 3 + 1
     assert sum(f"for {ENGINE} (AMD Instinct MI300X)" in line for line in lines) == 2
     assert any(bad.name in line and "not usable" in line for line in lines)
     entries = json.loads(main(capsys, "list", "--json"))["entries"]
@@ -199,6 +210,7 @@ def test_output_is_written_whole_and_may_be_standard_output(tmp_path):
         (["plot", "--output", "times.pdf"], "ends in .svg or .png"),
         (["page", "/proc/nowhere/x.html"], "cannot be written"),
         (["explain", "--tokens", "0"], "--tokens=0"),
+        (["calibrate", *SHAPE, "--for", "vllm", "--tp", "8"], "--for, --tp would change nothing"),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, says, engines_cache, capsys):
@@ -206,6 +218,30 @@ def test_bad_input_is_one_clear_line(arguments, says, engines_cache, capsys):
     said = capsys.readouterr()
     assert says in said.err
     assert len([line for line in said.err.splitlines() if " s: " not in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["calibrate", "--max-tokens", "x"], "invalid int value: 'x'"),
+        (["explain"], "the following arguments are required: --tokens"),
+        (["cache"], "the following arguments are required: COMMAND"),
+        (["nothing"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_words_that_cannot_be_parsed_are_one_line_that_names_the_help(words, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert "--help` says what is accepted" in line
+
+
+def test_aiter_asked_for_by_name_where_there_is_none(tmp_path):
+    done = run("calibrate", "--kernel", "aiter", "--model", "deepseek-v3", cache=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "AITER is not installed" in done.stderr
+    assert "run this where the engine serves" in done.stderr
 
 
 def test_without_anything_kept_the_next_step_is_named(tmp_path, monkeypatch, capsys):
@@ -243,6 +279,15 @@ def test_a_full_disk_loses_nothing_that_was_measured(tmp_path, monkeypatch, caps
     assert last.startswith(f"adaptive-moe calibrate: {cache}")
     assert last.endswith("not written, No space left on device")
     assert list(cache.iterdir()) == []
+
+
+def test_a_store_that_cannot_be_written_keeps_nothing_from_the_output(tmp_path):
+    file, no_folder = tmp_path / "table.json", tmp_path / "cache"
+    no_folder.touch()
+    done = run("calibrate", *SMALL, "--output", str(file), cache=no_folder)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"adaptive-moe calibrate: {no_folder}")
+    assert len(read_any(file)) == 1
 
 
 def test_the_cpu_rehearsal_has_one_thread_of_torch(calibrated):

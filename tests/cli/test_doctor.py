@@ -46,6 +46,19 @@ def outlook(**environ):
     return found.text, found.ok
 
 
+def test_a_terminal_gets_columns_and_a_file_a_line_a_finding(machine, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", "/tmp")  # a long path is not broken
+    cli.main(["doctor"])
+    whole = capsys.readouterr().out.splitlines()
+    assert len(whole) == len(doctor.diagnose(os.environ))
+    monkeypatch.setenv("COLUMNS", "100")
+    cli.main(["doctor"])
+    columns = capsys.readouterr().out.splitlines()
+    assert len(columns) > len(whole)
+    assert all(len(line) <= 100 for line in columns)
+
+
 def test_nothing_asked_for_is_nothing_wrong(machine):
     text, ok = outlook()
     assert text.startswith("nothing: AITER and the engine as they are")
@@ -112,12 +125,12 @@ def test_a_plugin_that_is_not_registered_is_said(machine):
     assert not found["would happen"].ok
 
 
-@pytest.mark.parametrize(("value", "more"), [("1", ""), ("2", ""), ("7", "takes as 2")])
+@pytest.mark.parametrize(("value", "more"), [("1", ""), ("2", ""), ("7", "takes it as 2")])
 def test_an_integer_is_said_to_be_what_aiter_takes_it_for(machine, value, more):
     text, ok = outlook(**{NEUTRAL: value})
     assert text.startswith(f"policy {value} for every call")
     assert more in text
-    assert ("takes as 2" in text) is bool(more)
+    assert ("takes it as 2" in text) is bool(more)
     assert ok
     machine(aiter=NONE)
     assert not outlook(**{NEUTRAL: value})[1]

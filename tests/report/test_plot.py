@@ -2,10 +2,12 @@
 
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
+from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.page import page
 from adaptive_moe.report.plot import STYLES, draw, inline_svg, plot_format
 from tests.report.test_text import ALL_TIED, ONE_FASTER, TWO_FASTER, UNSETTLED, table_of
@@ -37,6 +39,17 @@ def test_both_formats_and_the_same_bytes_again():
         "us a call",
     ):
         assert said in words
+
+
+def test_a_table_for_some_counts_shows_no_others():
+    """Neither on the axis nor as a span that is sorted by something."""
+    table = table_of({64: ONE_FASTER, 512: ALL_TIED})
+    coverage = replace(table.evidence.coverage, eager=((33, 512),))
+    table = PolicyTable(replace(table.evidence, coverage=coverage))
+    words = [text.strip() for text in ET.fromstring(draw(table)).itertext()]
+    assert "64" in words
+    assert "16" not in words
+    assert "<td>33 to 64</td>" in page([table], "here", [])
 
 
 def test_unsettled_points_are_hollow():

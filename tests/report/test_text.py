@@ -8,7 +8,7 @@ from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule, Samples, Standing, decide
 from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.report.explain import explain
+from adaptive_moe.report.explain import explain, is_for
 from adaptive_moe.report.text import advice, bucket_table, headline, summary
 from adaptive_moe.shape import SortingShape
 from tests.tables import make_table
@@ -103,7 +103,7 @@ def test_nothing_is_saved_where_the_winner_of_a_situation_is_not_applied():
     assert "; saves nothing; " in headline(table)
 
 
-def test_the_bucket_table_has_each_median_the_saving_and_the_reason():
+def test_the_bucket_table_has_each_time_the_saving_and_the_reason():
     head, tied, faster, _, hopeless = bucket_table(TABLE)
     columns = "tokens policy 0 us policy 1 us policy 2 us saves rounds verdict"
     assert head.split() == columns.split()
@@ -115,8 +115,23 @@ def test_the_bucket_table_has_each_median_the_saving_and_the_reason():
 
 
 def test_what_was_not_measured_at_all_is_a_row_of_empty_cells():
-    row = bucket_table(table_of({8: NOTHING_MEASURED}))[1]
-    assert row.split("kept")[0].split() == ["8"]
+    table = table_of({8: NOTHING_MEASURED})
+    said = "kept policy 0: not measured, no time was left"
+    assert bucket_table(table)[1].split(maxsplit=1) == ["8", said]
+    assert explain(table, 8, captured=False)[2].strip() == said
+    assert "baseline kept: 1 bucket not measured" in summary(table)
+
+
+def test_times_agree_with_what_is_saved_where_the_machine_changed_its_speed():
+    """All rounds of policy 1 are from while it was slow, most of the baseline's are not."""
+    slow_first = (40.0,) * 8 + (10.0,) * 12
+    found = decide([Samples(NAMES[0], slow_first), Samples(NAMES[1], (32.0,) * 8)], Rule())
+    assert [r.median_us for r in found.results] == [10.0, 32.0]
+    row = bucket_table(table_of({8: found}))[1].split()
+    assert row[:4] == ["8", "10.0", "8.0", "20.0%"]
+    assert "policy 1 (one-shot): faster, 8.0 us, saves 20.0%" in "\n".join(
+        explain(table_of({8: found}), 8, captured=False)
+    )
 
 
 def test_each_situation_has_its_block():
@@ -133,11 +148,14 @@ def test_every_fill_of_a_padded_bucket_has_its_row():
     assert ["64 (100% real)" in lines[1], "64 (1.56% real)" in lines[2]] == [True, True]
 
 
-def test_many_unsettled_buckets_are_explained_and_few_are_not():
-    text = " ".join(advice(table_of({1: UNSETTLED, 2: ONE_FASTER, 4: ONE_FASTER})))
-    assert "1 of 3 buckets are unsettled" in text
-    assert "--budget" in text
-    assert "such as 4 s" in text
+def test_many_open_buckets_are_explained_and_few_are_not():
+    many = table_of({1: UNSETTLED, 2: ONE_FASTER, 4: NOTHING_MEASURED})
+    text = " ".join(advice(many))
+    assert "1 unsettled and 1 not measured of 3 buckets" in text
+    assert "such as 4 s (--budget" in text
+    # It had time left, so that more would change nothing.
+    early = PolicyTable(replace(many.evidence, seconds=0.9))
+    assert "when it is quiet. What" in advice(early)[1]
     few = {1: UNSETTLED} | dict.fromkeys(range(2, 8), ONE_FASTER)
     assert advice(table_of(few)) == []
 
@@ -157,9 +175,22 @@ def test_explain_names_the_candidate_the_bucket_the_reason_and_the_evidence(
     assert lines[0] == f"{num_tokens} tokens, eager: {words}"
     assert lines[1] == f"  eager, {served}"
     text = "\n".join(lines)
-    assert f"{words}: faster, median" in text
+    assert f"{words}: faster, " in text
     assert "margin 1.0%, confidence 99%" in text
     assert "2026-01-01" in text
+
+
+def test_a_table_for_some_counts_says_for_which():
+    """As each block size that AITER picks by token count has its own."""
+    table = table_of({64: ALL_TIED, 128: ONE_FASTER})
+    coverage = replace(table.evidence.coverage, eager=((33, 64), (100, 100), (120, 128)))
+    table = PolicyTable(replace(table.evidence, coverage=coverage))
+    assert "block 32, 33 to 64, 100, 120 to 128 tokens, on made by hand" in headline(table)
+    assert "block 32, up to 4096 tokens, on made by hand" in headline(TABLE)
+    unfit = "this table is not for so many tokens"
+    for count, fits in ((33, True), (100, True), (8, False), (110, False), (129, False)):
+        assert is_for(table, count) is fits
+        assert (unfit in "\n".join(explain(table, count, captured=False))) is not fits
 
 
 def test_explain_says_why_a_candidate_was_dropped_and_what_a_slower_one_costs():
@@ -182,5 +213,16 @@ def test_explain_shows_both_situations_below_busy_from_and_one_above():
     assert "device busy" in below
     assert "device idle" in below
     assert "below 9 tokens an eager call may find the device busy or idle" in below
+    assert "for graphs" not in below
     above = "\n".join(explain(table, 64, captured=False))
     assert "device idle" not in above
+
+
+def test_explain_shows_graphs_where_they_have_a_say_in_eager_calls():
+    """One that is faster in both eager situations is not applied where graphs choose another."""
+    both = {8: ONE_FASTER, 64: ONE_FASTER}
+    table = table_of(both, graph={16: TWO_FASTER}, idle=both, busy_from=17)
+    lines = explain(table, 8, captured=False)
+    assert lines[0] == "8 tokens, eager: policy 0 (AITER's rule)"
+    assert lines[1] == "  graph replay, measured at 16 tokens, the next bucket up"
+    assert "loses in neither, and is the choice for graphs, too" in "\n".join(lines)

@@ -18,6 +18,7 @@ from typing import Any
 
 from adaptive_moe import __version__
 from adaptive_moe.cli import LazyParser, output
+from adaptive_moe.report.plot import plot_format
 
 _FLAT = re.compile(r"\[[^\[\]{}]*\]|\{[^\[\]{}]*\}")
 
@@ -37,8 +38,11 @@ def add_options(parser: LazyParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.out is not None:
-        output.check_place(args.out)
+    if plot := getattr(args, "plot", None):
+        plot_format(plot)
+    for path in (args.out, plot):
+        if path:
+            output.check_place(path)
     module = import_module(f"adaptive_moe.cli.bench.{args.bench}")
     figures = {"bench": args.bench, **module.run(args)}
     text = as_text(figures)
@@ -59,7 +63,7 @@ def as_text(figures: Mapping[str, Any]) -> str:
     return _FLAT.sub(lambda m: " ".join(m[0].split()), json.dumps(figures, indent=1))
 
 
-def stamp(device: Any = None) -> dict[str, Any]:
+def stamp(device: Any = None, program: str = "adaptive-moe") -> dict[str, Any]:
     """Machine, date, versions and the command: what every committed figure needs beside it."""
     import torch
 
@@ -67,7 +71,7 @@ def stamp(device: Any = None) -> dict[str, Any]:
     from adaptive_moe.policy.plain import to_plain
 
     return {
-        "command": " ".join(["adaptive-moe", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "adaptive_moe": __version__,
         "environment": to_plain(describe_environment(device or torch.device("cpu"))),

@@ -26,7 +26,7 @@ from adaptive_moe.models import find_model
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.settings import Settings
+from adaptive_moe.settings import Settings, parse_budget
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.calibrator import Plan, calibrate
 
@@ -40,9 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_kernel_options(parser)
     parser.add_argument("--sorts", default="policies", help="as ADAPTIVE_MOE_SORTS [policies]")
     parser.add_argument("--models", help="several known models, separated by commas")
-    parser.add_argument(
-        "--budget", type=float, metavar="S", help="seconds a calibration [30 on the CPU, else 0.6]"
-    )
+    options.add_budget(parser)
     parser.add_argument("--per-octave", type=int, default=16, help="sweep counts a doubling [16]")
     parser.add_argument("--oracle-passes", type=int, default=8, help="passes over the sweep [8]")
     parser.add_argument("--plot", metavar="FILE", help="also draw the first table, .svg or .png")
@@ -52,12 +50,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from adaptive_moe.cli.bench import stamp
     from adaptive_moe.report.plot import draw, plot_format
 
-    image_format = plot_format(args.plot) if args.plot else ""
     seam = open_seam(args.kernel)
     on_cpu = not seam.on_gpu
     max_tokens = options.max_tokens_from(args, on_cpu=on_cpu)
     sizes = options.capture_sizes_from(args, max_tokens, on_cpu=on_cpu)
-    plan = Plan(budget_s=args.budget or (options.CPU_BUDGET_S if on_cpu else Settings().budget_s))
+    budget_s = options.CPU_BUDGET_S if on_cpu else Settings.budget_s
+    if args.budget is not None:
+        budget_s = parse_budget("--budget", args.budget)
+    plan = Plan(budget_s=budget_s)
     results = {}
     for model, shape in _shapes(args).items():
         coverage = Coverage.up_to(shape, max_tokens, sizes).on(seam.device.type)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             }
         results[model] = shape_result(table, points)
         if args.plot and len(results) == 1:
-            output.write(args.plot, draw(table, image_format))
+            output.write(args.plot, draw(table, plot_format(args.plot)))
     return {**stamp(seam.device), "kernel": seam.name, "sorts": args.sorts, "shapes": results}
 
 

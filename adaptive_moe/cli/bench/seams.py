@@ -12,8 +12,8 @@ import torch
 from adaptive_moe.cli.bench.layer import Experts
 from adaptive_moe.cli.kernel import choose, load
 from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.kernels import KernelUnavailableError, SortKernel
-from adaptive_moe.kernels.aiter import MODULE, find_aiter
+from adaptive_moe.kernels import SortKernel
+from adaptive_moe.kernels.aiter import MODULE
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.settings import Mode, read_settings
 from adaptive_moe.shape import SortingShape
@@ -43,9 +43,6 @@ def open_seam(kernel: str) -> Seam:
     """
     name, _ = choose(kernel)
     if name == "aiter":
-        problem = find_aiter().problem
-        if problem is not None:
-            raise KernelUnavailableError(f"kernel 'aiter' cannot run here: {problem}")
         gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         module = import_module(MODULE)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptive_moe.cli import options
+from adaptive_moe.cli import options, output
 from adaptive_moe.cli.bench.paired import in_rounds
 from adaptive_moe.cli.bench.recorded import Recorded, read_times, times_of
 from adaptive_moe.cli.bench.seams import Seam, kernel_at, open_seam
@@ -22,6 +22,7 @@ from adaptive_moe.kernels.contract import SortingInputs, differences_from, expec
 from adaptive_moe.models import Model, find_model
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
+from adaptive_moe.report.plot import plot_format
 from adaptive_moe.settings import parse_buckets
 from adaptive_moe.tuning.clocks import Clock, at_once, clock_for
 from adaptive_moe.tuning.inputs import Inputs
@@ -46,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=32, help="rows of a GEMM tile [32]")
     parser.add_argument("--seconds", type=float, default=0.03, help="of sampling a point [0.03]")
     parser.add_argument("--against", type=Path, help="CSV of published or recorded times")
-    parser.add_argument("--plot", type=Path, help="also draw it here (.svg or .png)")
+    parser.add_argument("--plot", metavar="FILE", help="also draw it, .svg or .png")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         results[name] = sweep(seam, model, counts, args.block_size, args.seconds, recorded)
         print(f"{name}: measured", file=sys.stderr, flush=True)
     if args.plot:
-        draw({name: found["situations"] for name, found in results.items()}, args.plot)
+        situations = {name: found["situations"] for name, found in results.items()}
+        output.write(args.plot, draw(situations, plot_format(args.plot)))
     return {
         **stamp(seam.device),
         "kernel": seam.name,

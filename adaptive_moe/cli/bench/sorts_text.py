@@ -1,8 +1,9 @@
 """What a person sees of `bench sorts`: a table, and a plot."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from adaptive_moe.report.plot import as_file
 
 Row = Mapping[str, Any]
 _MARKERS = "osD^vPX*<>"
@@ -35,7 +36,7 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
         yield "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True))
 
 
-def draw(shapes: Mapping[str, Mapping[str, Sequence[Row]]], path: Path) -> None:
+def draw(shapes: Mapping[str, Mapping[str, Sequence[Row]]], image_format: str) -> bytes:
     """Times over the best policy's against tokens: a row a model, a panel a situation."""
     from matplotlib.figure import Figure
 
@@ -56,7 +57,7 @@ def draw(shapes: Mapping[str, Mapping[str, Sequence[Row]]], path: Path) -> None:
             axes.set_title(f"{name}, {situation}", fontsize=10)
             axes.grid(alpha=0.25)
             axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    return as_file(figure, image_format)
 
 
 def _sorts(rows: Sequence[Row]) -> list[str]:

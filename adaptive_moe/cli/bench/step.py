@@ -76,7 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", type=int, default=0, help="the policy an engine passes [0]")
     parser.add_argument("--sorts", default="policies", help="as ADAPTIVE_MOE_SORTS [policies]")
     parser.add_argument("--layers", type=int, default=8, help="layers of a step [8]")
-    parser.add_argument("--budget", type=float, default=0.6, help="seconds a calibration [0.6]")
+    parser.add_argument("--budget", type=float, default=Settings.budget_s, help="seconds a table")
     parser.add_argument("--seconds", type=float, default=0.35, help="of sampling a point [0.35]")
     parser.add_argument("--captured", default=CAPTURED_COUNTS, help="counts captured into graphs")
     parser.add_argument("--eager", default=EAGER_COUNTS, help="counts of eager steps")
