@@ -127,7 +127,8 @@ def start_rank(sglang, rank, size, port, folder):
     import aiter.sort
     from sglang.srt.distributed import parallel_state
 
-    from adaptive_moe.engines import process, status
+    from adaptive_moe.disk import status
+    from adaptive_moe.engines import process
 
     parallel_state.init_distributed_environment(
         size, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo"
