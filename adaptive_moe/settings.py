@@ -52,7 +52,7 @@ class Settings:
 
     mode: Mode = Mode.OFF
     fixed_policy: int | None = None
-    budget_s: float = 0.6
+    budget_s: float = 1.5
     margin: float = 0.01
     buckets: tuple[int, ...] = ()
     busy_from: int | None = None

@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrations", type=int, default=20, help="A/A calibrations [20]")
     parser.add_argument("--repeats", type=int, default=10, help="repeated calibrations [10]")
     parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--budget", type=float, help="seconds a calibration [CPU 30, GPU 0.6]")
+    parser.add_argument("--budget", type=float, help="seconds a calibration [CPU 30, GPU 1.5]")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Plan:
     """
 
     first: tuple[int, ...] = ()
-    budget_s: float = 0.6
+    budget_s: float = 1.5
     rule: Rule = field(default_factory=Rule)
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ def calibrate(
     Args:
         kernel: who sorts, and who may take the baseline's place.
         coverage: the token counts, and in which situations they come.
-        plan: how to measure; by default 0.6 s by the default rule.
+        plan: how to measure; by default 1.5 s by the default rule.
         expert_mask: the caller's own, int32 of [num_experts]; by default the shape's.
         earlier: evidence of the same kernel and shape; its settled buckets are not measured again.
         clock_factory: the clock of a situation on a device.

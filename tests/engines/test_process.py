@@ -69,7 +69,7 @@ def test_a_bad_variable_is_one_warning_and_the_default(monkeypatch, caplog):
     monkeypatch.setenv("ADAPTIVE_MOE_BUGET_S", "3")
     assert process.install()
     assert process.install()
-    assert process.current().settings.budget_s == 0.6
+    assert process.current().settings.budget_s == 1.5
     first, second = [r.message for r in caplog.records]
     assert "ADAPTIVE_MOE_BUDGET_S='fast' is not accepted" in first
     assert second.endswith("did you mean ADAPTIVE_MOE_BUDGET_S?")
