@@ -30,18 +30,18 @@ from typing import Any
 import torch
 
 from adaptive_moe.cli.bench.layer import Step, layer_sizes
-from adaptive_moe.cli.bench.oracle import OraclePoint, measure_oracle
+from adaptive_moe.cli.bench.oracle import measure_oracle
 from adaptive_moe.cli.bench.seams import kernel_at, seam_of
 from adaptive_moe.cli.bench.step import judge_model
 from adaptive_moe.kernels import load_kernel
 from adaptive_moe.models import Model, find_model
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
-from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import read_settings
 from adaptive_moe.tuning.calibrator import Plan, calibrate
 from calibration import record
 from calibration.slowed import slowed_seam
+from calibration.sorts_figures import MEANING, figures, oracle_row, overall, promise
 
 MODELS = "mixtral-8x7b,gpt-oss-120b,deepseek-v3,qwen3-next-80b"
 CAPTURED = (*range(1, 9), *range(12, 33, 4), *range(48, 129, 16), *range(160, 513, 32))
@@ -51,19 +51,6 @@ STEP_CAPTURED, STEP_EAGER = (1, 64, 16, 256, 4, 128, 32, 512), (2048, 768, 4096)
 A_LOT = 8  # counts that the oracle measures between two looks at the time
 ORACLE_PART = 0.5  # of the time that is left after calibrating; the rest is for the steps
 STEP_S, POINT_S = 4.0, 0.3  # seconds, besides sampling
-GOT = {"captured_got_of_promised": "captured", "busy_got_of_promised": "busy"}
-MEANING = {
-    "within_1pct": "fraction of the counts at which the table's choice takes at most 1% longer "
-    "than the best candidate, by the oracle's times",
-    "worst_over_best": "the choice's time over the best's, where that is largest",
-    "captured_got_of_promised": "what captured steps got shorter by, over what the oracle's times "
-    "of the chosen sort alone promise, each summed over counts and models; busy_... likewise",
-    "promise": "the same of one model by count, us a layer",
-    "partial": "models with what there was no time for, or why they failed; the sums are "
-    "without it",
-    "oracle": "a row a count: us a call of each candidate; reason is the calibration's",
-    "step": "as bench step has it; its table is of a calibration of its own",
-}
 
 
 def lots(counts: Sequence[int], first: Sequence[int]) -> list[list[int]]:
@@ -152,57 +139,14 @@ def check(
                 layers=8,
                 seconds=args.sampling,
             )["situations"]
-    close = sum(row["over_best"] <= 1.01 for row in rows)
     return {
-        "counts": len(rows),
-        "counts_within_1pct": close,
-        "within_1pct": round(close / len(rows), 4),
-        "worst_over_best": max(row["over_best"] for row in rows),
+        **figures(rows),
         "left_out_for_time": left_out,
         "seconds": seconds,
-        **_promise(judged, oracle),
+        **promise(judged, oracle),
         "oracle": rows,
         "step": judged,
     }
-
-
-def oracle_row(table: PolicyTable, situation: Situation, point: OraclePoint) -> dict[str, Any]:
-    """Whom the table chooses at one count, and what it takes over the best there."""
-    chosen = table.candidate(point.num_tokens, captured=situation is Situation.GRAPH)
-    bucket = table.bucket(point.num_tokens, situation)
-    return {
-        "situation": situation.value,
-        "num_tokens": point.num_tokens,
-        "chosen": chosen,
-        "over_best": round(point.us[chosen] / min(point.us.values()), 4),
-        "us": {name: round(us, 3) for name, us in point.us.items()},
-        "reason": bucket.reason if bucket else None,
-    }
-
-
-def _promise(judged: Mapping[str, Any], oracle: Mapping[Situation, Any]) -> dict[str, Any]:
-    """us a layer that the oracle's times promise, and what the step got, by situation and count."""
-    found: dict[str, Any] = {}
-    for name, situation in (("captured", Situation.GRAPH), ("busy", Situation.BUSY)):
-        rows = []
-        for row in judged.get(name, {}).get("sweep", ()):
-            us = oracle.get(situation, {}).get(row["num_tokens"])
-            if us is None:
-                continue
-            baseline = next(iter(us))
-            promised = us[baseline] - us[row["chosen"]]
-            got = -row["over_baseline_us"][row["chosen"]][0]
-            rows.append([row["num_tokens"], row["chosen"], round(promised, 3), round(got, 3)])
-        if rows:
-            promised, got = (sum(row[i] for row in rows) for i in (2, 3))
-            found[name] = {
-                "promised_us": round(promised, 3),
-                "got_us": round(got, 3),
-                "got_of_promised": round(got / promised, 4) if promised else None,
-                "columns": ["num_tokens", "chosen", "promised us", "got us"],
-                "rows": rows,
-            }
-    return {"promise": found}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -250,32 +194,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "overall": overall(shapes),
         "shapes": shapes,
     }
-
-
-def overall(shapes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums over the models that there was time for, the goals, and what is not in the sums."""
-    some = {name: shape for name, shape in shapes.items() if "counts" in shape}
-    counts, close = (sum(s[k] for s in some.values()) for k in ("counts", "counts_within_1pct"))
-    found: dict[str, Any] = {
-        "models": list(some),
-        "partial": {
-            name: why
-            for name, shape in shapes.items()
-            if (why := shape.get("failed") or shape["left_out_for_time"])
-        },
-        "counts": counts,
-        "within_1pct": round(close / counts, 4) if counts else None,
-        "goals": {"within_1pct": [0.99, 1.0], **{key: [0.8, 1.2] for key in GOT}},
-    }
-    for key, name in GOT.items():
-        parts = [s["promise"][name] for s in some.values() if name in s["promise"]]
-        promised, got = (sum(part[k] for part in parts) for k in ("promised_us", "got_us"))
-        found[key] = round(got / promised, 4) if promised else None
-    found["met"] = {
-        key: None if found[key] is None else low <= found[key] <= high
-        for key, (low, high) in found["goals"].items()
-    }
-    return found
 
 
 def compile_all(kernel: str, models: Sequence[Model], block_size: int) -> None:

@@ -10,8 +10,9 @@ from adaptive_moe.cli.bench.recorded import read_times
 from adaptive_moe.models import find_model
 from adaptive_moe.policy.situation import Situation
 from calibration import check_sorts, slowed
-from calibration.check_sorts import affordable, check, lots, overall, run
+from calibration.check_sorts import affordable, check, lots, run
 from calibration.slowed import RECORDED, Slowed, Wait, between, targets
+from calibration.sorts_figures import figures, overall, promise
 
 
 def test_between_what_was_measured_times_lie_straight_on_logarithmic_scales():
@@ -66,7 +67,7 @@ def test_what_a_step_got_of_what_was_promised():
         {"num_tokens": 1, "chosen": "ck", "over_baseline_us": {"ck": [-3.0, -3.1, -2.9]}},
         {"num_tokens": 8, "chosen": "policy 0", "over_baseline_us": {"policy 0": [0.0, 0.0, 0.0]}},
     ]
-    found = check_sorts._promise({"captured": {"sweep": sweep}}, oracle)["promise"]
+    found = promise({"captured": {"sweep": sweep}}, oracle)["promise"]
     assert list(found) == ["captured"]
     assert found["captured"]["got_of_promised"] == 0.75
     assert found["captured"]["rows"] == [[1, "ck", 4.0, 3.0], [8, "policy 0", 0.0, 0.0]]
@@ -74,7 +75,7 @@ def test_what_a_step_got_of_what_was_promised():
 
 def test_what_the_oracle_had_no_time_for_is_in_no_sum():
     sweep = [{"num_tokens": 3, "chosen": "ck", "over_baseline_us": {"ck": [-3.0, -3.1, -2.9]}}]
-    assert check_sorts._promise({"busy": {"sweep": sweep}}, {})["promise"] == {}
+    assert promise({"busy": {"sweep": sweep}}, {})["promise"] == {}
 
 
 def test_lots_hold_every_count_once_and_those_of_the_steps_first():
@@ -100,9 +101,9 @@ def test_the_steps_that_matter_most_are_made_as_long_as_there_is_time():
 
 
 def shape(counts, close, got, **more):
-    promise = {"captured": {"promised_us": 10.0, "got_us": got}}
-    figures = {"counts": counts, "counts_within_1pct": close, "promise": promise}
-    return {**figures, "left_out_for_time": {}, **more}
+    done = {"counts": counts, "counts_within_1pct": close}
+    captured = {"promised_us": 10.0, "got_us": got}
+    return {**done, "promise": {"captured": captured}, "left_out_for_time": {}, **more}
 
 
 def test_overall_sums_what_was_done_and_names_the_rest():
@@ -125,6 +126,12 @@ def test_overall_sums_what_was_done_and_names_the_rest():
     good = overall({"a": shape(100, 99, 8.0)})
     assert good["met"]["within_1pct"]
     assert good["met"]["captured_got_of_promised"]
+
+
+def test_within_1pct_is_a_fraction_of_the_counts():
+    assert figures([{"over_best": o} for o in (1.0, 1.01, 1.0101, 2.0)]) == {
+        "counts": 4, "counts_within_1pct": 2, "within_1pct": 0.5, "worst_over_best": 2.0
+    }  # fmt: skip
 
 
 @pytest.fixture

@@ -129,6 +129,7 @@ def test_what_is_wrong_once_only_counts():
 
 
 def test_what_is_undefined_may_be_anything():
+    # 708 entries of the shorter buffers, 720 of those rounded up to blocks.
     def sort(*arguments, rounded):
         outputs = right_sort(*arguments, rounded=rounded)
         outputs[0][outputs[3][0] :] = 5
@@ -136,7 +137,7 @@ def test_what_is_undefined_may_be_anything():
         outputs[1][outputs[1].view(torch.int32) == POISON] = 5.0
         return outputs
 
-    assert check(sort, 33, 4, 61)["failures"] == []
+    assert check(sort, 33, 3, 61)["failures"] == []
 
 
 def test_the_reference_holds_the_contract():
