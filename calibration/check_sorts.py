@@ -134,8 +134,8 @@ def check(
                 seam,
                 layer_sizes(model, 8, args.block_size, seam.dtype),
                 settings=read_settings(settings),
-                captured=captured,
-                eager=eager,
+                captured=sorted(captured),
+                eager=sorted(eager),
                 layers=8,
                 seconds=args.sampling,
             )["situations"]

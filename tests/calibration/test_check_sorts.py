@@ -151,7 +151,7 @@ def test_a_rehearsal_on_the_cpu_has_every_part(options):
     assert found["left_out_for_time"] == {}
     assert set(found["seconds"]) == {"baseline", "calibration", "oracle", "step"}
     assert [row["num_tokens"] for row in found["oracle"]] == [2, 3, 4]
-    assert [row["num_tokens"] for row in found["step"]["as_it_comes"]["sweep"]] == [4, 2]
+    assert [row["num_tokens"] for row in found["step"]["as_it_comes"]["sweep"]] == [2, 4]
 
 
 def test_at_its_end_a_model_has_the_first_lot_and_says_what_is_missing(options):
