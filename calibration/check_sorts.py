@@ -1,9 +1,8 @@
 """Is the sort that is chosen the one that is best, and does a step get shorter by what that saves?
 
-The baseline is our own sort behind AITER's seam, made as slow as AITER's was measured to be: after
-it, the device spins for what its policy took longer on an H100 (calibration/recorded). So its
-policies cross where AITER's do, and our sorts, which compete at their real speed, win and lose
-where they would. For each model, with every sort competing:
+The baseline is our own sort, made as slow as AITER's was measured to be (slowed.py), and our sorts
+compete with it at their real speed: so they win and lose where they would. For each model, with
+every sort competing:
 
     within_1pct     fraction of counts at which the table's choice takes at most 1% longer than the
                     best candidate by an oracle of its own
@@ -11,227 +10,143 @@ where they would. For each model, with every sort competing:
                     sort alone promise, both summed over the counts
 
     PYTHONPATH=. python3 calibration/check_sorts.py --out calibration/results/check_sorts.json
+
+With `--seconds 60` every model gets its share of them: fewer counts, then fewer steps, and the
+result names what was left out.
 """
 
 import argparse
 import functools
+import gc
+import itertools
 import math
+import multiprocessing
 import sys
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from adaptive_moe.cli.bench.layer import layer_sizes
+from adaptive_moe.cli.bench.layer import Step, layer_sizes
 from adaptive_moe.cli.bench.oracle import measure_oracle
-from adaptive_moe.cli.bench.paired import in_rounds
-from adaptive_moe.cli.bench.recorded import Recorded, read_times, times_of
-from adaptive_moe.cli.bench.seams import Seam, kernel_at, seam_of
+from adaptive_moe.cli.bench.seams import kernel_at, seam_of
 from adaptive_moe.cli.bench.step import judge_model
 from adaptive_moe.kernels import load_kernel
-from adaptive_moe.kernels.aiter_padding import one_shot_rows
 from adaptive_moe.models import Model, find_model
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.settings import read_settings
 from adaptive_moe.tuning.calibrator import Plan, calibrate
-from adaptive_moe.tuning.clocks import clock_for
-from adaptive_moe.tuning.device import Spin
-from adaptive_moe.tuning.inputs import Inputs
 from calibration import record
+from calibration.slowed import slowed_seam
+from calibration.sorts_figures import MEANING, figures, oracle_row, overall, promise
 
-RECORDED = Path(__file__).parent / "recorded" / "sort_implementations_h100.csv"
 MODELS = "mixtral-8x7b,gpt-oss-120b,deepseek-v3,qwen3-next-80b"
 CAPTURED = (*range(1, 9), *range(12, 33, 4), *range(48, 129, 16), *range(160, 513, 32))
 EAGER = (600, 768, 1024, 1500, 2048, 3000, 4096)
-STEP_CAPTURED, STEP_EAGER = (1, 4, 16, 32, 64, 128, 256, 512), (768, 2048, 4096)
-# One-shot was not recorded where it is hopeless.
-HOPELESS = 4.0
+# Steps, what matters most first: the last are left out first.
+STEP_CAPTURED, STEP_EAGER = (1, 64, 16, 256, 4, 128, 32, 512), (2048, 768, 4096)
+A_LOT = 8  # counts that the oracle measures between two looks at the time
+ORACLE_PART = 0.5  # of the time that is left after calibrating; the rest is for the steps
+STEP_S, POINT_S = 4.0, 0.3  # seconds, besides sampling
 
 
-class Wait:
-    """Keeps the device busy for so long; on the CPU, the calling thread.
+def lots(counts: Sequence[int], first: Sequence[int]) -> list[list[int]]:
+    """The counts in lots: those of the steps first, then the others, each lot all over them."""
+    rest = [count for count in counts if count not in first]
+    number = max(1, len(rest) // A_LOT)
+    return [sorted(first), *(lot for i in range(number) if (lot := rest[i::number]))]
 
-    least_us: what it costs to wait for nothing, a launch.
-    """
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.least_us = 0.0
-        if self.on_gpu:
-            self.spin = Spin(device)
-            times = clock_for(Situation.GRAPH, device).prepare([lambda: self.spin(5.0)] * 4)
-            self.least_us = max(0.0, min(times() for _ in range(20)) - 5.0)
+def affordable(
+    seconds: float, sampling: float, *, on_gpu: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Captured and eager counts of the steps that so many seconds are enough for, by what they
+    took on an H100: sampling, and besides it POINT_S a point and STEP_S for weights and tables."""
+    captured, eager = STEP_CAPTURED if on_gpu else (), STEP_EAGER
 
-    def __call__(self, us: float) -> None:
-        if self.on_gpu:
-            self.spin(us - self.least_us)
+    def cost() -> float:
+        # Large steps are sampled for twice the time, and eager ones in two situations.
+        some = len(captured) * (sampling + POINT_S)
+        return STEP_S + some + 2 * len(eager) * (2 * sampling + POINT_S)
+
+    while (captured or eager) and cost() > seconds:
+        if len(captured) > 2 * len(eager):
+            captured = captured[:-1]
         else:
-            end = time.perf_counter() + us * 1e-6
-            while time.perf_counter() < end:
-                pass
+            eager = eager[:-1]
+    return captured, eager
 
 
-class Slowed:
-    """Our sort, whose policies take as long as `target` says: (policy, num_tokens) -> us."""
-
-    def __init__(
-        self,
-        sort: Callable[..., Any],
-        fastest: Callable[[int], tuple[int, float]],
-        target: Callable[[int, int], float],
-        wait: Wait,
-    ) -> None:
-        self.sort, self.wait = sort, wait
-
-        @functools.cache
-        def plan(policy: int, num_tokens: int) -> tuple[int, float]:
-            """The policy that really runs, and how much longer it is to take."""
-            runs, us = fastest(num_tokens)
-            return runs, target(policy, num_tokens) - us
-
-        self.plan = plan
-
-    def __call__(self, topk_ids: Any, weights: Any, experts: Any, *rest: Any) -> Any:
-        num_tokens = topk_ids.shape[0]
-        *arguments, policy = rest
-        one_shot = policy == 1 or (policy == 0 and num_tokens <= one_shot_rows(experts))
-        runs, more_us = self.plan(1 if one_shot else 2, num_tokens)
-        outputs = self.sort(topk_ids, weights, experts, *arguments, runs)
-        if more_us > self.wait.least_us:
-            self.wait(more_us)
-        return outputs
+@contextmanager
+def timed(seconds: dict[str, float], part: str, now: Callable[[], float]) -> Iterator[None]:
+    begun = now()
+    yield
+    seconds[part] = round(now() - begun, 1)
 
 
-def between(times: Mapping[int, float]) -> Callable[[int], float]:
-    """us at any count, straight on both logarithmic scales between those given."""
-    counts = sorted(times)
-
-    def at(num_tokens: int) -> float:
-        right = min(max(bisect_right(counts, num_tokens), 1), len(counts) - 1)
-        a, b = counts[right - 1], counts[right]
-        part = math.log(num_tokens / a) / math.log(b / a)
-        return math.exp(math.log(times[a]) * (1 - part) + math.log(times[b]) * part)
-
-    return at
-
-
-def targets(
-    recorded: Sequence[Recorded], model: Model, scale: float
-) -> Callable[[int, int], float]:
-    """How long AITER's policies took, times scale."""
-    counts = sorted({one.num_tokens for one in recorded if one.is_of(model)})
-    rows = {n: times_of(recorded, model, Situation.GRAPH, n) for n in counts}
-    multi = {n: scale * row["recorded opus multi"] for n, row in rows.items()}
-    one = {
-        n: scale * rows[n].get("recorded opus one shot", 0.0) or HOPELESS * multi[n] for n in counts
-    }
-    at = {1: between(one), 2: between(multi)}
-    return lambda policy, num_tokens: at[policy](num_tokens)
-
-
-def slowed_seam(kernel: str, model: Model, block_size: int, scale: float) -> Seam:
-    """The seam with the baseline as slow as AITER's, for one model."""
-    plain = seam_of(kernel)
-    coverage = Coverage.up_to(model.shape(block_size, plain.dtype), max(EAGER), CAPTURED)
-    counts = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096)
-    live: dict[int, tuple[int, float]] = {}
-    with kernel_at(plain, coverage.on(plain.device.type), "policies") as own:
-        clock = clock_for(Situation.GRAPH, own.device)
-        inputs = Inputs(coverage, None, own.device)
-        for count in counts:
-            train = inputs.train(Situation.GRAPH, count, 1.0)[:4]
-            samplers = {
-                c.name: clock.prepare([c.bind(i) for i in train])
-                for c in own.candidates[1:]
-                if c.bind(train[0])()
-            }
-            us = {n: min(t) for n, t in in_rounds(samplers, 0.02, far_behind=4.0).items()}
-            best = min(us, key=lambda name: us[name])
-            live[count] = int(best.removeprefix("policy ")), us[best]
-    at = between({n: us for n, (_, us) in live.items()})
-
-    def fastest(num_tokens: int) -> tuple[int, float]:
-        near = min(counts, key=lambda n: abs(math.log(n / num_tokens)))
-        return live[near][0], at(num_tokens)
-
-    sort = plain.module.moe_sorting
-    target = targets(read_times(RECORDED), model, scale)
-    return seam_of(kernel, Slowed(sort, fastest, target, Wait(plain.device)))
-
-
-def check(kernel: str, model: Model, args: argparse.Namespace) -> dict[str, Any]:
-    seam = slowed_seam(kernel, model, args.block_size, args.scale)
+def check(
+    kernel: str,
+    model: Model,
+    args: argparse.Namespace,
+    end: float,
+    now: Callable[[], float] = time.monotonic,
+) -> dict[str, Any]:
+    """One model's figures, of as many counts and steps as are done by `end`."""
+    left_out: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    part = functools.partial(timed, seconds, now=now)
+    with part("baseline"):
+        seam = slowed_seam(kernel, model, args.block_size, args.scale, CAPTURED)
     shape = model.shape(args.block_size, seam.dtype)
     coverage = Coverage.up_to(shape, max(EAGER), CAPTURED).on(seam.device.type)
-    sweeps = {Situation.GRAPH: CAPTURED, Situation.BUSY: EAGER}
-    if not coverage.captured:
-        del sweeps[Situation.GRAPH]
     rows: list[dict[str, Any]] = []
     oracle: dict[Situation, dict[int, Mapping[str, float]]] = {}
     with kernel_at(seam, coverage, args.sorts) as sorts:
-        table = calibrate(sorts, coverage, Plan(budget_s=args.budget))
-        for situation, counts in sweeps.items():
-            steps = STEP_CAPTURED if situation is Situation.GRAPH else STEP_EAGER
-            every = sorted({*counts, *steps})
-            points = measure_oracle(sorts, shape, situation, every, args.oracle_passes)
-            oracle[situation] = {p.num_tokens: p.us for p in points}
-            for p in points:
-                chosen = table.candidate(p.num_tokens, captured=situation is Situation.GRAPH)
-                bucket = table.bucket(p.num_tokens, situation)
-                us = {name: round(t, 3) for name, t in p.us.items()}
-                over = round(p.us[chosen] / min(p.us.values()), 4)
-                rows.append({
-                    "situation": situation.value, "num_tokens": p.num_tokens,
-                    "chosen": chosen, "over_best": over, "us": us,
-                    "reason": bucket.reason if bucket else None,
-                })  # fmt: skip
-    settings = read_settings(
-        {"ADAPTIVE_MOE_SORTS": args.sorts, "ADAPTIVE_MOE_BUDGET_S": str(args.budget)}
-    )
-    judged = judge_model(
-        seam,
-        layer_sizes(model, 8, args.block_size, seam.dtype),
-        settings=settings,
-        captured=STEP_CAPTURED if seam.on_gpu else (),
-        eager=STEP_EAGER,
-        layers=8,
-        seconds=args.seconds,
-    )["situations"]
+        with part("calibration"):
+            table = calibrate(sorts, coverage, Plan(budget_s=args.budget))
+        sweeps = {Situation.GRAPH: (CAPTURED, STEP_CAPTURED), Situation.BUSY: (EAGER, STEP_EAGER)}
+        if not coverage.captured:
+            del sweeps[Situation.GRAPH]
+        todo = [(situation, lot) for situation, some in sweeps.items() for lot in lots(*some)]
+        todo.sort(key=lambda one: not set(one[1]) & {*STEP_CAPTURED, *STEP_EAGER})
+        oracle_end = now() + ORACLE_PART * (end - now())
+        with part("oracle"):
+            for place, (situation, lot) in enumerate(todo):
+                if place >= len(sweeps) and now() > oracle_end:
+                    left_out.setdefault(f"oracle, {situation.value}", []).extend(lot)
+                    continue
+                for point in measure_oracle(sorts, shape, situation, lot, args.oracle_passes):
+                    oracle.setdefault(situation, {})[point.num_tokens] = point.us
+                    rows.append(oracle_row(table, situation, point))
+    rows.sort(key=lambda row: (row["situation"] != Situation.GRAPH.value, row["num_tokens"]))
+    captured, eager = affordable(end - now(), args.sampling, on_gpu=seam.on_gpu)
+    missing = {*(STEP_CAPTURED if seam.on_gpu else ()), *STEP_EAGER} - {*captured, *eager}
+    if missing:
+        left_out["step"] = sorted(missing)
+    judged: dict[str, Any] = {}
+    if captured or eager:
+        settings = {"ADAPTIVE_MOE_SORTS": args.sorts, "ADAPTIVE_MOE_BUDGET_S": str(args.budget)}
+        with part("step"):
+            judged = judge_model(
+                seam,
+                layer_sizes(model, 8, args.block_size, seam.dtype),
+                settings=read_settings(settings),
+                captured=sorted(captured),
+                eager=sorted(eager),
+                layers=8,
+                seconds=args.sampling,
+            )["situations"]
     return {
-        "counts": len(rows),
-        "within_1pct": round(sum(r["over_best"] <= 1.01 for r in rows) / len(rows), 4),
-        "worst_over_best": max(r["over_best"] for r in rows),
-        **_promise(judged, oracle),
+        **figures(rows),
+        "left_out_for_time": left_out,
+        "seconds": seconds,
+        **promise(judged, oracle),
         "oracle": rows,
         "step": judged,
     }
-
-
-def _promise(judged: Mapping[str, Any], oracle: Mapping[Situation, Any]) -> dict[str, Any]:
-    """us a layer that the oracle's times promise, and what the step got, by situation and count."""
-    found: dict[str, Any] = {}
-    for name, situation in (("captured", Situation.GRAPH), ("busy", Situation.BUSY)):
-        rows = []
-        for row in judged.get(name, {}).get("sweep", ()):
-            us = oracle[situation][row["num_tokens"]]
-            baseline = next(iter(us))
-            promised = us[baseline] - us[row["chosen"]]
-            got = -row["over_baseline_us"][row["chosen"]][0]
-            rows.append([row["num_tokens"], row["chosen"], round(promised, 3), round(got, 3)])
-        if rows:
-            promised, got = (sum(row[i] for row in rows) for i in (2, 3))
-            found[name] = {
-                "promised_us": round(promised, 3),
-                "got_us": round(got, 3),
-                "got_of_promised": round(got / promised, 4) if promised else None,
-                "columns": ["num_tokens", "chosen", "promised us", "got us"],
-                "rows": rows,
-            }
-    return {"promise": found}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -242,25 +157,61 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the recorded times [1]")
     parser.add_argument("--budget", type=float, default=1.5, help="seconds a calibration [1.5]")
     parser.add_argument("--oracle-passes", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=0.35, help="of sampling a step [0.35]")
+    parser.add_argument("--sampling", type=float, default=0.35, help="seconds a step [0.35]")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf,
+        help="for all models: what does not fit is left out, and named [no end]",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    shapes = {}
-    for name in args.models.split(","):
-        begun = time.monotonic()
-        shapes[name] = check(args.kernel, find_model(name), args)
-        shapes[name]["seconds"] = round(time.monotonic() - begun, 1)
-        print(f"{name}: {shapes[name]['seconds']} s", file=sys.stderr, flush=True)
-    counts = sum(s["counts"] for s in shapes.values())
-    close = sum(s["counts"] * s["within_1pct"] for s in shapes.values())
-    overall: dict[str, Any] = {"counts": counts, "within_1pct": round(close / counts, 4)}
-    for name in ("captured", "busy"):
-        some = [s["promise"][name] for s in shapes.values() if name in s["promise"]]
-        promised, got = (sum(s[key] for s in some) for key in ("promised_us", "got_us"))
-        if promised:
-            overall[f"{name}_got_of_promised"] = round(got / promised, 4)
-    return {**record.stamp(load_kernel(args.kernel).device), "overall": overall, "shapes": shapes}
+    begun = time.monotonic()
+    end = begun + args.seconds
+    names = args.models.split(",")
+    models = [find_model(name) for name in names]
+    device = load_kernel(args.kernel).device
+    if device.type == "cuda":
+        compile_all(args.kernel, models, args.block_size)
+    shapes: dict[str, dict[str, Any]] = {}
+    for place, model in enumerate(models):
+        left = end - time.monotonic()
+        if left <= 0:
+            shapes[model.name] = {"left_out_for_time": "all"}
+            continue
+        share = time.monotonic() + left / (len(models) - place)
+        try:
+            shapes[model.name] = check(args.kernel, model, args, share)
+            print(f"{model.name}: {shapes[model.name]['seconds']}", file=sys.stderr, flush=True)
+        except RuntimeError as error:  # out of memory, or no table: it costs this model only
+            shapes[model.name] = {"failed": f"{type(error).__name__}: {error}"}
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {
+        **record.stamp(device),
+        "meaning": MEANING,
+        "seconds": round(time.monotonic() - begun, 1),
+        "overall": overall(shapes),
+        "shapes": shapes,
+    }
+
+
+def compile_all(kernel: str, models: Sequence[Model], block_size: int) -> None:
+    """Every kernel of the models, by a process each: one after the other would take longer than
+    what is measured."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(len(models)) as pool:
+        pool.map(compile_one, [(kernel, model.name, block_size) for model in models], chunksize=1)
+
+
+def compile_one(job: tuple[str, str, int]) -> None:
+    kernel, model, block_size = job
+    seam = seam_of(kernel)
+    sizes = layer_sizes(find_model(model), 8, block_size, seam.dtype)
+    step = Step(sizes, max(EAGER), seam.device)
+    for policy, num_tokens in itertools.product((1, 2), (1, max(EAGER))):
+        step.run(num_tokens, 1, seam.experts(sizes.shape, policy))
+    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

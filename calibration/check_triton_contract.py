@@ -4,11 +4,11 @@
 
 Every combination of the lists below (a topk above the number of experts is no routing and is left
 out) is sorted under all three policies and compared bit for bit, where defined, with a reference
-made of torch's own stable sort. Every buffer is poisoned before and has a guard behind its end, so
-that neither what is left unwritten nor what is written outside goes unseen. The first pass gives
-each combination one of AITER's two buffer lengths in turn, the second the other; `--seconds` may
-end it, and the result says what was done. Then each policy is captured into a graph and replayed
-on inputs it has not seen. Exit status 1 where anything differs.
+made of torch's own stable sort (exact_memory.py). Nothing waits for the device until the end of a
+job, which is all combinations of so many experts, slots and tokens. `--devices` spreads the jobs
+over the GPUs of this machine; `--part 1/4` does every fourth of them, and `--merge FILE ...` puts
+parts together; `--seconds` may end it, and the result says what was done. Then each policy is
+captured into a graph and replayed on inputs it has not seen. Exit status 1 where anything differs.
 """
 
 import argparse
@@ -20,17 +20,15 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from adaptive_moe.kernels.triton_sort import moe_sorting
+from calibration import record
+from calibration.exact_memory import Expected, Memory, expected, grouped
 
 EXPERTS = (1, 8, 32, 64, 128, 160, 256, 257, 385, 512, 513, 1024)
 TOPK = (1, 2, 4, 6, 8, 9, 11, 16)
@@ -42,137 +40,32 @@ ROUTINGS = (
     ("uniform", "all"),
 )
 OPTIONS = tuple(itertools.product((False, True), repeat=2))  # expert_mask, num_local_tokens
+ROUNDED = (True, False)  # both of AITER's buffer lengths
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MODEL_DIMS = (24, 7, 1000)  # small, so that the sorts are what takes the time
 WIDE_DIM = 7168  # instead, for every 17th combination of up to 1,024 tokens
 POLICIES = (0, 1, 2)
-POISON = -7777  # in every dtype, and no valid output
-GUARD = 1024  # elements behind each buffer's end
-FLAGS = (
-    "length",
-    "sorted_ids",
-    "sorted_weights",
-    "sorted_expert_ids",
-    "num_valid_ids",
-    "moe_buf",
-    "guard",
-)
+A_JOB = len(ROUTINGS) * len(OPTIONS) * len(BLOCKS) * len(ROUNDED)  # combinations
+Sort = Callable[..., tuple[torch.Tensor, ...]]
+Case = tuple[tuple[object, ...], tuple[Any, ...], Memory, tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class Sorted:
-    """What the reference expects, and where it is defined."""
+def the_sort() -> Sort:
+    from adaptive_moe.kernels.triton_sort import moe_sorting
 
-    ids: torch.Tensor
-    weights: torch.Tensor
-    experts: torch.Tensor
-    valid: torch.Tensor
-    defined: torch.Tensor
-    real: torch.Tensor
-    defined_blocks: torch.Tensor
+    return moe_sorting
 
 
-def reference(
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    num_experts: int,
-    block_size: int,
-    expert_mask: torch.Tensor | None,
-    num_local_tokens: torch.Tensor | None,
-) -> Sorted:
-    """The contract by torch's stable sort, on the device and without waiting for it."""
-    num_tokens, topk = topk_ids.shape
-    device = topk_ids.device
-    length = num_tokens * topk + num_experts * block_size - topk
-    flat = torch.arange(num_tokens * topk, device=device)
-    rows = torch.tensor([num_tokens], device=device)
-    if num_local_tokens is not None:
-        rows = num_local_tokens.long()
-    visible = torch.ones(num_experts, dtype=torch.bool, device=device)
-    if expert_mask is not None:
-        visible = expert_mask != 0
-    key = topk_ids.flatten().long()
-    is_expert = (key >= 0) & (key < num_experts) & (flat // topk < rows)
-    is_expert &= visible[key.clamp(0, num_experts - 1)]
-    key = torch.where(is_expert, key, num_experts)
-    key, order = key.sort(stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=device)
-    counts.scatter_add_(0, key, torch.ones_like(key))
-    first_sorted = counts.cumsum(0) - counts
-    padded = (counts[:-1] + block_size - 1) // block_size * block_size
-    ends = padded.cumsum(0)
-    starts = torch.cat([ends - padded, torch.full_like(ends[:1], length)])
-    # Entries of no expert all land on one place past the end, which is cut off.
-    target = torch.where(key < num_experts, starts[key] + flat - first_sorted[key], length)
-    ids = ((topk << 24) | rows).int().repeat(length + 1)
-    ids[target] = (((order % topk) << 24) | (order // topk)).int()
-    weights = torch.zeros(length + 1, device=device)
-    weights[target] = topk_weights.flatten()[order]
-    real = torch.zeros(length + 1, dtype=torch.bool, device=device)
-    real[target] = True
-    block_start = torch.arange(-(-length // block_size), device=device) * block_size
-    expert = torch.searchsorted(ends, block_start, right=True).clamp(max=num_experts - 1)
-    local = visible.long().cumsum(0) - 1
-    return Sorted(
-        ids[:-1],
-        weights[:-1],
-        local[expert].int(),
-        torch.cat([ends[-1:], rows]).int(),
-        torch.arange(length, device=device) < ends[-1],
-        real[:-1],
-        block_start < ends[-1],
-    )
-
-
-@contextmanager
-def guarded_memory() -> Iterator[list[torch.Tensor]]:
-    """Within it torch.empty gives poison, with a guard of poison behind it; yields the guards."""
-    real, guards = torch.empty, []
-
-    def empty(*size: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        shape = size[0] if isinstance(size[0], tuple) else size
-        count = math.prod(shape)
-        buffer = torch.full((count + GUARD,), POISON, dtype=dtype, device=device)
-        guards.append(buffer[count:])
-        return buffer[:count].view(shape)
-
-    torch.empty = empty
-    try:
-        yield guards
-    finally:
-        torch.empty = real
-
-
-def differs(
-    wanted: Sorted, outputs: tuple[torch.Tensor, ...], guards: list[torch.Tensor], length: int
-) -> torch.Tensor:
-    """Whether any output differs in any bit where it is defined, as FLAGS. `length` is that of
-    sorted_ids and sorted_weights; what is defined is never longer than `wanted` is."""
-    ids, weights, experts, valid, moe_buf = outputs
-    lengths = len(ids) == len(weights) == length and len(experts) == len(wanted.defined_blocks)
-    ids, weights = ids[: len(wanted.ids)], weights[: len(wanted.ids)]
-    bits, wanted_bits = weights.view(torch.int32), wanted.weights.view(torch.int32)
-    return torch.stack(
-        [
-            torch.full((), not lengths, device=ids.device),
-            ((ids != wanted.ids) & wanted.defined).any(),
-            ((bits != wanted_bits) & wanted.real).any(),
-            ((experts != wanted.experts) & wanted.defined_blocks).any(),
-            (valid != wanted.valid).any(),
-            moe_buf.any(),
-            torch.stack([(guard != POISON).any() for guard in guards]).any(),
-        ]
-    )
-
-
-def route(kind: str, tokens: int, experts: int, topk: int, seed: int) -> tuple[Any, Any]:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    weights = torch.rand(tokens, topk, device="cuda", generator=generator)
+def route(
+    kind: str, tokens: int, experts: int, topk: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    device = generator.device
+    weights = torch.rand(tokens, topk, device=device, generator=generator)
     if kind == "one expert":
         return torch.full_like(weights, experts // 2, dtype=torch.int32), weights
-    score = torch.rand(tokens, experts, device="cuda", generator=generator)
+    score = torch.rand(tokens, experts, device=device, generator=generator)
     if kind == "skewed":
-        score = score.log() * torch.arange(1, experts + 1, device="cuda")
+        score = score.log() * torch.arange(1, experts + 1, device=device)
     return score.topk(topk, 1).indices.int().contiguous(), weights
 
 
@@ -187,132 +80,213 @@ def pad_rows(ids: torch.Tensor, which: str) -> torch.Tensor:
     return torch.where(padded[which], -1, ids)
 
 
-def check(job: tuple[int, int, int, int, float]) -> dict[str, Any]:
-    """All combinations with so many experts, slots and tokens, unless `deadline` has passed.
-
-    first_length: whether the first of them gets the rounded buffers. Flags stay on the device
-    until the end.
-    """
-    first_length, experts, topk, tokens, deadline = job
-    if time.time() > deadline:
-        skipped = len(ROUTINGS) * len(BLOCKS) * len(OPTIONS)
-        return {"combinations": 0, "skipped": skipped, "failures": []}
-    cases: list[tuple[object, ...]] = []
-    flags: list[torch.Tensor] = []
-    for kind, padded in ROUTINGS:
-        ids, weights = route(kind, tokens, experts, topk, seed=len(cases))
+def cases(experts: int, topk: int, tokens: int, device: str) -> Iterator[Case]:
+    """Words for each combination, the sort's arguments, its memory, and what is to stand there."""
+    generator = torch.Generator(device).manual_seed(experts * topk + tokens)
+    half = torch.rand(experts, device=device, generator=generator).lt(0.5).int()
+    number = 0
+    for turn, (kind, padded) in enumerate(ROUTINGS, experts + topk + tokens):
+        ids, weights = route(kind, tokens, experts, topk, generator)
         ids = pad_rows(ids, padded)
-        generator = torch.Generator("cuda").manual_seed(len(cases))
-        half = torch.rand(experts, device="cuda", generator=generator).lt(0.5).int()
-        for block, (masked, local) in itertools.product(BLOCKS, OPTIONS):
+        for masked, local in OPTIONS:
             mask = half if masked else None
             rows = None
             if local:
-                some = (0, 1, tokens // 2, tokens)[(len(cases) // 4 + len(cases) // 16) % 4]
-                rows = torch.tensor([some], dtype=torch.int32, device="cuda")
-            wanted = reference(ids, weights, experts, block, mask, rows)
-            wide = len(cases) % 17 == 0 and tokens <= 1024
-            dim = WIDE_DIM if wide else MODEL_DIMS[len(cases) % 3]
-            dtype = DTYPES[len(cases) // 3 % 3]
-            rounded = (len(cases) + len(cases) // 16 + first_length) % 2 == 0
-            length = len(wanted.ids)
-            if rounded:
-                length = math.ceil(length / block) * block
-            options = (block, masked, local, rounded, dim, str(dtype))
-            cases.append((experts, topk, tokens, kind, padded, *options))
-            for policy in POLICIES:
-                with guarded_memory() as guards:
-                    outputs = moe_sorting(
-                        ids, weights, experts, dim, dtype, block, mask, rows, policy,
-                        rounded=rounded,
-                    )  # fmt: skip
-                flags.append(differs(wanted, outputs, guards, length))
-    bad = torch.stack(flags).view(len(cases), len(POLICIES), len(FLAGS)).cpu()
+                some = (0, 1, tokens // 2, tokens)[(turn + 2 * masked) % 4]
+                rows = torch.full((1,), some, dtype=torch.int32, device=device)
+            entries = grouped(ids, weights, experts, mask, rows)
+            for block in BLOCKS:
+                right = expected(entries, block)
+                wide = number // 2 % 17 == 0 and tokens <= 1024
+                dim = WIDE_DIM if wide else MODEL_DIMS[number // 2 % 3]
+                dtype = DTYPES[number // 6 % 3]
+                for rounded in ROUNDED:
+                    memory, wanted = memory_for(right, block, rounded, (tokens, dim), dtype)
+                    words = (kind, padded, block, masked, local, rounded, dim, str(dtype))
+                    arguments = (ids, weights, experts, dim, dtype, block, mask, rows)
+                    yield words, arguments, memory, wanted
+                    number += 1
+
+
+def memory_for(
+    right: Expected, block: int, rounded: bool, shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[Memory, tuple[torch.Tensor, torch.Tensor]]:
+    length = len(right.words[0])
+    if rounded:
+        length = math.ceil(length / block) * block
+    memory = Memory(length, block, shape, dtype, right.words[0].device)
+    return memory, memory.wanted(right)
+
+
+def check(
+    job: tuple[int, int, int, float], sort: Sort | None = None, device: str = "cuda"
+) -> dict[str, Any]:
+    """All combinations of so many experts, slots and tokens, unless the job's deadline is over."""
+    *size, deadline = job
+    if time.time() > deadline:
+        return {"combinations": 0, "left_out": A_JOB, "failures": []}
+    sort = sort or the_sort()
+    flags = torch.zeros(A_JOB, len(POLICIES), 3, dtype=torch.bool, device=device)
+    elsewhere = torch.zeros(A_JOB, len(POLICIES), dtype=torch.bool)
+    for i, (words, arguments, memory, wanted) in enumerate(cases(*size, device)):
+        for p, policy in enumerate(POLICIES):
+            with memory.lent() as guards:
+                outputs = sort(*arguments, policy, rounded=words[5])
+            elsewhere[i, p] = memory.differs(wanted, outputs, guards, flags[i, p])
+    bad = flags.any(2).cpu() | elsewhere
     failures = []
-    for i, p in bad.any(2).nonzero().tolist():
-        names = [name for name, flag in zip(FLAGS, bad[i, p], strict=True) if flag]
-        failures.append([*cases[i], POLICIES[p], names])
-    return {"combinations": len(cases), "skipped": 0, "failures": failures}
+    if bool(bad.any()):  # a second time, and waiting, to say what it is
+        for i, (words, arguments, memory, wanted) in enumerate(cases(*size, device)):
+            for p in bad[i].nonzero().flatten().tolist():
+                with memory.lent() as guards:
+                    outputs = sort(*arguments, POLICIES[p], rounded=words[5])
+                again = torch.zeros(3, dtype=torch.bool, device=device)
+                moved = memory.differs(wanted, outputs, guards, again)
+                names = memory.names(again, moved) or ["not again"]
+                failures.append([*size, *words, POLICIES[p], names])
+    return {"combinations": A_JOB, "left_out": 0, "failures": failures}
+
+
+def compile_ahead(variant: tuple[int, torch.dtype, bool, bool]) -> None:
+    """What a job would compile at its first sorts, by few processes; here all can take part."""
+    experts, dtype, masked, local = variant
+    ones = torch.ones(experts, dtype=torch.int32, device="cuda")
+    for policy, tokens in itertools.product((1, 2), (1, 16384)):
+        ids = torch.zeros(tokens, 1, dtype=torch.int32, device="cuda")
+        mask, rows = ones if masked else None, ones[:1] if local else None
+        the_sort()(ids, ids.float(), experts, 8, dtype, 32, mask, rows, policy)
+    torch.cuda.synchronize()
 
 
 def check_replay() -> tuple[int, list[str]]:
     """A captured call sorts whatever its input tensors hold when the graph is replayed."""
     replays, failures = 0, []
+    generator = torch.Generator("cuda").manual_seed(1)
     for policy, tokens in itertools.product(POLICIES, (1, 16, 500, 4096)):
-        ids, weights = route("uniform", tokens, 256, 8, 1)
+        ids, weights = route("uniform", tokens, 256, 8, generator)
         mask = torch.ones(256, dtype=torch.int32, device="cuda")
         rows = torch.tensor([tokens], dtype=torch.int32, device="cuda")
-        arguments = (256, 1000, torch.bfloat16, 32, mask, rows, policy)
-        moe_sorting(ids, weights, *arguments)
+
+        def right(inputs: tuple[Any, ...] = (ids, weights, 256, mask, rows)) -> Expected:
+            return expected(grouped(*inputs), 32)
+
+        arguments = (ids, weights, 256, 1000, torch.bfloat16, 32, mask, rows, policy)
+        the_sort()(*arguments)
+        memory, _ = memory_for(right(), 32, True, (tokens, 1000), torch.bfloat16)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = moe_sorting(ids, weights, *arguments)
+        with torch.cuda.graph(graph), memory.lent() as guards:  # each replay poisons it anew
+            outputs = the_sort()(*arguments)
         for seed in range(5):
-            new_ids, new_weights = route("skewed", tokens, 256, 8, seed)
+            new_ids, new_weights = route("skewed", tokens, 256, 8, generator)
             ids.copy_(pad_rows(new_ids, ("none", "some", "all")[seed % 3]))
             weights.copy_(new_weights)
             mask.copy_(torch.arange(256, device="cuda") % 5 != seed)
             rows.fill_(tokens - tokens * seed // 10)
-            for output in outputs:
-                output.fill_(POISON)
             graph.replay()
-            wanted = reference(ids, weights, 256, 32, mask, rows)
+            flags = torch.zeros(3, dtype=torch.bool, device="cuda")
+            elsewhere = memory.differs(memory.wanted(right()), outputs, guards, flags)
             replays += 1
-            guard = ids.new_full((1,), POISON)
-            if bool(differs(wanted, outputs, [guard], outputs[0].numel()).any()):
-                failures.append(f"policy {policy}, {tokens} tokens, replay {seed}")
+            if names := memory.names(flags, elsewhere):
+                failures.append(f"policy {policy}, {tokens} tokens, replay {seed}: {names}")
     return replays, failures
+
+
+def jobs(part: int, parts: int, deadline: float) -> list[tuple[int, int, int, float]]:
+    sizes = [size for size in itertools.product(EXPERTS, TOPK, TOKENS) if size[1] <= size[0]]
+    random.Random(0).shuffle(sizes)  # so that what time leaves out is no end of a list
+    return [(*size, deadline) for size in sizes[part - 1 :: parts]]
+
+
+def run_jobs(
+    todo: Sequence[tuple[int, int, int, float]], devices: int, processes: int
+) -> list[dict[str, Any]]:
+    """On so many GPUs, each kept busy by so many processes; all compile first."""
+    context = multiprocessing.get_context("spawn")
+    variants = list(itertools.product((1, 64, 128, 256, 512, 1024), DTYPES, *[(False, True)] * 2))
+    with context.Pool(min(len(variants), multiprocessing.cpu_count())) as pool:
+        pool.map(compile_ahead, variants, chunksize=1)
+    pools = [context.Pool(processes, torch.cuda.set_device, (device,)) for device in range(devices)]
+    pending = [
+        pool.map_async(check, todo[device::devices], chunksize=1)
+        for device, pool in enumerate(pools)
+    ]
+    results = [result for one in pending for result in one.get()]
+    for pool in pools:
+        pool.terminate()
+    return results
+
+
+def summary(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All that the parts found; ValueError where they are not parts of one whole."""
+    of, *others = {int(name.split("/")[1]) for name in parts}
+    if others:
+        raise ValueError(f"parts {sorted(parts)} overlap: all must be of one N")
+    missing = {f"{part}/{of}" for part in range(1, of + 1)} - parts.keys()
+
+    def total(key: str) -> int:
+        return sum(int(part[key]) for part in parts.values())
+
+    def every(key: str) -> list[Any]:
+        return [one for part in parts.values() for one in part[key]]
+
+    matrix = {
+        "experts": EXPERTS, "topk": TOPK, "tokens": TOKENS, "blocks": BLOCKS,
+        "routings, rows of -1": ROUTINGS, "rounded buffers": ROUNDED,
+        "expert_mask, num_local_tokens": OPTIONS, "policies": POLICIES,
+    }  # fmt: skip
+    return {
+        "command": "python calibration/check_triton_contract.py",
+        "matrix": matrix,
+        "combinations_of_the_matrix": len(jobs(1, 1, 0.0)) * A_JOB,
+        "combinations": total("combinations"),
+        "left_out_for_time": total("left_out"),
+        "parts_missing": sorted(missing),
+        "sorts": total("combinations") * len(POLICIES),
+        "wrong_sorts": len(every("failures")),
+        "wrong": every("failures")[:50],
+        "graph_replays": total("replays"),
+        "wrong_replays": every("wrong_replays"),
+        "parts": parts,
+    }
+
+
+def run_part(name: str, devices: int, processes: int, seconds: float) -> dict[str, Any]:
+    import triton
+
+    began = time.time()
+    part, parts = map(int, name.split("/"))
+    results = run_jobs(jobs(part, parts, began + seconds), devices, processes)
+    replays, wrong_replays = check_replay()
+    return {
+        "gpu": torch.cuda.get_device_name(), "devices": devices, "torch": torch.__version__,
+        "triton": triton.__version__, "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"), "seconds": round(time.time() - began, 1),
+        "combinations": sum(result["combinations"] for result in results),
+        "left_out": sum(result["left_out"] for result in results),
+        "failures": [failure for result in results for failure in result["failures"]],
+        "replays": replays, "wrong_replays": wrong_replays,
+    }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--devices", type=int, help="GPUs to use [all]")
+    parser.add_argument("--processes", type=int, default=4, help="on each of them [4]")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start none after so long")
-    arguments = parser.parse_args()
-    began = time.time()
-    context = multiprocessing.get_context("spawn")
-    sizes = [size for size in itertools.product(EXPERTS, TOPK, TOKENS) if size[1] <= size[0]]
-    random.Random(0).shuffle(sizes)  # so that what time leaves out is no end of a list
-    deadline = began + arguments.seconds
-    jobs = [(first_length, *size, deadline) for first_length in (0, 1) for size in sizes]
-    with context.Pool(arguments.processes) as pool:
-        results = pool.map(check, jobs, chunksize=1)
-    replays, replay_failures = check_replay()
-    combinations = sum(result["combinations"] for result in results)
-    skipped = sum(result["skipped"] for result in results)
-    failures = [failure for result in results for failure in result["failures"]]
-    result = {
-        "command": "python calibration/check_triton_contract.py",
-        "date": time.strftime("%Y-%m-%d"),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "matrix": {
-            "experts": EXPERTS, "topk": TOPK, "tokens": TOKENS, "blocks": BLOCKS,
-            "routings, rows of -1": ROUTINGS, "rounded buffers": (True, False),
-            "expert_mask, num_local_tokens": OPTIONS, "policies": POLICIES,
-        },
-        "combinations": combinations,
-        "combinations_left_out_for_time": skipped,
-        "sorts": combinations * len(POLICIES),
-        "failed_sorts": len(failures),
-        "failures": failures[:50],
-        "graph_replays": replays,
-        "failed_replays": replay_failures,
-        "seconds": round(time.time() - began, 1),
-    }  # fmt: skip
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        f"{combinations} combinations ({skipped} left out), {result['sorts']} sorts, "
-        f"{len(failures)} wrong; {replays} graph replays, {len(replay_failures)} wrong; "
-        f"{result['seconds']} s"
-    )
-    for failure in failures[:10]:
-        print("wrong:", failure)
-    return 1 if failures or replay_failures else 0
+    parser.add_argument("--part", default="1/1", help="I/N: every Nth job, from the Ith on [1/1]")
+    parser.add_argument("--merge", type=Path, nargs="+", help="results of parts; nothing is run")
+    args = parser.parse_args()
+    if args.merge:
+        parts = [json.loads(path.read_text())["parts"] for path in args.merge]
+        result = summary({name: part for one in parts for name, part in one.items()})
+    else:
+        devices = args.devices or torch.cuda.device_count()
+        result = summary({args.part: run_part(args.part, devices, args.processes, args.seconds)})
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(record.as_text(result) + "\n")
+    print(record.as_text({key: value for key, value in result.items() if key != "matrix"}))
+    return 1 if result["wrong_sorts"] or result["wrong_replays"] else 0
 
 
 if __name__ == "__main__":

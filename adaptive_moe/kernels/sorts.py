@@ -2,7 +2,9 @@
 `sorts(live, shape)` as kernels/ours.py has it, and add a line to REGISTRY.
 """
 
+import functools
 import importlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adaptive_moe.kernels.call import Live
     from adaptive_moe.shape import SortingShape
+
+logger = logging.getLogger("adaptive_moe")
 
 _AITERS, _OURS = "adaptive_moe.kernels.aiter_sorts", "adaptive_moe.kernels.ours"
 
@@ -64,7 +68,7 @@ def offered(
     environ: Mapping[str, str] = os.environ,
 ) -> list[OtherSort]:
     """The sorts of these names that know every argument and result of the call, in the order of
-    REGISTRY. The words of GROUPS are names, too."""
+    REGISTRY. The words of GROUPS are names, too. A module that raises has none."""
     given = tuple(names)
     asked = {name for word in given for name in GROUPS.get(word, (word,))}
     chosen = any(environ.get(variable) for variable in BACKEND_VARIABLES)
@@ -74,5 +78,14 @@ def offered(
         return []
     found: list[OtherSort] = []
     for module in dict.fromkeys(REGISTRY[name] for name in REGISTRY if name in asked):
-        found += importlib.import_module(module).sorts(live, shape)
+        try:
+            found += list(importlib.import_module(module).sorts(live, shape))
+        except Exception as error:  # anybody's module: it costs nobody but its own sorts
+            _say(f"the sorts of {module} are not offered: {type(error).__name__}: {error}")
     return [sort for name in REGISTRY for sort in found if sort.name == name in asked]
+
+
+@functools.lru_cache(maxsize=256)
+def _say(line: str) -> None:
+    """Once a process."""
+    logger.warning("%s", line)

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from adaptive_moe.kernels import sorts
 from adaptive_moe.kernels.call import Buffer
 from adaptive_moe.kernels.live import live_kernel
-from adaptive_moe.kernels.sorts import GROUPS, REGISTRY, offered
+from adaptive_moe.kernels.sorts import GROUPS, REGISTRY, OtherSort, offered
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.shape import SortingShape
 from tests.kernels.living import SHAPE, candidates, inputs, live
@@ -213,6 +215,25 @@ def test_one_module_and_one_line_add_a_sort(made, added):
     kernel, serving = live_kernel(found, Coverage.up_to(SHAPE, 64), ("bitonic",))
     assert serving["bitonic"](1, 2)[0] == "bitonic"
     assert kernel.candidates[1].name == "bitonic"
+
+
+@pytest.mark.parametrize("kind", ["missing", "raises"])
+def test_a_module_that_fails_costs_its_own_sorts_only(made, added, monkeypatch, caplog, kind):
+    if kind == "raises":
+        module = ModuleType("somebodys.other")
+
+        def sorts(live, shape):
+            yield OtherSort("other", print, "other 1.0")
+            raise RuntimeError("no such GPU")
+
+        module.sorts = sorts
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(REGISTRY, "other", "somebodys.other")
+    with caplog.at_level("WARNING", "adaptive_moe"):
+        for _ in range(2):
+            assert names(live(made), ("policies", "other", "bitonic")) == ["bitonic"]
+    (line,) = [r.message for r in caplog.records if "somebodys.other" in r.message]
+    assert "not offered" in line
 
 
 def test_nobody_is_asked_who_is_not_admitted(made, monkeypatch):
