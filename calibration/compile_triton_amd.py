@@ -44,25 +44,19 @@ RESOURCES = {
     "static_lds_bytes": "group_segment_fixed_size",
     "wavefront": "wavefront_size",
 }
-NAMES = (
-    "one-shot", "multi-phase count", "multi-phase add and place", "multi-phase scan",
-    "multi-phase place",
-)  # fmt: skip
 Launch = tuple[Any, tuple[object, ...], tuple[object, ...]]
 
 
 def record(*, experts: int, tokens: int = 64, options: bool = False, **more: Any) -> list[Launch]:
-    """Kernel, variant and arguments of each launch of one-shot and multi-phase, and of multi-phase
-    with so many entries that their counts are scanned."""
-    many = triton_sort.MULTI_PHASE[0] * triton_sort.MAX_ROWS + 1
+    """Kernel, variant and arguments of each launch of one-shot and multi-phase."""
     launches: list[Launch] = []
     kept = triton_sort._launch
     triton_sort._launch = lambda kernel, _, *rest: launches.append((kernel, *rest))
     try:
-        for policy, rows in ((1, tokens), (2, tokens), (2, many)):
+        for policy in (1, 2):
             triton_sort.moe_sorting(
-                torch.zeros(rows, 1, dtype=torch.int32),
-                torch.zeros(rows, 1),
+                torch.zeros(tokens, 1, dtype=torch.int32),
+                torch.zeros(tokens, 1),
                 experts,
                 more.get("model_dim", 128),
                 more.get("dtype", torch.bfloat16),
@@ -87,8 +81,8 @@ def all_launches(some_experts: Sequence[int]) -> dict[str, Launch]:
     for case in cases:
         words = ", ".join(f"{key} {value}" for key, value in case.items())
         launches = record(**case)
-        # Many entries are counted by the same kernel.
-        for name, launch in zip(NAMES, [*launches[:3], *launches[4:]], strict=True):
+        names = ["one-shot", "multi-phase count", "multi-phase place"]
+        for name, launch in zip(names, launches, strict=True):
             named[f"{name}, {words}"] = launch
     return named
 

@@ -7,8 +7,7 @@ Where an entry goes is the padded start of its expert, plus the expert's entries
 plus those before it in its own chunk. `sort_kernel` needs nothing but the input for that: each of
 its programs counts ALL entries by itself, which for a few thousand of them is cheaper than the
 second launch that sharing the counts would take. Beyond that `count_kernel` goes first and leaves
-the counts of each chunk, and `sort_kernel` adds those up instead; of many chunks `scan_kernel` adds
-them up for all. Every launch zeroes its share of the output buffer beside that.
+the counts of each chunk, and `sort_kernel` reads those instead.
 
 No program waits for another, none writes where another does, and memory sees no atomics: the sort
 is stable and gives the same bits every time. Nothing depends on the width of a warp, so one source
@@ -24,8 +23,7 @@ HIDDEN = tl.constexpr(-(1 << 30))  # where hidden experts start: their positions
 # compilation, nor must an input that is a slice, aligned to nothing.
 _kernel = triton.jit(
     do_not_specialize=[
-        "num_tokens", "topk", "num_experts", "block_size", "model_dim", "chunks", "pads",
-        "fills", "shares",
+        "num_tokens", "topk", "num_experts", "block_size", "model_dim", "chunks", "group", "pads"
     ],
     do_not_specialize_on_alignment=[
         "topk_ids", "topk_weights", "expert_mask", "num_local_tokens"
@@ -57,16 +55,6 @@ def _zero(pointer, size, tile, step, TILE: tl.constexpr):
     if tile == whole:
         last = whole.to(tl.int64) * TILE + offsets
         tl.store(pointer + last, zeros, mask=last < size)
-
-
-@triton.jit
-def _zero_share(moe_buf, num_tokens, model_dim, fills, share, shares, TILE: tl.constexpr):
-    """The first `fills` programs of a launch zero one of the launches' equal shares of the buffer.
-
-    They are the first so that they run beside those that sort from the beginning on.
-    """
-    tile = share * fills + tl.program_id(0)
-    _zero(moe_buf, num_tokens.to(tl.int64) * model_dim, tile, shares * fills, TILE)
 
 
 @triton.jit
@@ -118,17 +106,17 @@ def _count(
 
 
 @triton.jit
-def _add_counts(counts, chunk, chunks, NUM_BINS: tl.constexpr, ROWS: tl.constexpr):
-    """Entries per expert, of the chunks before `chunk` and of all, from each one's counts."""
+def _add_counts(counts, group, used, NUM_BINS: tl.constexpr, ROWS: tl.constexpr):
+    """The same from what `count_kernel` left, of which `used` rows hold entries."""
     before = tl.zeros([ROWS, NUM_BINS], tl.int32)
     total = tl.zeros([ROWS, NUM_BINS], tl.int32)
     cells = tl.arange(0, ROWS)[:, None] * NUM_BINS + tl.arange(0, NUM_BINS)[None, :]
-    first = chunk - chunk  # as a run-time value: the loop counts up from it
-    while first < chunks:
+    first = group - group  # as a run-time value: the loop counts up from it
+    while first < used:
         row = first + tl.arange(0, ROWS)[:, None]
-        some = tl.load(counts + first * NUM_BINS + cells, mask=row < chunks, other=0)
+        some = tl.load(counts + first * NUM_BINS + cells, mask=row < used, other=0)
         total += some
-        before += tl.where(row < chunk, some, 0)
+        before += tl.where(row < group, some, 0)
         first += ROWS
     return tl.sum(before, 0), tl.sum(total, 0)
 
@@ -193,64 +181,35 @@ def _chunk_size(stop, chunks, CHUNK: tl.constexpr):
 
 @_kernel
 def count_kernel(
-    topk_ids, counts, moe_buf, num_local_tokens, num_tokens, topk, num_experts, model_dim, chunks,
-    fills, shares,
-    NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr, FILL_TILE: tl.constexpr,
+    topk_ids, counts, num_local_tokens, num_tokens, topk, num_experts, chunks, group,
+    NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """`chunks` programs count a chunk each, entries per expert, into a row of `counts`."""
-    program = tl.program_id(0) - fills
-    if program < 0:
-        _zero_share(moe_buf, num_tokens, model_dim, fills, 0, shares, FILL_TILE)
-    else:
-        stop = _num_rows(num_tokens, num_local_tokens) * topk
-        size = _chunk_size(stop, chunks, CHUNK)
-        start = tl.minimum(program * size, stop)
-        end = tl.minimum(start + size, stop)
-        _, total = _count(topk_ids, start, start, end, num_experts, NUM_BINS, CHUNK, COUNT_TILE)
-        tl.store(counts + program * NUM_BINS + tl.arange(0, NUM_BINS), total)
-
-
-@_kernel
-def scan_kernel(
-    counts, moe_buf, num_tokens, model_dim, chunks, fills, shares,
-    NUM_BINS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FILL_TILE: tl.constexpr,
-):  # fmt: skip
-    """Each chunk's counts become those of all chunks before it; a row behind them has the totals.
-
-    A program does COLUMNS experts.
-    """
-    program = tl.program_id(0) - fills
-    if program < 0:
-        _zero_share(moe_buf, num_tokens, model_dim, fills, 1, shares, FILL_TILE)
-    else:
-        column = program * COLUMNS + tl.arange(0, COLUMNS)
-        total = tl.zeros([COLUMNS], tl.int32)
-        first = program - program  # as a run-time value: the loop counts up from it
-        while first < chunks:
-            row = first + tl.arange(0, ROWS)[:, None]
-            cells = counts + row * NUM_BINS + column[None, :]
-            some = tl.load(cells, mask=row < chunks, other=0)
-            tl.store(cells, total[None, :] + tl.cumsum(some, 0) - some, mask=row < chunks)
-            total += tl.sum(some, 0)
-            first += ROWS
-        tl.store(counts + chunks * NUM_BINS + column, total)
+    """Entries per expert: a program counts `group` chunks into a row of `counts`."""
+    program = tl.program_id(0)
+    stop = _num_rows(num_tokens, num_local_tokens) * topk
+    size = group * _chunk_size(stop, chunks, CHUNK)
+    start = tl.minimum(program * size, stop)
+    end = tl.minimum(start + size, stop)
+    _, total = _count(topk_ids, start, start, end, num_experts, NUM_BINS, CHUNK, COUNT_TILE)
+    tl.store(counts + program * NUM_BINS + tl.arange(0, NUM_BINS), total)
 
 
 @_kernel
 def sort_kernel(
     topk_ids, topk_weights, counts, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
     moe_buf, expert_mask, num_local_tokens,
-    num_tokens, topk, num_experts, block_size, model_dim, chunks, pads, fills, shares,
+    num_tokens, topk, num_experts, block_size, model_dim, chunks, group, pads,
     NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr,
-    SCANNED: tl.constexpr, SCAN_ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
+    SCAN_ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
 ):  # fmt: skip
-    """`chunks` programs place entries, `pads` write padding, and the first zero `moe_buf`.
+    """`chunks` programs place entries, `pads` write padding, and the others zero `moe_buf`.
 
-    counts: what the kernels before left, or None where every program counts for itself.
+    counts: what `count_kernel` left, or None where every program counts for itself.
     """
-    program = tl.program_id(0) - fills
-    if program < 0:
-        _zero_share(moe_buf, num_tokens, model_dim, fills, shares - 1, shares, FILL_TILE)
+    program = tl.program_id(0)
+    if program >= chunks + pads:
+        first, step = program - chunks - pads, tl.num_programs(0) - chunks - pads
+        _zero(moe_buf, num_tokens.to(tl.int64) * model_dim, first, step, FILL_TILE)
     else:
         rows = _num_rows(num_tokens, num_local_tokens)
         stop = rows * topk
@@ -268,11 +227,14 @@ def sort_kernel(
                     topk_ids, program - program, start, stop, num_experts,
                     NUM_BINS, CHUNK, COUNT_TILE,
                 )  # fmt: skip
-            elif SCANNED:
-                before = tl.load(counts + chunk * NUM_BINS + tl.arange(0, NUM_BINS))
-                total = tl.load(counts + chunks * NUM_BINS + tl.arange(0, NUM_BINS))
             else:
-                before, total = _add_counts(counts, chunk, chunks, NUM_BINS, SCAN_ROWS)
+                used = tl.cdiv(stop, tl.maximum(group * size, 1))
+                before, total = _add_counts(counts, chunk // group, used, NUM_BINS, SCAN_ROWS)
+                first = chunk // group * group * size  # entry that the chunk's group begins with
+                _, within = _count(
+                    topk_ids, first, first, start, num_experts, NUM_BINS, CHUNK, COUNT_TILE
+                )
+                before += within
             visible, local = _visible(expert_mask, num_experts, NUM_BINS)
             padded = tl.where(visible, tl.cdiv(total, block_size) * block_size, 0)
             ends = tl.cumsum(padded, 0)

@@ -7,10 +7,8 @@ give the same answer and differ in how the work is laid out:
 1  one-shot: a single launch, in which every program counts the whole batch by itself and then
    places its own chunk of it. Nothing is cheaper to launch, but every program's time grows with
    the batch: fastest up to 500 (512 experts) or 3,000 entries (128), hopeless with many more.
-2  multi-phase: two or three launches and a workspace. The first counts experts per chunk of
-   entries; in the last every chunk derives its own place from those counts, which with many chunks
-   a launch between has added up. Each zeroes an equal share of the buffer, so that with large ones
-   sorting hides behind that.
+2  multi-phase: two launches and a workspace. The first counts experts per chunk of entries; in
+   the second every chunk derives its own place from those counts. Pays for one more launch.
 0  chooses between them by a rule (`one_shot_tokens`) that knows only the shape.
 
 The kernels are in triton_kernels.py. Contract: ROCm/aiter, `aiter/fused_moe.py` and
@@ -24,7 +22,7 @@ import torch
 import triton
 
 from adaptive_moe.kernels.contract import buffer_length
-from adaptive_moe.kernels.triton_kernels import count_kernel, scan_kernel, sort_kernel
+from adaptive_moe.kernels.triton_kernels import count_kernel, sort_kernel
 
 # Tuned on an H100 (calibration/bench_triton_kernels.py). First, how many entries a program places
 # at once, each compared with every other, and how many it counts at once. Counting a tile takes
@@ -33,13 +31,13 @@ FEW_BINS = 128
 ONE_SHOT_FEW_BINS = (32, 512)
 ONE_SHOT_MANY_BINS = (64, 256)
 MULTI_PHASE = (128, 512)
-ONE_SHOT_CHUNKS, MAX_CHUNKS = 256, 2048  # programs that place
-MAX_ROWS = 64  # of counts that every program adds up by itself; more are scanned first
-ADD_TILE = 4096  # counts read at once then
-SCAN_ROWS, SCAN_COLUMNS = 256, 8  # counts read at once in a scan: of so many chunks and experts
+MAX_CHUNKS = 256  # programs that place
+MAX_ROWS = 64  # of counts, each of as few chunks as that allows; every program reads them all
 PADS = 32  # programs that write padding
+SCAN_TILE = 4096  # counts read at once
 FILL_TILE = 2048  # elements of the output buffer zeroed at once
-FILLS = 528  # programs that zero: enough for the memory, few enough not to crowd those that sort
+# Up to MANY_TILES of them are left to FEW_FILLS programs: more would crowd those that place.
+FEW_FILLS, MANY_TILES, MAX_FILLS = 64, 2048, 65536
 NUM_WARPS = 4
 
 _BUFFER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -130,37 +128,31 @@ def moe_sorting(
     # On AMD, Triton addresses a buffer under 2 GiB with 32 bits.
     large = size * moebuf_dtype.itemsize >= 1 << 31
     variant = (device, moebuf_dtype, large, expert_mask is None, num_local_tokens is None, bins)
+    tiles = -(-size // FILL_TILE)
+    fills = min(tiles, FEW_FILLS if tiles <= MANY_TILES else MAX_FILLS)
     one_shot = dispatch_policy == 1 or (
         not dispatch_policy and num_tokens <= one_shot_tokens(num_experts)
     )
     chunk, count_tile = MULTI_PHASE
     if one_shot:
         chunk, count_tile = ONE_SHOT_FEW_BINS if bins <= FEW_BINS else ONE_SHOT_MANY_BINS
-    chunks = max(1, min(-(-entries // chunk), ONE_SHOT_CHUNKS if one_shot else MAX_CHUNKS))
-    scanned = not one_shot and chunks > MAX_ROWS
-    shares = 1 if one_shot else 3 if scanned else 2
-    fills = min(-(-size // (FILL_TILE * shares)), FILLS)
-    counts = None
+    chunks = max(1, min(-(-entries // chunk), MAX_CHUNKS))
+    counts, group = None, 1
     if not one_shot:
-        # A row of counts a chunk, and one for the totals.
-        counts = torch.empty((chunks + 1) * bins, dtype=torch.int32, device=device)
+        group = -(-chunks // MAX_ROWS)
+        groups = -(-chunks // group)
+        counts = torch.empty(groups * bins, dtype=torch.int32, device=device)
         _launch(
-            count_kernel, chunks + fills, ("count", *variant),
-            (topk_ids, counts, moe_buf, num_local_tokens, num_tokens, topk, num_experts, shape[1],
-             chunks, fills, shares, bins, chunk, count_tile, FILL_TILE),
-        )  # fmt: skip
-    if scanned:
-        _launch(
-            scan_kernel, bins // SCAN_COLUMNS + fills, ("scan", *variant),
-            (counts, moe_buf, num_tokens, shape[1], chunks, fills, shares, bins, SCAN_ROWS,
-             SCAN_COLUMNS, FILL_TILE),
+            count_kernel, groups, (2, *variant),
+            (topk_ids, counts, num_local_tokens, num_tokens, topk, num_experts, chunks, group,
+             bins, chunk, count_tile),
         )  # fmt: skip
     _launch(
-        sort_kernel, chunks + PADS + fills, (f"sort {shares}", *variant),
+        sort_kernel, chunks + PADS + fills, (1 if one_shot else 3, *variant),
         (topk_ids, topk_weights, counts, sorted_ids, sorted_weights, sorted_expert_ids,
          num_valid_ids, moe_buf, expert_mask, num_local_tokens, num_tokens, topk, num_experts,
-         block_size, shape[1], chunks, PADS, fills, shares, bins, chunk, count_tile,
-         scanned, ADD_TILE // bins, FILL_TILE),
+         block_size, shape[1], chunks, group, PADS, bins, chunk, count_tile, SCAN_TILE // bins,
+         FILL_TILE),
     )  # fmt: skip
     return sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf
 

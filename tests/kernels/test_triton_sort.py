@@ -174,7 +174,7 @@ def run_cases() -> dict[str, list[str]]:
     from adaptive_moe.kernels import triton_sort
 
     # An interpreted program takes its time, idle or not: few that pad and few that zero.
-    usual: dict[str, object] = {"PADS": 3, "FILLS": 2}
+    usual: dict[str, object] = {"PADS": 3, "FEW_FILLS": 2}
     usual = {
         name: getattr(triton_sort, name) for name in dir(triton_sort) if name.isupper()
     } | usual
@@ -182,11 +182,10 @@ def run_cases() -> dict[str, list[str]]:
         "ONE_SHOT_FEW_BINS": (16, 32),
         "ONE_SHOT_MANY_BINS": (16, 32),
         "MULTI_PHASE": (16, 32),
-        "ONE_SHOT_CHUNKS": 5,
-        "MAX_CHUNKS": 20,
+        "MAX_CHUNKS": 5,
         "MAX_ROWS": 2,
-        "SCAN_ROWS": 8,
-        "FILLS": 3,
+        "MANY_TILES": 1,
+        "MAX_FILLS": 3,
     }
     found = {}
     for name, case in cases().items():
