@@ -21,7 +21,7 @@ from adaptive_moe.kernels.aiter_padding import one_shot_rows
 from adaptive_moe.models import Model
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.situation import Situation
-from adaptive_moe.tuning.clocks import clock_for
+from adaptive_moe.tuning.clocks import at_once, clock_for
 from adaptive_moe.tuning.device import Spin
 from adaptive_moe.tuning.inputs import Inputs
 
@@ -43,7 +43,9 @@ class Wait:
         self.least_us = 0.0
         if self.on_gpu:
             self.spin = Spin(device)
-            times = clock_for(Situation.GRAPH, device).prepare([lambda: self.spin(5.0)] * 4)
+            times = at_once(
+                clock_for(Situation.GRAPH, device).prepare([lambda: self.spin(5.0)] * 4)
+            )
             self.least_us = max(0.0, min(times() for _ in range(20)) - 5.0)
 
     def __call__(self, us: float) -> None:
@@ -126,7 +128,7 @@ def slowed_seam(
         for count in LIVE:
             train = inputs.train(Situation.GRAPH, count, 1.0)[:4]
             samplers = {
-                c.name: clock.prepare([c.bind(i) for i in train])
+                c.name: at_once(clock.prepare([c.bind(i) for i in train]))
                 for c in own.candidates[1:]
                 if c.bind(train[0])()
             }
