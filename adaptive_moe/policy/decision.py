@@ -238,10 +238,13 @@ def _judge(samples: Samples, baseline: Samples, rule: Rule) -> Result:
 
 
 def _why_kept(name: str, others: Sequence[Result]) -> str:
-    words = [
-        f"{r.candidate} {r.standing.value}{f' ({r.reason})' if r.reason else ''}" for r in others
-    ]
+    words = [f"{r.candidate} {_word(r)}{f' ({r.reason})' if r.reason else ''}" for r in others]
     return f"kept {name}: " + (", ".join(words) if words else "it is the only candidate")
+
+
+def _word(result: Result) -> str:
+    unmeasured = result.standing is Standing.UNSETTLED and result.median_us is None
+    return "not measured" if unmeasured else result.standing.value
 
 
 def _percent(fraction: float | None) -> str:

@@ -283,4 +283,5 @@ class _Told:
     def __call__(self, situation: Situation, num_tokens: int) -> None:
         self.done += 1
         self.total = max(self.total, self.done)
-        self.progress(self.done, self.total, f"{num_tokens} tokens, {situation.value}")
+        tokens = "token" if num_tokens == 1 else "tokens"
+        self.progress(self.done, self.total, f"{num_tokens} {tokens}, {situation.value}")

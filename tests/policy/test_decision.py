@@ -426,3 +426,10 @@ def test_what_is_open_and_may_overtake_keeps_a_bucket_open(standing: Standing) -
         verdict = conclude([base, best, rival], 9)
         assert (verdict.candidate, verdict.settled) == ("policy 1", settled)
     assert not conclude([base, rival], 9).settled
+
+
+def test_a_reason_says_who_was_not_measured_and_who_is_only_unsettled() -> None:
+    none = decide([Samples("policy 0"), Samples("policy 1")], RULE)
+    assert none.reason == "kept policy 0: policy 1 not measured"
+    few = decide([Samples("policy 0", (9.0,)), Samples("policy 1", (5.0,))], RULE)
+    assert few.reason == "kept policy 0: policy 1 unsettled"
