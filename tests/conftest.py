@@ -1,6 +1,7 @@
 """No test reads or leaves anything in the user's own cache folder."""
 
 import contextlib
+import os
 
 import pytest
 
@@ -15,6 +16,15 @@ with contextlib.suppress(ImportError):
         derandomize=True,
         phases=[Phase.explicit, Phase.generate],
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def readers_of_this_process():
+    """A mutant runs in a fork of a process that has its readers already, made without it."""
+    if "MUTANT_UNDER_TEST" in os.environ:
+        from adaptive_moe.policy import plain
+
+        plain._reader.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -355,12 +356,16 @@ def test_a_winner_of_one_pass_replaces_nothing_until_it_is_confirmed() -> None:
     assert (verdict.candidate, verdict.settled) == ("policy 0", False)
     assert stands(verdict, "policy 1") is Standing.UNCONFIRMED
     assert "policy 1 unconfirmed" in verdict.reason
+    assert verdict.results[1].gain_low == RULE.margin
     # The others are what they were.
     assert verdict.results[2] == first.results[2]
 
 
-def test_a_winner_of_both_passes_replaces_the_baseline_and_shows_both() -> None:
-    first, second = passes(10.0, 8.0), passes(10.0, 8.4, seed=5)
+@pytest.mark.parametrize("us", [(8.0, 8.4), (8.4, 8.0)])
+def test_a_winner_of_both_passes_replaces_the_baseline_and_shows_both(
+    us: tuple[float, float],
+) -> None:
+    first, second = passes(10.0, us[0]), passes(10.0, us[1], seed=5)
     verdict = confirm(first, second, RULE)
     assert (verdict.candidate, verdict.settled) == ("policy 1", True)
     assert verdict.rounds == first.rounds + second.rounds
@@ -381,6 +386,26 @@ def test_a_winner_that_the_second_pass_denies_is_none(
     assert (verdict.candidate, verdict.settled) == ("policy 0", settled)
     assert stands(verdict, "policy 1") is standing
     assert "not confirmed" in verdict.reason
+
+
+def test_a_second_pass_too_short_for_an_interval_leaves_a_winner_unconfirmed() -> None:
+    first = passes(10.0, 8.0)
+    verdict = confirm(first, passes(10.0, 8.4, rounds=2), RULE)
+    assert stands(verdict, "policy 1") is Standing.UNCONFIRMED
+    assert verdict.results[1].gain == first.results[1].gain
+
+
+@pytest.mark.parametrize(("us", "sure"), [(8.4, True), (9.95, False)])
+def test_a_second_pass_that_is_not_over_yet_says_no_more_than_that(us: float, sure: bool) -> None:
+    """Its interval reaches down to the margin at least: who merges it comes to no winner either."""
+    times = [noisy(p, t, 14, 3, 0.005) for p, t in enumerate((10.0, us))]
+    second = decide(times, replace(RULE, min_rounds=15))
+    low = second.results[1].gain_low
+    assert low is not None
+    assert (low > RULE.margin) == sure
+    found = confirm(passes(10.0, 8.0), second, RULE).results[1]
+    assert found == replace(second.results[1], gain_low=min(low, RULE.margin))
+    assert found.standing is Standing.UNSETTLED
 
 
 def test_a_winner_that_raises_in_the_second_pass_is_out() -> None:

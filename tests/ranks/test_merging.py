@@ -386,6 +386,49 @@ def test_what_is_no_summary_is_refused(wrong):
             decode(content)
 
 
+@pytest.mark.parametrize(
+    ("array", "place", "value"),
+    [
+        ("tokens", 0, 0),
+        ("tokens", 1, 100),  # more than the next
+        ("fraction", 0, -0.1),
+        ("fraction", 0, 1.5),
+        ("fraction", 0, float("nan")),
+        ("rounds", 0, -1),
+        ("standing", (0, 1), len(ORDER)),
+        ("reason", (0, 1), 1),
+        ("numbers", (0, 0, 1), 0.0),
+        ("numbers", (0, 0, 1), float("inf")),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused(array, place, value):
+    found = summarize(small(1).evidence)
+    getattr(found.sections[1], array)[place] = value
+    with pytest.raises(ValueError, match="out of bounds"):
+        decode(encode(found))
+
+
+def test_the_outermost_numbers_that_can_be_are_read():
+    found = summarize(small(1).evidence)
+    section = found.sections[1]
+    section.fraction[0], section.rounds[0], section.numbers[0, 0, 1] = 0.0, 0, 0.25
+    found = replace(found, texts=tuple(map(str, range(128))), seconds=0.0, budget_s=0.0)
+    assert plain_of(decode(encode(found))) == plain_of(found)
+    for wrong in (
+        replace(found, texts=(*found.texts, "one more")),
+        replace(found, seconds=float("inf")),
+        replace(found, budget_s=float("nan")),
+    ):
+        with pytest.raises(ValueError, match="of another kind"):
+            decode(encode(wrong))
+
+
+def test_a_row_count_larger_than_any_array_is_refused():
+    good = encode(summarize(small(1).evidence))
+    with pytest.raises(ValueError, match="an array of shape"):
+        decode(good.replace(b'"sections": [0, 3, 0]', b'"sections": [0, %d, 0]' % 10**30))
+
+
 def test_made_up_ranks_do_differ():
     assert len({noisy(seed).eager for seed in range(10)}) > 3
     assert set(EAGER) >= {1, 8, 64}

@@ -19,9 +19,12 @@ from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.calibrator import (
+    IDLE_ROUNDS,
     BudgetError,
     CalibrationFailedError,
     Plan,
+    _grid,
+    _rule,
     calibrate,
 )
 from adaptive_moe.tuning.clocks import Clock, WallClock
@@ -351,6 +354,7 @@ def test_progress_rises_to_its_total_and_names_the_token_count(
     assert {what for _, _, what in told} >= {f"{n} tokens, busy" for n in counts}
     assert [done for done, _, _ in told] == list(range(1, len(told) + 1))
     assert all(a[1] <= b[1] and b[0] <= b[1] for a, b in pairwise(told))
+    assert {what.split()[0].isdigit() for _, _, what in told} == {True}
     assert told[0] == (1, at_first, "1 tokens, busy")
     assert told[-1][0] == told[-1][1]
 
@@ -410,6 +414,13 @@ def test_padded_rows_get_the_candidate_that_loses_in_no_fill() -> None:
     ]
 
 
+def test_a_winner_of_the_sparse_fills_alone_is_confirmed_in_these() -> None:
+    us = lambda policy, rows, real: 40.0 if policy == 1 and real < rows else 50.0  # noqa: E731
+    table = Fake(us).calibrate(PADDED, first=(64,))
+    winners = [f.verdict.candidate for f in table.evidence.busy[-1].fills]
+    assert winners == ["policy 0", "policy 1", "policy 1"]
+
+
 def test_a_policy_wrong_at_one_fill_only_is_out() -> None:
     def spoil(policy: int, rows: int, outputs: Outputs) -> Outputs:
         sparse = int(outputs[3][1]) < rows
@@ -453,11 +464,13 @@ def test_who_is_faster_in_both_passes_is_confirmed() -> None:
 def test_the_second_pass_comes_after_the_first_of_every_bucket_and_prepares_anew() -> None:
     fake = Fake(fooled(1 << 30))
     prepared: list[tuple[int, int]] = []
+    told: list[float] = []
 
     class Preparing(WallClock):
         def prepare(self, train: Any, call_us: float = 0.0) -> Any:
             arguments = train[0].args
             prepared.append((len(arguments[0]), arguments[8]))
+            told.append(call_us)
             return super().prepare(train, call_us)
 
     fake.clock = lambda situation, device: Preparing(lambda: fake.seconds)  # type: ignore[method-assign]
@@ -465,7 +478,10 @@ def test_the_second_pass_comes_after_the_first_of_every_bucket_and_prepares_anew
     grid = [b.num_tokens for b in table.evidence.busy]
     # Of the baseline and the winner, and only of them, for each of LOTS lots.
     last = prepared[-2 * LOTS * len(grid) :]
-    assert sorted(last) == sorted((n, p) for n in grid for p in (0, 1) for _ in range(LOTS))
+    # Its lots lie apart: each count has one before any has the next.
+    assert last == last[: 2 * len(grid)] * LOTS
+    assert sorted(last[: 2 * len(grid)]) == [(n, p) for n in grid for p in (0, 1)]
+    assert told[-len(last) :] == pytest.approx([40.0] * len(last))
     assert {n for n, _ in prepared[: -2 * LOTS * len(grid)]} >= set(grid)
 
 
@@ -501,6 +517,10 @@ def test_where_not_all_winners_can_be_confirmed_those_that_save_most_are() -> No
     assert len(found[0.07]) <= len(found[0.09]) <= len(found[0.11])
     # What saves most is at the smallest counts.
     assert found[0.07] == [b.num_tokens for b in whole.evidence.busy][: len(found[0.07])]
+    # Nor does it matter when that is.
+    late = Fake(us, seconds=1024.0).calibrate(budget_s=0.07).evidence
+    assert [b.num_tokens for b in late.busy if standings(b)[0] is Standing.FASTER] == found[0.07]
+    assert late.seconds < 1.0
 
 
 # What is known already
@@ -586,3 +606,21 @@ def test_a_default_dtype_of_bfloat16_changes_nothing() -> None:
 def test_a_plan_that_cannot_be_is_refused_by_name(budget_s: float) -> None:
     with pytest.raises(ValueError, match=f"budget_s={budget_s}"):
         Plan(budget_s=budget_s)
+
+
+# What only a GPU reaches: a CPU has one situation
+
+
+def test_eager_calls_as_small_as_graphs_begin_with_every_other_power_of_two() -> None:
+    captured = Coverage.up_to(SHAPE, 64, (1, 2, 4, 8), busy_from=16)
+    assert _grid(captured, Situation.GRAPH) == (1, 2, 4, 8, 16, 32, 64)
+    assert _grid(captured, Situation.BUSY) == (1, 4, 16, 32, 64)
+    assert _grid(replace(captured, busy_from=8), Situation.BUSY) == (1, 4, 8, 16, 32, 64)
+    assert _grid(replace(captured, captured=()), Situation.BUSY) == (1, 2, 4, 8, 16, 32, 64)
+
+
+@pytest.mark.parametrize(("given", "idle"), [(500, IDLE_ROUNDS), (8, 8)])
+def test_the_idle_device_has_few_rounds_and_the_others_those_given(given: int, idle: int) -> None:
+    plan = Plan(rule=Rule(margin=0.02, max_rounds=given))
+    assert _rule(plan, Situation.GRAPH) == _rule(plan, Situation.BUSY) == plan.rule
+    assert _rule(plan, Situation.IDLE) == replace(plan.rule, max_rounds=idle)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from statistics import NormalDist, fmean
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from adaptive_moe.policy.buckets import bucket_of
 from adaptive_moe.policy.decision import Result, Rule, Samples, Standing, Verdict, decide
 from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.tuning.explore import (
+    ERRORS,
     LOOK_ROUNDS,
     SKETCH_ROUNDS,
     WORTH_MEASURING,
@@ -326,6 +328,20 @@ def test_a_doubt_promises_more_the_more_it_seems_to_gain_and_never_less_than_tha
 
     assert promise(gain) <= promise(min(gain + more, 0.8))
     assert promise(gain) == 0.0 or promise(gain) >= gain
+
+
+@pytest.mark.parametrize(("gain", "width"), [(0.10, 0.15), (-0.02, 0.30), (0.05, 0.01), (0.0, 0.2)])
+def test_a_doubt_promises_the_mean_of_what_it_may_gain(gain: float, width: float) -> None:
+    likely = NormalDist(gain, width / ERRORS)
+    mean = fmean(max(likely.inv_cdf((i + 0.5) / 2000), 0.0) for i in range(2000))
+    promise = promised(unsure(8, gain, gain + width).fills[0].verdict, RULE)
+    assert promise == pytest.approx(mean / (1.0 - gain), rel=0.01)
+
+
+def test_a_doubt_without_an_interval_promises_what_it_seems_to_gain() -> None:
+    base = Result("policy 0", Standing.BASELINE, 10.0, 0.0)
+    rival = Result("policy 1", Standing.UNSETTLED, 8.0, 0.2)
+    assert promised(Verdict("policy 0", False, 2, "", (base, rival)), RULE) == pytest.approx(0.25)
 
 
 def test_a_doubt_is_asked_for_twice_the_rounds_and_worth_the_counts_it_serves() -> None:

@@ -13,6 +13,7 @@ from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.asked import NOT_IN_GRAPH, SLOWER_BUSY
 from adaptive_moe.tuning.clocks import Pending, Sampler, Train, WallClock
 from adaptive_moe.tuning.inputs import Inputs
+from adaptive_moe.tuning.race import LOT, LOTS
 from adaptive_moe.tuning.rightness import Rightness
 from adaptive_moe.tuning.section import Section
 
@@ -20,12 +21,13 @@ COVERAGE = Coverage.up_to(SortingShape(8, 2, 4, block_size=4), 64, busy_from=33)
 
 
 class Bench:
-    """us(situation, policy) is what a call takes. timed: who was, in which situation."""
+    """us(situation, policy) is what a call takes. timed: who was, in which situation. rows: of the
+    call that is timed."""
 
     def __init__(
         self, us: Callable[[Situation, int], float], coverage: Coverage = COVERAGE
     ) -> None:
-        self.us, self.seconds = us, 0.0
+        self.us, self.seconds, self.rows = us, 0.0, 0
         self.situation: Situation | None = None
         self.timed: set[tuple[Situation, int]] = set()
         candidates = policy_candidates(self.sort)
@@ -68,6 +70,7 @@ class Bench:
         if self.situation is None:
             return cpu_sort.moe_sorting(*arguments)
         self.timed.add((self.situation, arguments[8]))
+        self.rows = len(arguments[0])
         self.seconds += 1e-6 * self.us(self.situation, arguments[8])
         return ()
 
@@ -147,3 +150,46 @@ def test_where_nobody_wins_in_graphs_no_eager_call_of_so_few_tokens_is_timed() -
     assert not any(b.verdicts[0].rounds for b in bench.busy.buckets() if b.num_tokens <= 32)
     assert (Situation.BUSY, 1) in bench.timed
     assert not any(s is Situation.IDLE for s, _ in bench.timed)
+
+
+# The second pass
+
+
+def saving_with_the_count() -> Bench:
+    """Policy 1 saves more the more tokens there are."""
+    bench = Bench(lambda s, policy: 100.0 if policy != 1 else 90.0 - bench.rows / 2)
+    bench.busy.explore(1.0)
+    return bench
+
+
+def confirmed(section: Section) -> list[int]:
+    return [b.num_tokens for b in section.buckets() if b.candidate == "policy 1"]
+
+
+def test_who_saves_most_is_confirmed_first_and_then_as_many_as_there_is_time_for() -> None:
+    bench = saving_with_the_count()
+    busy, counts = bench.busy, [b.num_tokens for b in bench.busy.buckets()]
+    assert confirmed(busy) == []
+    # One at least, however little time is left.
+    for seconds, those in ((0.0, counts[-1:]), (0.999, counts[1:]), (1.001, counts)):
+        busy.choose(seconds * busy.reserve())
+        busy.confirm(LOT * LOTS, bench.seconds + 1.0)
+        assert confirmed(busy) == those
+    assert busy.reserve() == 0.0
+
+
+def test_a_second_pass_without_time_measures_nothing() -> None:
+    bench = saving_with_the_count()
+    bench.busy.choose(bench.busy.reserve() + 1.0)
+    before = bench.seconds
+    bench.busy.confirm(LOT * LOTS, before - 1e-9)
+    assert bench.seconds == before
+    assert confirmed(bench.busy) == []
+
+
+def test_time_that_is_over_while_filling_leaves_the_rest_of_the_rounds() -> None:
+    bench = Bench(lambda s, policy: 50.0 + policy)
+    bench.busy.explore(0.0)
+    bench.busy.fill(1e-6)
+    rounds = [b.verdicts[0].rounds for b in bench.busy.buckets()]
+    assert set(rounds) == {0}
