@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.tuning.clocks import (
@@ -24,6 +25,7 @@ from adaptive_moe.tuning.clocks import (
     WallClock,
     at_once,
     calls_of,
+    clock_for,
 )
 
 GRAPH_CALLS = TRAIN_LENGTH[Situation.GRAPH]
@@ -237,3 +239,14 @@ def test_an_infinitely_long_call_is_not_repeated() -> None:
 
 def test_a_short_train_is_captured_whole() -> None:
     assert calls_of(2, 0.0) == calls_of(2, 5.0) == 2
+
+
+def test_a_train_of_other_length_is_captured_in_whole_lots() -> None:
+    assert [calls_of(n, 0.0) for n in (7, 10, 12)] == [4, 8, 12]
+
+
+def test_on_a_cpu_a_predecessor_that_is_given_is_the_one_that_runs() -> None:
+    ran: list[str] = []
+    clock = clock_for(Situation.BUSY, torch.device("cpu"), lambda: ran.append("given"))
+    at_once(clock.prepare([lambda: ran.append("call")]))()
+    assert ran == ["given", "call"]
