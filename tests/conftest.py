@@ -18,9 +18,10 @@ with contextlib.suppress(ImportError):
     )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def readers_of_this_process():
-    """A mutant runs in a fork of a process that has its readers already, made without it."""
+@pytest.fixture(autouse=True)
+def own_readers():
+    """Of `make mutants`: each test makes the readers that it uses. Those kept by a test before have
+    no mutant in them, nor would this test be known as one that may notice it."""
     if "MUTANT_UNDER_TEST" in os.environ:
         from adaptive_moe.policy import plain
 

@@ -17,7 +17,7 @@ from adaptive_moe.kernels.contract import SortingInputs
 from adaptive_moe.policy.decision import SWEEPS, Rule, Samples, Standing, decide
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.clocks import Pending, Sampler, Train
-from adaptive_moe.tuning.race import first_look, measure, race
+from adaptive_moe.tuning.race import LOT, first_look, measure, measure_again, race
 from adaptive_moe.tuning.routing import Routing, route, sorting_inputs
 
 RULE = Rule()
@@ -428,3 +428,21 @@ def test_a_second_pass_knows_how_long_a_call_takes_and_looks_at_nobody() -> None
     assert clock.prepared == [(0, 10.0), (1, 10.0)]
     # Eight times slower is no reason to drop it unheard: it was faster once.
     assert decide(found, RULE).results[1].standing is Standing.SLOWER
+
+
+def test_the_lots_of_a_second_pass_are_three_alike_and_then_double() -> None:
+    ran: list[object] = []
+    begun: list[int] = []
+
+    class Lots(CountingClock):
+        def prepare(self, train: Train, call_us: float = 0.0) -> Sampler:
+            begun.append(len(ran) // (2 * SWEEPS))
+            return super().prepare(train, call_us)
+
+    sort = kernel(lambda *a: ran.append(a[8]))  # type: ignore[arg-type, func-returns-value]
+    fresh = [Samples("policy 0"), Samples("policy 1")]
+    never = Rule(min_rounds=1000)
+    clock = Lots({0: 10.0, 1: 8.0})
+    found = measure_again(sort, [inputs()], clock, fresh, never, 70, lambda: False, 10.0)
+    assert begun[::2] == [0, LOT, 2 * LOT, 3 * LOT, 6 * LOT, 12 * LOT]
+    assert [len(one.round_us) for one in found] == [70, 70]

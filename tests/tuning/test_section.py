@@ -22,7 +22,7 @@ COVERAGE = Coverage.up_to(SortingShape(8, 2, 4, block_size=4), 64, busy_from=33)
 
 class Bench:
     """us(situation, policy) is what a call takes. timed: who was, in which situation. rows: of the
-    call that is timed."""
+    call that is timed. filled: the rows of each, and how many are real."""
 
     def __init__(
         self, us: Callable[[Situation, int], float], coverage: Coverage = COVERAGE
@@ -30,6 +30,7 @@ class Bench:
         self.us, self.seconds, self.rows = us, 0.0, 0
         self.situation: Situation | None = None
         self.timed: set[tuple[Situation, int]] = set()
+        self.filled: set[tuple[int, int]] = set()
         candidates = policy_candidates(self.sort)
         kernel = SortKernel("made up", torch.device("cpu"), candidates)
         inputs = Inputs(coverage, None, kernel.device)
@@ -71,6 +72,7 @@ class Bench:
             return cpu_sort.moe_sorting(*arguments)
         self.timed.add((self.situation, arguments[8]))
         self.rows = len(arguments[0])
+        self.filled.add((self.rows, int((arguments[0] >= 0).all(dim=1).sum())))
         self.seconds += 1e-6 * self.us(self.situation, arguments[8])
         return ()
 
@@ -193,3 +195,17 @@ def test_time_that_is_over_while_filling_leaves_the_rest_of_the_rounds() -> None
     bench.busy.fill(1e-6)
     rounds = [b.verdicts[0].rounds for b in bench.busy.buckets()]
     assert set(rounds) == {0}
+
+
+def test_both_passes_fill_a_captured_size_as_the_batches_do_that_it_serves() -> None:
+    padded = Coverage.up_to(COVERAGE.shape, 64, (8, 32), padding_rows=True)
+    bench = Bench(lambda s, policy: 30.0 if policy == 1 else 50.0, padded)
+    bench.graph.explore(1.0)
+    first, bench.filled = bench.filled, set()
+    bench.graph.choose(1.0)
+    bench.graph.confirm(LOT * LOTS, bench.seconds + 1.0)
+    assert bench.filled == first
+    assert {real < rows for rows, real in first} == {True}
+    fills = [fill.fraction for bucket in bench.graph.buckets() for fill in bucket.fills]
+    assert fills == [4.5 / 8, 20.5 / 32]
+    assert confirmed(bench.graph) == [8, 32]
