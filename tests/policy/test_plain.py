@@ -40,6 +40,12 @@ def test_an_integer_is_a_float_and_infinity_is_none():
     assert to_plain(Inner(float("inf"))) == {"number": None}
 
 
+def test_the_largest_values_that_fit_are_read():
+    most = {**to_plain(GOOD), "name": "x" * MAX_TEXT, "count": -MAX_INT}
+    most |= {"inner": {"number": MAX_INT}, "spans": [[1, 2]] * MAX_ITEMS}
+    assert to_plain(from_plain(Outer, most))["count"] == -MAX_INT
+
+
 @pytest.mark.parametrize(
     ("field", "value", "where"),
     [
@@ -48,16 +54,16 @@ def test_an_integer_is_a_float_and_infinity_is_none():
         ("count", True, "here.count"),
         ("count", 1.0, "here.count"),
         ("count", MAX_INT + 1, "here.count"),
-        ("flag", 1, "here.flag"),
-        ("colour", "blue", "here.colour"),
+        ("flag", 1, "here.flag: '1' is not a bool$"),
+        ("colour", "blue", "here.colour: 'blue' is not one of red$"),
         ("colour", ["red"], "here.colour"),
-        ("inner", {"number": "1"}, "here.inner.number"),
+        ("inner", {"number": "1"}, "here.inner.number: '1' is not a float$"),
         ("inner", {"number": True}, "here.inner.number"),
         ("inner", {"number": 1e300}, "here.inner.number"),
         ("inner", {"number": float("nan")}, "here.inner.number"),
-        ("inner", {"number": 1.0, "more": 1}, "here.inner: fields"),
+        ("inner", {"number": 1.0, "more": 1}, r"here.inner: fields \['more'\]"),
         ("inner", {}, "here.inner: fields"),
-        ("inner", [1.0], "here.inner"),
+        ("inner", [1.0], r"here.inner: '\[1.0\]' is not an object \(Inner\)$"),
         ("perhaps", "none", "here.perhaps"),
         ("spans", {}, "here.spans"),
         ("spans", [[1, 2], [3]], r"here.spans\[1\]"),
