@@ -351,11 +351,11 @@ def test_progress_rises_to_its_total_and_names_the_token_count(
     )
     counts = [b.num_tokens for b in table.evidence.busy]
     assert len(counts) > at_first
-    assert {what for _, _, what in told} >= {f"{n} tokens, busy" for n in counts}
+    assert {what for _, _, what in told} >= {f"{n} token{'s' * (n > 1)}, busy" for n in counts}
     assert [done for done, _, _ in told] == list(range(1, len(told) + 1))
     assert all(a[1] <= b[1] and b[0] <= b[1] for a, b in pairwise(told))
     assert {what.split()[0].isdigit() for _, _, what in told} == {True}
-    assert told[0] == (1, at_first, "1 tokens, busy")
+    assert told[0] == (1, at_first, "1 token, busy")
     assert told[-1][0] == told[-1][1]
 
 
