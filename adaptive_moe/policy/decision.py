@@ -233,6 +233,9 @@ def _judge(samples: Samples, baseline: Samples, rule: Rule) -> Result:
     standing = Standing.UNSETTLED
     if len(ratios) >= rule.min_rounds:
         standing = standing_of(gain, low, tie_high, rule.margin)
+        # A tie whose gain may be anything at `confidence` would still veto who wins elsewhere.
+        if standing is Standing.TIED and math.isinf(sure):
+            standing = Standing.UNSETTLED
     bounds = (None, None) if math.isinf(sure) else (low, high)
     return Result(name, standing, middle, gain, *bounds)
 

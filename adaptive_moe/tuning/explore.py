@@ -181,9 +181,9 @@ def promised(verdict: Verdict, rule: Rule) -> float:
 
 
 def _expected_gain(gain: float, error: float) -> float:
-    """The mean of what is above 0 of a normal variable."""
+    """The mean of what is above 0 of a normal variable, or of a gain that is sure."""
     if error <= 0.0:
-        return max(gain, 0.0)
+        return gain
     z = gain / error
     density = math.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
     return gain * 0.5 * math.erfc(-z / math.sqrt(2.0)) + error * density

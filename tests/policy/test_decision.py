@@ -458,3 +458,20 @@ def test_a_reason_says_who_was_not_measured_and_who_is_only_unsettled() -> None:
     assert none.reason == "kept policy 0: policy 1 not measured"
     few = decide([Samples("policy 0", (9.0,)), Samples("policy 1", (5.0,))], RULE)
     assert few.reason == "kept policy 0: policy 1 unsettled"
+
+
+@pytest.mark.parametrize("noise", [0.0005, 0.001, 0.003])
+def test_a_tie_says_how_much_it_may_cost_at_most_and_so_vetoes_nobody(noise: float) -> None:
+    """Who ties in one situation and wins in another serves both (losses.combine)."""
+    for seed in range(30):
+        rng = random.Random(seed)
+        times = [(10.0 * math.exp(rng.gauss(0, noise)), 10.0) for _ in range(12)]
+        for rounds in range(RULE.min_rounds, 13):
+            ours, theirs = zip(*times[:rounds], strict=True)
+            tied = decide([Samples("policy 0", theirs), Samples("policy 1", ours)], RULE)
+            if stands(tied, "policy 1") is Standing.TIED:
+                assert tied.results[1].gain_low is not None
+                assert rounds == RULE.min_rounds + 1
+                break
+        else:
+            pytest.fail("never tied")

@@ -419,6 +419,8 @@ def test_a_winner_of_the_sparse_fills_alone_is_confirmed_in_these() -> None:
     table = Fake(us).calibrate(PADDED, first=(64,))
     winners = [f.verdict.candidate for f in table.evidence.busy[-1].fills]
     assert winners == ["policy 0", "policy 1", "policy 1"]
+    # It is equal in the full one, and serves.
+    assert table.candidate(64) == "policy 1"
 
 
 def test_a_policy_wrong_at_one_fill_only_is_out() -> None:
