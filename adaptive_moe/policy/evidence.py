@@ -9,7 +9,7 @@ from adaptive_moe.policy.situation import Situation
 
 SCHEMA = 2
 # Raise when the same samples would be taken or judged differently than before.
-DECISION_VERSION = 3
+DECISION_VERSION = 4
 
 
 @dataclass(frozen=True)
