@@ -6,7 +6,7 @@ unseen. `expected` says by torch's own stable sort what is to stand in them.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +96,33 @@ def expected(entries: Grouped, block_size: int) -> Expected:
     )
 
 
+@contextmanager
+def guarded_memory(
+    poison: int, guard: int, outputs: Iterable[Tensor] = ()
+) -> Iterator[list[Tensor]]:
+    """Within it torch.empty gives poison, with a guard of poison behind it; yields the guards.
+
+    outputs: what the next calls get instead, in that order, where shape and dtype are theirs.
+    """
+    real, place, guards = torch.empty, iter(outputs), []
+
+    def empty(*size: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
+        shape = size[0] if isinstance(size[0], tuple) else size
+        output = next(place, None)
+        if output is not None and output.shape == shape and output.dtype == dtype:
+            return output
+        count = math.prod(shape)
+        buffer = torch.full((count + guard,), poison, dtype=dtype, device=device)
+        guards.append(buffer[count:])
+        return buffer[:count].view(shape)
+
+    torch.empty = empty
+    try:
+        yield guards
+    finally:
+        torch.empty = real
+
+
 class Memory:
     """What one sort allocates: moe_buf first and the four compared results after it, in one piece.
 
@@ -141,24 +168,9 @@ class Memory:
     @contextmanager
     def lent(self) -> Iterator[list[Tensor]]:
         """Within it torch.empty gives poison; yields the guards of what a sort has besides."""
-        real, place, guards = torch.empty, iter(self.outputs), []
         self.words.fill_(POISON)
-
-        def empty(*size: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
-            shape = size[0] if isinstance(size[0], tuple) else size
-            output = next(place, None)
-            if output is not None and output.shape == shape and output.dtype == dtype:
-                return output
-            count = math.prod(shape)
-            buffer = torch.full((count + GUARD,), POISON, dtype=dtype, device=device)
-            guards.append(buffer[count:])
-            return buffer[:count].view(shape)
-
-        torch.empty = empty
-        try:
+        with guarded_memory(POISON, GUARD, self.outputs) as guards:
             yield guards
-        finally:
-            torch.empty = real
 
     def differs(
         self, right: tuple[Tensor, Tensor], outputs: Any, guards: list[Tensor], flags: Tensor

@@ -10,10 +10,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -197,25 +195,6 @@ def run_cases() -> dict[str, list[str]]:
     return found
 
 
-@contextmanager
-def guarded_memory() -> Iterator[list[torch.Tensor]]:
-    """Within it torch.empty gives poison, with a guard of poison behind it; yields the guards."""
-    real, guards = torch.empty, []
-
-    def empty(*size: Any, dtype: torch.dtype, device: Any = None) -> torch.Tensor:
-        shape = size[0] if isinstance(size[0], tuple) else size
-        count = math.prod(shape)
-        buffer = torch.full((count + 5000,), POISON, dtype=dtype, device=device)
-        guards.append(buffer[count:])
-        return buffer[:count].view(shape)
-
-    torch.empty = empty
-    try:
-        yield guards
-    finally:
-        torch.empty = real
-
-
 def route(
     tokens: int,
     experts: int,
@@ -246,6 +225,7 @@ def run_case(
     case: dict[str, object], policy: int, moe_sorting: Callable[..., tuple[torch.Tensor, ...]]
 ) -> list[str]:
     from adaptive_moe.kernels.contract import SortingInputs, check_contract
+    from calibration.exact_memory import guarded_memory
 
     plain = {"tokens": 61, "topk": 4, "experts": 33, "block": 32, "dim": 40, "dtype": "bfloat16"}
     full: dict[str, object] = {**plain, "routing": "uniform", "mask": None, "local": None, **case}
@@ -266,7 +246,7 @@ def run_case(
         mask, local,
     )  # fmt: skip
     accumulate, rounded = bool(full.get("accumulate", True)), bool(full.get("rounded", True))
-    with guarded_memory() as guards:
+    with guarded_memory(POISON, 5000) as guards:
         outputs = moe_sorting(*inputs.arguments(policy), accumulate=accumulate, rounded=rounded)
     violations = check_contract(inputs, outputs, accumulate=accumulate)
     if not all(bool((guard == POISON).all()) for guard in guards):
