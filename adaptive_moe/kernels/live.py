@@ -2,7 +2,6 @@
 
 import contextvars
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,14 +19,12 @@ from adaptive_moe.kernels.aiter_padding import (
 from adaptive_moe.kernels.call import Buffer, Live
 from adaptive_moe.kernels.identity import content, digest, strangers
 from adaptive_moe.kernels.sorts import POLICIES as POLICIES_WORD
-from adaptive_moe.kernels.sorts import OtherSort, offered
+from adaptive_moe.kernels.sorts import OtherSort, offered, say_once
 from adaptive_moe.policy.coverage import Coverage
 
 if TYPE_CHECKING:
     from adaptive_moe.kernels import Call
     from adaptive_moe.kernels.contract import SortingInputs
-
-logger = logging.getLogger("adaptive_moe")
 
 
 def live_kernel(
@@ -133,7 +130,7 @@ def _takes_padding(live: Live, coverage: Coverage, candidate: object, backend: s
         why = refusal(unsafe, runs, baseline)
         if why is not None:
             word = candidate if isinstance(candidate, str) else policy_name(candidate)
-            _say(f"{word} is not offered for {shape.describe()}: {why}")
+            say_once(f"{word} is not offered for {shape.describe()}: {why}")
             return False
     return True
 
@@ -150,9 +147,3 @@ def _telling_counts(coverage: Coverage) -> list[int]:
 @functools.lru_cache(maxsize=4)
 def _unguarded(package: Path, version: str) -> Mapping[Kernel, str]:
     return unguarded(package, version, os.environ)
-
-
-@functools.lru_cache(maxsize=256)
-def _say(line: str) -> None:
-    """Once a process."""
-    logger.warning("%s", line)

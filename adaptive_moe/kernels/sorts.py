@@ -81,11 +81,11 @@ def offered(
         try:
             found += list(importlib.import_module(module).sorts(live, shape))
         except Exception as error:  # anybody's module: it costs nobody but its own sorts
-            _say(f"the sorts of {module} are not offered: {type(error).__name__}: {error}")
+            say_once(f"the sorts of {module} are not offered: {type(error).__name__}: {error}")
     return [sort for name in REGISTRY for sort in found if sort.name == name in asked]
 
 
 @functools.lru_cache(maxsize=256)
-def _say(line: str) -> None:
-    """Once a process."""
+def say_once(line: str) -> None:
+    """A warning, once a process."""
     logger.warning("%s", line)

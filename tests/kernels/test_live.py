@@ -8,7 +8,7 @@ import torch
 
 from adaptive_moe.kernels import live as live_module
 from adaptive_moe.kernels.live import live_kernel, name
-from adaptive_moe.kernels.sorts import GROUPS, OtherSort
+from adaptive_moe.kernels.sorts import GROUPS, OtherSort, say_once
 from adaptive_moe.policy.coverage import Coverage
 from tests.kernels.living import SHAPE, candidates, inputs, live
 
@@ -144,7 +144,7 @@ def opus_source(made, tmp_path):
     def write(text):
         file.write_text(text)
         live_module._unguarded.cache_clear()
-        live_module._say.cache_clear()
+        say_once.cache_clear()
 
     return write
 
