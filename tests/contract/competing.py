@@ -28,6 +28,8 @@ SETTINGS = {
     "all": ("opus,ck,flydsl", (*POLICIES, "ck", "flydsl", *TRITON), TRITON),
     "FlyDSL,triton one-shot": ("opus,triton", ("flydsl", "triton one-shot"), ("flydsl",)),
 }
+# A list of sorts with a name in it that there is not.
+NO_SORT = "flydsl,oppus"
 WORDS = {
     "policy 0": "policy 0 (AITER's rule)",
     "policy 1": "policy 1 (one-shot)",
@@ -75,6 +77,18 @@ def check_start(engine: Engine, sorts: str, folder: Path) -> None:
     (line,) = found["said"]
     assert line.startswith(f"{name} is off in this process and the baseline serves in its place")
     assert found["fell back"] == 1
+
+
+def check_refused(load: Callable[[], None], caplog: Any) -> None:
+    """ADAPTIVE_MOE_SORTS with a name that no sort has: one line over two loads of the plugins."""
+    from adaptive_moe.engines import process
+
+    for _ in range(2):
+        load()
+    (line,) = [r.message for r in caplog.records if "ADAPTIVE_MOE_SORTS" in r.message]
+    assert line.startswith(f"ADAPTIVE_MOE_SORTS='{NO_SORT}' is not accepted: give policies, aiter")
+    assert line.endswith("or leave it unset; it counts as policies")
+    assert process.current().settings.sorts == ("policies",)
 
 
 def start(engine: Engine, sorts: str, folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from competing import SETTINGS, Engine, check_start
+from competing import NO_SORT, SETTINGS, Engine, check_refused, check_start
 from processes import STANDIN
 from sglang_worker import (
     LARGEST_CAPTURE,
@@ -228,17 +228,8 @@ def test_the_sorts_that_were_asked_for_compete_serve_and_are_named(sglang, sorts
 def test_a_sort_that_nobody_has_is_refused_in_one_line_and_sglang_starts(
     sglang, monkeypatch, caplog
 ):
-    from adaptive_moe.engines import process
-
-    monkeypatch.setenv("ADAPTIVE_MOE_SORTS", "flydsl,oppus")
-    for _ in range(2):
-        load_plugins()
-    (line,) = [r.message for r in caplog.records if "ADAPTIVE_MOE_SORTS" in r.message]
-    assert line.startswith(
-        "ADAPTIVE_MOE_SORTS='flydsl,oppus' is not accepted: give policies, aiter"
-    )
-    assert line.endswith("or leave it unset; it counts as policies")
-    assert process.current().settings.sorts == ("policies",)
+    monkeypatch.setenv("ADAPTIVE_MOE_SORTS", NO_SORT)
+    check_refused(load_plugins, caplog)
     assert forward(sglang.runner, 8, dim=576).policy == BASELINE
 
 

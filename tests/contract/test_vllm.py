@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import worker
-from competing import DIM, EXPERTS, SETTINGS, TOPK, Engine, check_start
+from competing import DIM, EXPERTS, NO_SORT, SETTINGS, TOPK, Engine, check_refused, check_start
 from processes import STANDIN
 
 HERE = Path(__file__).parent
@@ -281,18 +281,9 @@ def test_the_sorts_that_were_asked_for_compete_serve_and_are_named(envs, sorts, 
 
 
 def test_a_sort_that_nobody_has_is_refused_in_one_line_and_vllm_starts(envs, monkeypatch, caplog):
-    from adaptive_moe.engines import process
-
-    monkeypatch.setenv("ADAPTIVE_MOE_SORTS", "flydsl,oppus")
+    monkeypatch.setenv("ADAPTIVE_MOE_SORTS", NO_SORT)
     monkeypatch.setattr(logging.getLogger("adaptive_moe"), "propagate", True)
-    for _ in range(2):
-        load_plugins()
-    (line,) = [r.message for r in caplog.records if "ADAPTIVE_MOE_SORTS" in r.message]
-    assert line.startswith(
-        "ADAPTIVE_MOE_SORTS='flydsl,oppus' is not accepted: give policies, aiter"
-    )
-    assert line.endswith("or leave it unset; it counts as policies")
-    assert process.current().settings.sorts == ("policies",)
+    check_refused(load_plugins, caplog)
     assert worker.forward(8).policy == 0
 
 
