@@ -108,8 +108,7 @@ def needs_refining(below: Verdict, above: Verdict, rule: Rule) -> float:
     if lost - 1.0 > tolerance:
         return lost - 1.0
     if above.candidate == above.baseline.candidate:
-        twins = _twins(below, tolerance) ^ _twins(above, tolerance)
-        twins -= unasked
+        twins = (_twins(below, tolerance) ^ _twins(above, tolerance)) - unasked
         return max((abs(loss(v, c) - 1.0) for c in twins for v in (below, above)), default=0.0)
     return 0.0
 

@@ -105,7 +105,7 @@ class BusyClock:
     ) -> None:
         self.neutral, self.spin, self.events = neutral, spin, events
         self.invalid = 0
-        # By whether the sample before was over, which is the last of `_last`.
+        # By whether the device was idle: whether `_last`, where the sample before ends, was done.
         self._backlog_us = {True: BACKLOG_US, False: BACKLOG_US}
         self._last: Any = None
         self._unused: list[tuple[Any, Any]] = []

@@ -108,9 +108,8 @@ def check_candidates(
     """Run each candidate once on poisoned memory and compare it with the baseline, the first.
 
     Returns what is excluded by name, and where asked to `read` the baseline's outputs by our
-    reading of the contract, how they break it. This
-    is also each candidate's first call, in which kernels may compile: never timed. An exception of
-    the baseline passes through.
+    reading of the contract, how they break it. This is also each candidate's first call, in which
+    kernels may compile: never timed. An exception of the baseline passes through.
     """
     baseline, *others = candidates
     with poisoned_memory():

@@ -53,8 +53,7 @@ class Section:
 
     wanted: counts to begin with. kept: settled buckets of an earlier calibration, which are not
     measured again. now: seconds, but for those of checking. told(num_tokens): called before each
-    step. before: the situations explored before this one, which say whom not to ask
-    (asked.py).
+    step. before: the situations explored before this one, which say whom not to ask (asked.py).
     """
 
     def __init__(
