@@ -5,7 +5,8 @@ compete with it at their real speed: so they win and lose where they would. For 
 every sort competing:
 
     within_1pct     fraction of counts at which the table's choice takes at most 1% longer than the
-                    best candidate by an oracle of its own
+                    best candidate by an oracle of its own, half of which names who is best, and
+                    the other half what that takes
     got_of_promised what a step with the table got shorter by, over what the oracle's times of the
                     sort alone promise, both summed over the counts
 
@@ -156,7 +157,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--scale", type=float, default=1.0, help="of the recorded times [1]")
     parser.add_argument("--budget", type=float, default=1.5, help="seconds a calibration [1.5]")
-    parser.add_argument("--oracle-passes", type=int, default=8)
+    parser.add_argument("--oracle-passes", type=int, default=16)
     parser.add_argument("--sampling", type=float, default=0.35, help="seconds a step [0.35]")
     parser.add_argument(
         "--seconds", type=float, default=math.inf,

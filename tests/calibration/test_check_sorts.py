@@ -129,8 +129,10 @@ def test_overall_sums_what_was_done_and_names_the_rest():
 
 
 def test_within_1pct_is_a_fraction_of_the_counts():
-    assert figures([{"over_best": o} for o in (1.0, 1.01, 1.0101, 2.0)]) == {
-        "counts": 4, "counts_within_1pct": 2, "within_1pct": 0.5, "worst_over_best": 2.0
+    over = ((1.0, 1.0), (1.01, 1.02), (1.0101, 1.03), (1.5, 2.0))
+    assert figures([{"over_best": best, "over_least": least} for best, least in over]) == {
+        "counts": 4, "counts_within_1pct": 2, "within_1pct": 0.5, "within_1pct_of_least": 0.25,
+        "worst_over_best": 1.5,
     }  # fmt: skip
 
 

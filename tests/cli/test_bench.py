@@ -31,6 +31,19 @@ def test_regret_figures_by_hand():
     assert found["gain_over_baseline"] == pytest.approx((100 / 80) ** 0.5, abs=1e-3)
 
 
+def test_the_best_is_named_by_one_half_of_the_passes_and_timed_by_the_other():
+    whole = OraclePoint(4, {"policy 0": 10.5, "policy 1": 10.0})
+    assert whole.over_best("policy 0") == 1.05
+    # Policies 1 and 2 are the same: who looks best in a half is so by luck.
+    halves = (
+        {"policy 0": 12.0, "policy 1": 9.5, "policy 2": 10.0},
+        {"policy 0": 12.0, "policy 1": 10.0, "policy 2": 9.5},
+    )
+    equals = OraclePoint(4, {"policy 0": 12.0, "policy 1": 9.75, "policy 2": 9.75}, halves)
+    assert equals.over_best("policy 0") == 1.2
+    assert equals.over_best("policy 1") == pytest.approx((1.0 + 9.5 / 10.0) / 2)
+
+
 def test_ties_do_not_count_outside_ties():
     tied = at(3, 10.05, 10.2, 10.0)
     found = regret.figures_of(make_table({1: 1, 2: 2, 3: 0}), [*SWEEP, tied], captured=False)

@@ -117,6 +117,37 @@ def test_the_judge_looks_the_choice_up_in_what_it_measured(seam, decided):
     assert found["calls"]["failed"] == found["calls"]["fell_back"] == 0
 
 
+def test_whom_the_table_chooses_stays_in_the_rounds_after_a_stall(seam, decided):
+    """Nothing else says what the choice costs; another candidate that far behind is no rival."""
+
+    class Stalled:
+        """Policies 1 and 2 take ten times as long in their first three samples."""
+
+        def __init__(self, variants):
+            self.variants = variants
+
+        def as_it_comes(self, run):
+            name = self.variants.used
+            times = iter([100.0] * 3 if name in ("policy 1", "policy 2") else [])
+            return lambda: next(times, 10.0)
+
+    class Used(Variants):
+        used = ""
+
+        def use(self, variant):
+            self.used = variant
+            super().use(variant)
+
+    layer = step.Step(sizes_of(seam), 16, seam.device)
+    experts = seam.experts(SHAPE, 0)
+    run = lambda n: layer.run(n, 1, experts)  # noqa: E731
+    with Used(seam.module, run, (8, 16), (), Settings(), 0) as variants:
+        judged = step._Judged(layer, experts, variants, Stalled(variants), 1, 0.0)
+        point = judged.point("as_it_comes", 8)
+    assert point.chosen == "policy 2"
+    assert point.us == {"policy 0": 10.0, "policy 1": 100.0, "policy 2": 10.0, TABLE: 10.0}
+
+
 def test_what_is_wrong_in_a_calibration_is_no_variant(seam, monkeypatch):
     def sort(*arguments):
         outputs = cpu_sort.moe_sorting(*arguments)

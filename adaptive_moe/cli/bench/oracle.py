@@ -1,8 +1,9 @@
 """An exhaustive measurement of every candidate, to judge a table by: dense, long, independent."""
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adaptive_moe.kernels import Candidate, SortKernel
@@ -25,13 +26,26 @@ FAR_BEHIND = 6.0
 
 @dataclass(frozen=True)
 class OraclePoint:
-    """us: each candidate's time at num_tokens."""
+    """us: each candidate's time at num_tokens; halves: the same by every other pass, and by the
+    passes between, or nothing."""
 
     num_tokens: int
     us: dict[str, float]
+    halves: tuple[Mapping[str, float], ...] = ()
 
     def spread(self) -> float:
         return max(self.us.values()) / min(self.us.values())
+
+    def over_best(self, name: str) -> float:
+        """The candidate's time over the best one's, who is named by one half of the passes and
+        timed by the other: the fastest of equals is so by luck, which no other can match."""
+        if not self.halves:
+            return self.us[name] / min(self.us.values())
+        ratios = [
+            timed[name] / timed[min(named, key=named.__getitem__)]
+            for named, timed in itertools.permutations(self.halves)
+        ]
+        return statistics.fmean(ratios)
 
 
 def dense_counts(max_tokens: int, per_octave: int) -> list[int]:
@@ -66,11 +80,16 @@ def measure_oracle(
         for count in counts:
             train = [sorting_inputs(shape, t, count, mask) for t in tokens]
             timed[count].append(_one_pass(kernel.candidates, clock, train))
-    names = [candidate.name for candidate in kernel.candidates]
     return [
-        OraclePoint(count, {name: statistics.fmean(us[name] for us in found) for name in names})
+        OraclePoint(
+            count, _mean(found), (_mean(found[::2]), _mean(found[1::2])) if found[1:] else ()
+        )
         for count, found in timed.items()
     ]
+
+
+def _mean(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.fmean(us[name] for us in passes) for name in passes[0]}
 
 
 def _one_pass(

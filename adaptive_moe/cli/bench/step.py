@@ -182,9 +182,11 @@ class _Judged:
             self.variants.use(names[0])
             host_us = self.clock.host_us(self._step(num_tokens)) / layers
         seconds = self.seconds if num_tokens <= LARGE else 2 * self.seconds
-        times = in_rounds(samplers, seconds, far_behind=FAR_BEHIND, keep=(names[0], TABLE))
-        us = {name: [t / layers for t in found] for name, found in times.items()}
         choice = self.variants.choice(num_tokens, captured=situation == CAPTURED)
+        # What is said of the table rests on these, whatever a stall makes of their first rounds.
+        keep = (names[0], choice, TABLE)
+        times = in_rounds(samplers, seconds, far_behind=FAR_BEHIND, keep=keep)
+        us = {name: [t / layers for t in found] for name, found in times.items()}
         return point(num_tokens, us, choice, host_us)
 
     def _sampler(self, situation: str, num_tokens: int, variant: str) -> Sample:
