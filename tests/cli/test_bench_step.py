@@ -232,7 +232,7 @@ def test_every_sort_of_a_seam_is_timed_beside_recorded_times(tmp_path):
     rows = found["shapes"]["qwen3-30b"]["situations"]["busy"]
     assert [row["num_tokens"] for row in rows] == [1, 4]
     policies = ["policy 0", "policy 1", "policy 2"]
-    assert list(rows[0]["us"]) == policies
+    assert found["shapes"]["qwen3-30b"]["sorts"] == list(rows[0]["us"]) == policies
     assert list(rows[1]["us"]) == [*policies, "recorded a sort"]
     best = min(rows[1]["us"][name] for name in policies)
     assert rows[1]["ratio"]["recorded a sort"] == pytest.approx(12.5 / best, abs=1e-4)

@@ -98,7 +98,7 @@ def sweep(
                 rows[situation.value].append(row(count, us, others))
         return {
             "shape": shape.describe(),
-            "sorts": kernel.name,
+            "sorts": [candidate.name for candidate in kernel.candidates],
             "left_out": left_out,
             "situations": rows,
         }
