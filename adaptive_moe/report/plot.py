@@ -77,6 +77,11 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
     Raises:
         ValueError: matplotlib is missing, with what to install.
     """
+    return as_file(figure_of(table), image_format)
+
+
+def figure_of(table: PolicyTable) -> Any:
+    """The plot of a table as matplotlib's Figure. ValueError as of `draw`."""
     check_matplotlib()
     from matplotlib.figure import Figure
 
@@ -86,8 +91,8 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
     grid: Any = figure.subplots(
         3, len(measured), squeeze=False, sharex="col", height_ratios=(3.0, 2.0, 0.35)
     )
-    for column, situation in zip(grid.T, measured, strict=True):
-        times, savings, band = column
+    for column, situation in enumerate(measured):
+        times, savings, band = grid[:, column]
         _draw_points(times, savings, table, situation)
         _draw_band(band, table, situation)
         times.set_title(situation_words(found, situation), fontsize=10)
@@ -98,7 +103,7 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
         x=0.01,
         ha="left",
     )
-    return as_file(figure, image_format)
+    return figure
 
 
 def as_file(figure: Any, image_format: str) -> bytes:
@@ -115,7 +120,7 @@ def as_file(figure: Any, image_format: str) -> bytes:
 
 def inline_svg(table: PolicyTable, prefix: str) -> str:
     """The plot as an <svg> element for a page with several: ids begin with the prefix."""
-    text = draw(table, "svg").decode("utf-8")
+    text = draw(table).decode()
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text)
     return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

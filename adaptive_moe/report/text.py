@@ -56,13 +56,17 @@ def kept(found: Calibration) -> str:
 def gains(table: PolicyTable) -> str:
     """What the buckets save whose winner is applied where they were measured."""
     found = table.evidence
-    gains = [
-        result.gain
+    won = [
+        bucket
         for situation in sections(found)
         for bucket in found.section(situation)
         if bucket.candidate != found.coverage.baseline
         and bucket.candidate
         == table.candidate(bucket.num_tokens, captured=situation is Situation.GRAPH)
+    ]
+    gains = [
+        result.gain
+        for bucket in won
         for verdict in bucket.verdicts
         if (result := verdict.result(bucket.candidate)) is not None and result.gain is not None
     ]
@@ -70,7 +74,7 @@ def gains(table: PolicyTable) -> str:
         return "saves nothing"
     low, high = f"{min(gains):.0%}", f"{max(gains):.0%}"
     span = low if low == high else f"{low} to {high}"
-    return f"saves {span} at {plural(len(gains), 'bucket')}"
+    return f"saves {span} at {plural(len(won), 'bucket')}"
 
 
 def bucket_table(table: PolicyTable) -> list[str]:

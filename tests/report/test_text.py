@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from adaptive_moe.policy.coverage import Coverage
-from adaptive_moe.policy.decision import Rule, Samples, Standing, decide
+from adaptive_moe.policy.decision import Result, Rule, Samples, Standing, decide
 from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.explain import explain, is_for
-from adaptive_moe.report.text import advice, bucket_table, headline, summary
+from adaptive_moe.report.text import advice, bucket_table, gains, headline, summary
+from adaptive_moe.report.words import gain_words
 from adaptive_moe.shape import SortingShape
 from tests.tables import make_table
 
@@ -59,6 +60,12 @@ def test_the_summary_says_who_sorts_from_where_and_why_the_baseline_was_kept():
 
 def test_one_candidate_everywhere_is_said_in_few_words():
     assert summary(table_of({8: ONE_FASTER})) == "policy 1 (one-shot) at every token count"
+    assert gains(table_of({8: ONE_FASTER})) == "saves 20% at 1 bucket"
+
+
+def test_a_candidate_of_one_count_is_said_to_be_at_it():
+    table = table_of({8: ALL_TIED, 9: ONE_FASTER, 16: ALL_TIED})
+    assert "8 tokens, policy 1 (one-shot) at 9, policy 0 (AITER's rule) from 10" in summary(table)
 
 
 def test_graph_and_eager_are_told_apart_where_they_differ():
@@ -70,8 +77,10 @@ def test_graph_and_eager_are_told_apart_where_they_differ():
 
 
 def test_the_baseline_is_never_the_best_of_what_failed():
-    text = summary(table_of({8: ONE_FAILED, 16: verdict(10.0, 20.0, 20.0)}))
+    wrong = verdict(10.0, None, 10.0, out=Standing.WRONG, reason="returned something else")
+    text = summary(table_of({8: ONE_FAILED, 16: verdict(10.0, 20.0, 20.0), 32: wrong}))
     assert "1 bucket where policy 1 failed" in text
+    assert "1 bucket where policy 1 was wrong" in text
     assert "1 bucket where it is fastest" in text
 
 
@@ -148,6 +157,31 @@ def test_every_fill_of_a_padded_bucket_has_its_row():
     assert ["64 (100% real)" in lines[1], "64 (1.56% real)" in lines[2]] == [True, True]
 
 
+def test_a_fill_in_which_the_winner_was_not_measured_saves_nothing():
+    fills = (Fill(1.0, ONE_FASTER), Fill(1 / 64, NOTHING_MEASURED))
+    found = replace(TABLE.evidence, busy=(Bucket(64, "policy 1", "by hand", fills),))
+    table = PolicyTable(found)
+    assert gains(table) == "saves 20% at 1 bucket"
+    assert (
+        bucket_table(table)[2].split("real)")[1].strip()
+        == "kept policy 1: not measured, no time was left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"),
+    [
+        ((0.2, 0.12, 0.24), "saves 20.0% (surely 12.0% to 24.0%)"),
+        ((-0.062, -0.08, 0.01), "takes 6.2% longer (surely -1.0% to 8.0%)"),
+        ((0.0, -0.01, 0.01), "saves 0.0% (surely -1.0% to 1.0%)"),
+        ((0.2, None, None), "saves 20.0% (too few rounds for an interval)"),
+        ((0.2, None, 0.24), "saves 20.0% (too few rounds for an interval)"),
+    ],
+)
+def test_a_gain_is_said_with_what_is_sure_of_it(gain, words):
+    assert gain_words(Result("policy 1", Standing.UNSETTLED, 8.0, *gain)) == words
+
+
 def test_many_open_buckets_are_explained_and_few_are_not():
     many = table_of({1: UNSETTLED, 2: ONE_FASTER, 4: NOTHING_MEASURED})
     text = " ".join(advice(many))
@@ -158,6 +192,8 @@ def test_many_open_buckets_are_explained_and_few_are_not():
     assert "when it is quiet. What" in advice(early)[1]
     few = {1: UNSETTLED} | dict.fromkeys(range(2, 8), ONE_FASTER)
     assert advice(table_of(few)) == []
+    quarter = {1: UNSETTLED} | dict.fromkeys(range(2, 5), ONE_FASTER)
+    assert advice(table_of(quarter))[0].startswith("1 unsettled of 4 buckets: ")
 
 
 @pytest.mark.parametrize(

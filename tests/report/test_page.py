@@ -1,0 +1,54 @@
+"""The page, looked into as a browser would; how it looks is in page.html."""
+
+import re
+from html.parser import HTMLParser
+
+from adaptive_moe.report.page import page
+from adaptive_moe.report.plot import inline_svg
+from tests.report.shown import everything, padded
+
+
+class _Page(HTMLParser):
+    """Tags that are open, ids, and addresses that would be loaded."""
+
+    VOID = ("meta", "br", "use", "path", "rect")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.loaded, self.links = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        facts = dict(attrs)
+        if "id" in facts:
+            self.ids.append(facts["id"])
+        for name in ("src", "href", "xlink:href"):
+            if name in facts:
+                self.links.append(facts[name])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag in self.VOID:
+            return
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_needs_no_network_and_tells_its_tables_apart():
+    # The first and the last agree on where they were measured, which is shown once.
+    tables = [padded(), everything(), padded()]
+    plots = [inline_svg(table, f"p{number}") for number, table in enumerate(tables[:2])]
+    text = page(tables, "read from <here>", plots)
+    parsed = _Page()
+    parsed.feed(text)
+    assert parsed.open == []
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert {link[0] for link in parsed.links} == {"#"}
+    assert {link[1:] for link in parsed.links} <= set(parsed.ids)
+    assert not re.search(r"url\((?!#)|<script|@import", text)
+    assert text.count("<svg") == 2
+    assert text.count("<details>") == 2 + 1 + 3 + 1  # two environments; what each has measured
