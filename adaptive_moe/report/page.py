@@ -8,7 +8,6 @@ from dataclasses import asdict
 from html import escape
 
 from adaptive_moe import __version__
-from adaptive_moe.policy.environment import Environment
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.text import advice, bucket_heads, bucket_rows, gains, kept
@@ -70,9 +69,7 @@ def _overview(tables: Sequence[PolicyTable]) -> Iterator[str]:
 
 def _environments(tables: Sequence[PolicyTable]) -> Iterator[str]:
     """Where it was measured, once where all tables agree."""
-    different: dict[tuple[str, Environment], None] = {}
-    for table in tables:
-        different[table.evidence.kernel, table.evidence.environment] = None
+    different = dict.fromkeys((t.evidence.kernel, t.evidence.environment) for t in tables)
     for kernel, environment in different:
         rows = [["kernel", escape(kernel)]]
         rows += [[name, escape(str(value))] for name, value in asdict(environment).items() if value]

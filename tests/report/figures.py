@@ -11,7 +11,7 @@ from matplotlib.text import Annotation
 
 
 def described(figure) -> Iterator[str]:
-    """Inches and points. The figure has been laid out (`draw_without_rendering`)."""
+    """Sizes are inches and points."""
     width, height = figure.get_size_inches()
     yield f"figure, {width:g} x {height:g}"
     for text in figure.texts:

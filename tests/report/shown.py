@@ -23,6 +23,7 @@ from tests.report.figures import described
 from tests.tables import ENVIRONMENT, make_table
 
 HERE = Path(__file__).parent
+SHAPE = SortingShape(16, 4, 64)
 ONE, TWO = "policy 1", "policy 2"
 
 
@@ -63,7 +64,7 @@ def everything() -> PolicyTable:
         bucket(8, 30.0, tied(ONE, 30.0), tied(TWO, 30.0)),
         bucket(16, 30.0, tied(ONE, 30.0), faster(TWO, 27.0, 0.1)),
     )
-    coverage = Coverage.up_to(SortingShape(16, 4, 64), 64, (1, 8, 16), busy_from=20)
+    coverage = Coverage(SHAPE, "policy 0", ((2, 64),), (1, 8, 16), busy_from=20)
     found = make_table({64: 0}, coverage=coverage, seconds=1.234).evidence
     return PolicyTable(replace(found, graph=graph, busy=busy, idle=idle))
 
@@ -75,10 +76,10 @@ def padded() -> PolicyTable:
     verdicts = (*full.verdicts, *padding.verdicts)
     fills = tuple(map(Fill, (1.0, 1 / 64), verdicts))
     busy = (bucket(40, None, *UNMEASURED, rounds=0), Bucket(64, *combine(verdicts), fills))
-    coverage = Coverage(SortingShape(16, 4, 64), "policy 0", ((33, 64),), busy_from=1)
-    where = replace(ENVIRONMENT, runtime="ROCm <7>")
-    found = make_table({64: 0}, coverage=coverage, environment=where, seconds=1.0).evidence
-    return PolicyTable(replace(found, kernel="another & kernel", busy=busy))
+    coverage = Coverage(SHAPE, "policy 0", ((33, 64),), busy_from=1)
+    where = replace(ENVIRONMENT, device="another device", runtime="ROCm <7>")
+    found = make_table({64: 0}, coverage=coverage, environment=where, seconds=2.0).evidence
+    return PolicyTable(replace(found, kernel="another & kernel", budget_s=2.0, busy=busy))
 
 
 def page_text() -> str:
@@ -87,9 +88,7 @@ def page_text() -> str:
 
 
 def plot_text() -> str:
-    figures = [figure_of(table) for table in (everything(), padded())]
-    for figure in figures:
-        figure.draw_without_rendering()
+    figures = map(figure_of, (everything(), padded()))
     return "".join(f"{line}\n" for figure in figures for line in described(figure))
 
 

@@ -10,7 +10,7 @@ from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.explain import explain, is_for
 from adaptive_moe.report.text import advice, bucket_table, gains, headline, summary
-from adaptive_moe.report.words import gain_words
+from adaptive_moe.report.words import candidate_words, gain_words
 from adaptive_moe.shape import SortingShape
 from tests.tables import make_table
 
@@ -77,10 +77,11 @@ def test_graph_and_eager_are_told_apart_where_they_differ():
 
 
 def test_the_baseline_is_never_the_best_of_what_failed():
-    wrong = verdict(10.0, None, 10.0, out=Standing.WRONG, reason="returned something else")
-    text = summary(table_of({8: ONE_FAILED, 16: verdict(10.0, 20.0, 20.0), 32: wrong}))
-    assert "1 bucket where policy 1 failed" in text
-    assert "1 bucket where policy 1 was wrong" in text
+    out = [Samples("policy 1", out=Standing.FAILED), Samples("policy 2", out=Standing.WRONG)]
+    both = decide([Samples("policy 0", (10.0,) * 8), *out], Rule())
+    text = summary(table_of({8: ONE_FAILED, 16: verdict(10.0, 20.0, 20.0), 32: both}))
+    assert "1 bucket where policy 1 failed, 1 bucket" in text
+    assert "1 bucket where policy 1 failed, policy 2 was wrong" in text
     assert "1 bucket where it is fastest" in text
 
 
@@ -129,6 +130,8 @@ def test_what_was_not_measured_at_all_is_a_row_of_empty_cells():
     assert bucket_table(table)[1].split(maxsplit=1) == ["8", said]
     assert explain(table, 8, captured=False)[2].strip() == said
     assert "baseline kept: 1 bucket not measured" in summary(table)
+    once = decide([Samples(name, (10.0,)) for name in NAMES], Rule())
+    assert "baseline kept: 1 bucket unsettled" in summary(table_of({8: once}))
 
 
 def test_times_agree_with_what_is_saved_where_the_machine_changed_its_speed():
@@ -147,6 +150,7 @@ def test_each_situation_has_its_block():
     table = table_of({8: ALL_TIED}, {8: ONE_FASTER}, {8: ALL_TIED}, busy_from=9)
     lines = bucket_table(table)
     assert lines[::3] == ["graph replay", "eager, device busy", "eager, device idle"]
+    assert bucket_table(table_of({8: ALL_TIED}, {8: ONE_FASTER}))[0] == "graph replay"
     assert "graph" not in bucket_table(TABLE)[0]
 
 
@@ -174,12 +178,17 @@ def test_a_fill_in_which_the_winner_was_not_measured_saves_nothing():
         ((0.2, 0.12, 0.24), "saves 20.0% (surely 12.0% to 24.0%)"),
         ((-0.062, -0.08, 0.01), "takes 6.2% longer (surely -1.0% to 8.0%)"),
         ((0.0, -0.01, 0.01), "saves 0.0% (surely -1.0% to 1.0%)"),
+        ((-0.1, None, None), "takes 10.0% longer (too few rounds for an interval)"),
         ((0.2, None, None), "saves 20.0% (too few rounds for an interval)"),
         ((0.2, None, 0.24), "saves 20.0% (too few rounds for an interval)"),
     ],
 )
 def test_a_gain_is_said_with_what_is_sure_of_it(gain, words):
     assert gain_words(Result("policy 1", Standing.UNSETTLED, 8.0, *gain)) == words
+
+
+def test_a_sort_whose_name_says_what_it_is_is_called_by_it():
+    assert candidate_words("fused sort") == "fused sort"
 
 
 def test_many_open_buckets_are_explained_and_few_are_not():
