@@ -69,6 +69,7 @@ def test_a_plot_within_a_page_brings_only_what_is_used_there():
     svg = inline_svg(padded(), "p3")
     assert svg.startswith("<svg ")
     assert "<metadata" not in svg
+    assert ET.fromstring(svg).text.strip() == ""
     ids = re.findall(r'\bid="([^"]*)"', svg)
     assert set(ids) == set(re.findall(r'(?:href="|url\()#([^")]*)', svg))
     assert all(name.startswith("p3") for name in ids)
