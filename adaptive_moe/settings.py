@@ -72,34 +72,34 @@ def _policy(text: str) -> tuple[Mode, int | None]:
         return Mode.OFF, None
     if word.isascii() and word.isdigit() and int(word) <= MAX_POLICY:
         return Mode.FIXED, int(word)
-    raise ValueError(text)
+    raise ValueError
 
 
 def _budget(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < float("inf"):
-        raise ValueError(text)
+        raise ValueError
     return seconds
 
 
 def _margin(text: str) -> float:
     margin = float(text)
     if not 0 <= margin <= 0.5:
-        raise ValueError(text)
+        raise ValueError
     return margin
 
 
 def _counts(text: str) -> tuple[int, ...]:
     counts = tuple(_count(word) for word in text.split(","))
     if any(low >= high for low, high in pairwise(counts)):
-        raise ValueError(text)
+        raise ValueError
     return counts
 
 
 def _count(text: str) -> int:
     word = text.strip()
     if not (word.isascii() and word.isdigit() and 1 <= int(word) <= MAX_TOKENS):
-        raise ValueError(text)
+        raise ValueError
     return int(word)
 
 
@@ -109,7 +109,7 @@ def _sorts(text: str) -> tuple[str, ...]:
 
     words = [" ".join(word.lower().split()) for word in text.split(",")]
     if not all(word in GROUPS or word in GROUPS["all"] for word in words):
-        raise ValueError(text)
+        raise ValueError
     asked = {name for word in words for name in GROUPS.get(word, (word,))}
     return tuple(name for name in GROUPS["all"] if name in asked)
 
@@ -117,7 +117,7 @@ def _sorts(text: str) -> tuple[str, ...]:
 def _switch(text: str) -> bool:
     word = text.strip().lower()
     if word not in (*YES, *NO):
-        raise ValueError(text)
+        raise ValueError
     return word in YES
 
 

@@ -26,6 +26,7 @@ def modules_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "statement",
     [
@@ -41,6 +42,7 @@ def test_nothing_heavy_is_imported_by(statement):
     assert modules_after(statement) == set()
 
 
+@pytest.mark.processes
 def test_the_probe_itself_sees_torch():
     assert "torch" in modules_after("from adaptive_moe import calibrate")
 
@@ -48,12 +50,14 @@ def test_the_probe_itself_sees_torch():
 def test_every_public_name_resolves_and_no_other():
     for name in adaptive_moe.__all__:
         assert getattr(adaptive_moe, name) is not None
-    with pytest.raises(AttributeError, match="nonsense"):
+    with pytest.raises(AttributeError) as refused:
         adaptive_moe.nonsense  # noqa: B018
+    assert str(refused.value) == "module 'adaptive_moe' has no attribute 'nonsense'"
 
 
 def test_dir_and_help_show_the_public_names():
-    assert set(adaptive_moe.__all__) <= set(dir(adaptive_moe))
+    shown = [*adaptive_moe.__all__, "__doc__", "__file__", "__name__", "__path__"]
+    assert dir(adaptive_moe) == sorted(shown)
     text = pydoc.plain(pydoc.render_doc(adaptive_moe))
     for name in ("warm_up(", "class PolicyTable", "load_kernel(", "class WarmUp", "class Mode"):
         assert name in text

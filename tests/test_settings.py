@@ -14,6 +14,9 @@ from adaptive_moe.settings import (
     Settings,
     SettingsError,
     misspelt,
+    parse_buckets,
+    parse_budget,
+    parse_margin,
     read_for_serving,
     read_settings,
 )
@@ -119,6 +122,36 @@ def test_refused_by_name_value_and_what_is_accepted(name, value):
     accepts = next(variable.accepts for variable in VARIABLES if variable.name == name)
     assert f"{name}={value!r}" in str(refused.value)
     assert accepts in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (parse_budget, "2.5", 2.5),
+        (parse_margin, " 0.5", 0.5),
+        (parse_buckets, "1, 8,64", (1, 8, 64)),
+        (parse_buckets, "7", (7,)),
+        (parse_buckets, " ", ()),
+    ],
+)
+def test_options_are_read_as_the_variables_are(parse, text, value):
+    assert parse("--option", text) == value
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "accepts"),
+    [
+        (parse_budget, "0", "seconds, more than 0"),
+        (parse_budget, "", "seconds, more than 0"),
+        (parse_margin, "1%", "a fraction from 0 to 0.5"),
+        (parse_buckets, "8,4", "rising token counts such as 1,8,64,512"),
+    ],
+)
+def test_an_option_that_is_refused_is_named(parse, text, accepts):
+    with pytest.raises(SettingsError) as refused:
+        parse("--option", text)
+    says = f"--option={text!r} is not accepted: give {accepts}, or leave it unset"
+    assert str(refused.value) == says
 
 
 def test_every_variable_of_the_table_is_read():

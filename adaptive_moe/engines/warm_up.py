@@ -47,7 +47,7 @@ class WarmUp:
     origins: Mapping[Key, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        made = ", ".join(f"{key.describe()} {self.origins.get(key, '')}" for key in self.tables)
+        made = ", ".join(f"{key.describe()} {origin}" for key, origin in self.origins.items())
         return f"WarmUp([{made}], {len(self.problems)} problems, {self.seconds:.2f} s)"
 
 

@@ -155,7 +155,7 @@ def _around_opaque(
     declared = inspect.signature(seam).parameters
     named = "dispatch_policy" in declared
     names = tuple(declared) if named else (*LEADING, *(n for n in KNOWN if n not in BUFFERS))
-    defaults = {p.name: p.default for p in declared.values() if named and p.default is not p.empty}
+    defaults = {p.name: p.default for p in declared.values() if p.default is not p.empty}
     defaults = _DEFAULTS | defaults
     layer.names = names
 

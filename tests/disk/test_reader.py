@@ -1,6 +1,7 @@
 """What people look at: any file that holds tables, by its name or a part of it."""
 
 import json
+import logging
 import os
 import stat
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 
 from adaptive_moe.disk.folder import Store
 from adaptive_moe.disk.reader import export_text, find, newest, read_any
-from adaptive_moe.disk.write import replace_file
+from adaptive_moe.disk.write import remove, remove_stale, replace_file
 from adaptive_moe.policy.table import PolicyTable
 from tests.faults.made_up import SHAPE, key_of, made_up_table, stored_of
 
@@ -26,8 +27,14 @@ def test_a_file_of_the_store(tmp_path):
 
 def test_an_exported_file(tmp_path):
     stored = [stored_of(table) for table in TABLES]
-    (tmp_path / "all.json").write_text(export_text(stored, "2026-01-01T00:00:00+00:00"))
+    text = export_text(stored, "2026-01-01T00:00:00+00:00")
+    (tmp_path / "all.json").write_text(text)
     assert read_any(tmp_path / "all.json") == stored
+    assert json.loads(text) == {
+        "adaptive_moe_export": 1,
+        "exported": "2026-01-01T00:00:00+00:00",
+        "calibrations": [one.to_text() for one in stored],
+    }
 
 
 def test_a_report_and_a_table_alone(tmp_path):
@@ -56,6 +63,11 @@ def spoilt(text):
         ('{"adaptive_moe_export": 99, "calibrations": []}', "another version"),
         ('{"adaptive_moe_export": 1, "calibrations": [7]}', "not what `adaptive-moe cache export`"),
         ('{"adaptive_moe_export": 1, "calibrations": ["x"]}', "table 1 of .* is not whole"),
+        (
+            # Half of a character.
+            r'{"adaptive_moe_export": 1, "calibrations": ["x\n\ud800"]}',
+            "not whole: its content is not what was written there",
+        ),
     ],
 )
 def test_what_is_none_of_these_is_named(tmp_path, text, what):
@@ -69,8 +81,11 @@ def test_what_is_none_of_these_is_named(tmp_path, text, what):
 def test_a_huge_file_is_not_read_whole(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     path.write_text(TABLES[0].to_json())
-    monkeypatch.setattr("adaptive_moe.disk.reader.MAX_BYTES", path.stat().st_size - 1)
-    with pytest.raises(ValueError, match="more than"):
+    size = path.stat().st_size
+    monkeypatch.setattr("adaptive_moe.disk.reader.MAX_BYTES", size)
+    assert read_any(path) == [TABLES[0]]
+    monkeypatch.setattr("adaptive_moe.disk.reader.MAX_BYTES", size - 1)
+    with pytest.raises(ValueError, match=f"more than {size - 1} bytes: it is no file of ours"):
         read_any(path)
     with pytest.raises(FileNotFoundError):
         read_any(tmp_path / "none.json")
@@ -111,6 +126,21 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
             replace_file(target, b"third")
     assert path.read_bytes() == b"second"
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_what_cannot_be_removed_stays_and_is_said_at_debug(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG, "adaptive_moe")
+    folder = tmp_path / ".adaptive-moe-1.tmp"
+    folder.mkdir()
+    os.utime(folder, (1000, 1000))
+    remove_stale(tmp_path)
+    remove(tmp_path / "none")
+    assert folder.exists()
+    first, second = caplog.records
+    assert first.message.startswith(f"{folder} stays behind: [Errno ")
+    none = tmp_path / "none"
+    assert second.message == f"{none} stays behind: [Errno 2] No such file or directory: '{none}'"
+    assert {first.levelname, second.levelname} == {"DEBUG"}
 
 
 def test_what_others_may_read_follows_the_umask(tmp_path):

@@ -1,5 +1,6 @@
 """The store: what is believed, what is a miss; crowds, kills and failing disks."""
 
+import hashlib
 import json
 import logging
 import os
@@ -312,14 +313,42 @@ def test_no_changed_byte_goes_unnoticed(data):
 @pytest.mark.parametrize("wrong", [{"gain": 1.0}, {"median_us": -0.1}])
 def test_impossible_measurements_are_refused(wrong):
     """A gain of all the time there is, or time that runs backwards."""
+    text, result = with_the_last_result(**wrong)
+    with pytest.raises(ValueError, match="impossible") as refused:
+        Stored.from_text(text)
+    assert str(refused.value) == f"its measurements are impossible: {result}"
+
+
+@pytest.mark.parametrize("possible", [{"gain": 0.99, "median_us": 0.1}, {"median_us": None}])
+def test_a_sort_may_take_no_time_to_speak_of_or_one_that_is_not_known(possible):
+    text, _ = with_the_last_result(**possible)
+    Stored.from_text(text)
+
+
+def with_the_last_result(**changed):
+    """A file whose last candidate's result is changed so, and that result."""
     table = made_up_table(1, eager=(1,), graph=(), max_tokens=1)
     (bucket,) = table.evidence.busy
     verdict = bucket.fills[0].verdict
-    results = (*verdict.results[:2], replace(verdict.results[2], **wrong))
-    fills = (replace(bucket.fills[0], verdict=replace(verdict, results=results)),)
-    text = without(table, busy=(replace(bucket, fills=fills),))
-    with pytest.raises(ValueError, match="impossible"):
-        Stored.from_text(text)
+    result = replace(verdict.results[2], **changed)
+    verdict = replace(verdict, results=(*verdict.results[:2], result))
+    bucket = replace(bucket, fills=(replace(bucket.fills[0], verdict=verdict),))
+    return without(table, busy=(bucket,)), result
+
+
+def test_a_request_that_is_none_is_named_however_well_its_hash_fits():
+    """By somebody who computes the hash too."""
+    good = stored_of(made_up_table(1, eager=(1,), graph=(), max_tokens=1)).to_text()
+    _, request, *calibration = good.splitlines()
+    for line, what in (
+        ('"request": ' + "[" * 100_000 + ",", "the JSON is nested too deeply"),
+        (request.replace(f'"{ENGINE}"', "7"), "request.engine: '7' is not a str"),
+    ):
+        body = "".join(f"{part}\n" for part in (line, *calibration))
+        digest = hashlib.sha256(body.encode()).hexdigest()
+        with pytest.raises(ValueError, match=r"^") as refused:
+            Stored.from_text(f'{{"sha256": "{digest}",\n{body}')
+        assert str(refused.value) == what
 
 
 @pytest.mark.parametrize("where", ["bucket", "verdict", "both"])
@@ -333,8 +362,31 @@ def test_a_choice_that_the_measurements_do_not_lead_to_is_refused(where):
         bucket = replace(bucket, fills=(replace(bucket.fills[0], verdict=verdict),))
     if where != "verdict":
         bucket = replace(bucket, candidate="policy 0")
-    with pytest.raises(ValueError, match="measurements"):
+    with pytest.raises(ValueError, match="measurements") as refused:
         Stored.from_text(without(table, busy=(bucket,)))
+    says = f"{bucket.candidate} at 1 tokens is not what its own measurements support"
+    assert str(refused.value) == says
+
+
+@pytest.mark.parametrize(("margin", "serves"), [(0.2, True), (0.01, False)])
+def test_what_fills_lead_to_together_is_judged_by_the_tables_own_margin(margin, serves):
+    """A tenth slower on many rows is a tie by one margin, and a loss by the other."""
+    found = made_up_table(
+        1, shape=PADDED, eager=(1,), graph=(), max_tokens=1, gains=(0, 0.4), rule=Rule(margin)
+    ).evidence
+    (bucket,) = found.busy
+    verdict = bucket.fills[2].verdict
+    base, other = verdict.results
+    tied = replace(other, standing=Standing.TIED, gain=-0.1, gain_low=-0.11, gain_high=-0.09)
+    verdict = replace(verdict, results=(base, tied), candidate="policy 0")
+    bucket = replace(bucket, fills=(*bucket.fills[:2], replace(bucket.fills[2], verdict=verdict)))
+    stored = stored_of(PolicyTable(replace(found, busy=(bucket,))))
+    assert bucket.candidate == "policy 1"
+    if serves:
+        assert Stored.from_text(stored.to_text()) == stored
+    else:
+        with pytest.raises(ValueError, match="measurements support"):
+            Stored.from_text(stored.to_text())
 
 
 def test_every_candidate_needs_a_result_in_every_fill():
@@ -356,23 +408,30 @@ def test_what_the_coverage_does_not_name_is_refused():
     table = made_up_table(1, eager=(1, 8), graph=(1, 2), idle=(1,), busy_from=4, max_tokens=8)
     found = table.evidence
     Stored.from_text(stored_of(table).to_text())
+    pair, no = "graph buckets and captured sizes do not belong together", "are not in its coverage"
     for text, what in (
-        (without(table, graph=()), "captured sizes"),
-        (without(table, coverage=replace(found.coverage, captured=())), "captured sizes"),
-        (without(table, coverage=replace(found.coverage, captured=(1,))), r"2 tokens \(graph\)"),
-        (without(table, coverage=replace(found.coverage, eager=((2, 8),))), r"1 tokens \(busy\)"),
-        (without(table, coverage=replace(found.coverage, busy_from=1)), r"1 tokens \(idle\)"),
+        (without(table, graph=()), pair),
+        (without(table, coverage=replace(found.coverage, captured=())), pair),
+        (without(table, coverage=replace(found.coverage, captured=(1,))), f"2 tokens (graph) {no}"),
+        (
+            without(table, coverage=replace(found.coverage, eager=((2, 8),))),
+            f"1 tokens (busy) {no}",
+        ),
+        (without(table, coverage=replace(found.coverage, busy_from=1)), f"1 tokens (idle) {no}"),
     ):
-        with pytest.raises(ValueError, match=what):
+        with pytest.raises(ValueError, match=r"^") as refused:
             Stored.from_text(text)
+        assert str(refused.value) == what
 
 
 def test_a_winner_needs_an_interval_beyond_the_margin():
     table = made_up_table(1, eager=(1,), graph=(), max_tokens=1)
-    strict = replace(table.evidence, rule=Rule(margin=0.3))
-    assert table.candidate(1) == "policy 1"
-    with pytest.raises(ValueError, match="measurements"):
-        Stored.from_text(stored_of(PolicyTable(strict)).to_text())
+    low = table.evidence.busy[0].fills[0].verdict.result("policy 1").gain_low
+    assert (table.candidate(1), 0.01 < low < 0.3) == ("policy 1", True)
+    for margin in (0.3, low):
+        strict = replace(table.evidence, rule=Rule(margin=margin))
+        with pytest.raises(ValueError, match="measurements"):
+            Stored.from_text(stored_of(PolicyTable(strict)).to_text())
 
 
 @pytest.mark.parametrize("plant", [os.mkfifo, os.mkdir])
@@ -403,6 +462,13 @@ def test_a_file_of_another_user_is_not_believed(store, table, monkeypatch):
     with listening() as lines:
         assert store.load(key_of(table)) is None
     assert "belongs to user" in lines[0]
+
+
+def test_what_belongs_to_root_is_believed(monkeypatch):
+    if os.stat("/usr").st_uid != 0:
+        pytest.skip("root has another number here")
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert open_store(Settings(cache_dir="/usr")).usable
 
 
 # The same faults as `make faults`, fewer of them, in a process that forks undisturbed.

@@ -311,6 +311,18 @@ def test_the_pieces_are_those_that_vllm_picks(counts):
             assert config[nearest]["tile_m"] == piece.request.block_size
 
 
+def test_a_piece_may_be_a_single_count():
+    module = flydsl({1: 16, 2: 32, 5: 64})
+    chooser = VllmInt4(module)
+    module.try_get_optimal_config(16, 512)
+    pieces = chooser(seen_call(1, block_size=16), 9)
+    assert [(p.first, p.last, p.request.block_size) for p in pieces] == [
+        (1, 1, 16),
+        (2, 3, 32),
+        (4, 9, 64),
+    ]
+
+
 @pytest.mark.parametrize(
     "call",
     [

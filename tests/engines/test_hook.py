@@ -172,7 +172,27 @@ def test_a_fixed_policy_always_arrives(any_aiter, policy):
 
 def test_a_policy_aiter_does_not_name_is_said_with_what_aiter_makes_of_it(aiter, caplog):
     installed(aiter, Settings(mode=Mode.FIXED, fixed_policy=7))
-    assert "policy 7 is no policy of AITER's, which takes it as 2, multi-phase" in caplog.text
+    assert [r.message for r in caplog.records] == [
+        "policy 7 is no policy of AITER's, which takes it as 2, multi-phase"
+    ]
+
+
+def hiding(function):
+    """Another tool's wrapper: what it takes cannot be told, and it passes all of it on."""
+    return lambda *args, **kwargs: function(*args, **kwargs)  # noqa: PLW0108
+
+
+@pytest.mark.parametrize("wrap", [lambda function: function, hiding])
+def test_a_call_that_cannot_be_read_keeps_its_own_policy_and_is_counted(wrap):
+    received = []
+    module = seam_of(lambda given: received.append(dict(given)), invented="no")
+    module.moe_sorting = wrap(module.moe_sorting)
+    hook = installed(module, Settings(mode=Mode.FIXED, fixed_policy=2))
+    odd = [[[0, 1]], *sort_arguments(8)[1:]]  # a list has no shape
+    module.moe_sorting(*odd, invented="yes")
+    (given,) = received
+    assert all(a is b for a, b in zip(given.values(), [*odd, "yes"], strict=True))
+    assert hook.counts().odd == hook.counts().total == 1
 
 
 # Calls that are left alone

@@ -1,9 +1,24 @@
 """Which candidates captured calls took: counted while an engine starts."""
 
 import pytest
+import torch
 
+from adaptive_moe.engines.seam import capture_query
 from tests.engines.hooking import KEY, batch, installed, policy_that_arrived
 from tests.tables import make_table
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "asks_torch"),
+    [("12.8", None, True), (None, "7.0", True), (None, None, False)],
+)
+def test_a_torch_for_the_cpu_is_not_asked_and_never_captures(monkeypatch, cuda, hip, asks_torch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    query = capture_query()
+    assert (query is torch.cuda.is_current_stream_capturing) is asks_torch
+    if not asks_torch:
+        assert query() is False
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from tests.engines.hooking import (
     arrived,
     batch,
     installed,
+    policy_of,
     policy_that_arrived,
+    seam_of,
     sort_arguments,
 )
 from tests.tables import make_table
@@ -23,9 +25,23 @@ from tests.tables import make_table
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        (None, "has no moe_sorting"),
-        (lambda topk_ids, topk_weights, num_experts, model_dim: None, "no dispatch_policy"),
-        (lambda topk_ids, dispatch_policy, topk_weights: None, "does not begin with"),
+        (
+            None,
+            "aiter.fused_moe has no moe_sorting: this is not the AITER we know; install AITER "
+            "v0.1.5 or newer from https://github.com/ROCm/aiter",
+        ),
+        (
+            lambda topk_ids, topk_weights: None,
+            "this AITER's moe_sorting(topk_ids, topk_weights) takes no dispatch_policy, so there "
+            "is nothing to choose: install AITER v0.1.5 or newer",
+        ),
+        (
+            lambda topk_ids, dispatch_policy: None,
+            "this AITER's moe_sorting(topk_ids, dispatch_policy) does not begin with topk_ids, "
+            "topk_weights, num_experts, model_dim, moebuf_dtype, block_size, expert_mask, "
+            "num_local_tokens, dispatch_policy: it is newer than this adaptive_moe knows; upgrade "
+            "adaptive_moe",
+        ),
     ],
 )
 def test_a_seam_we_do_not_know_is_refused_in_words_and_left_alone(function, says, caplog):
@@ -33,7 +49,7 @@ def test_a_seam_we_do_not_know_is_refused_in_words_and_left_alone(function, says
     if function is not None:
         module.moe_sorting = function
     assert AiterHook(AUTO).install(module) is False
-    assert says in caplog.text
+    assert [r.message for r in caplog.records] == [f"nothing is changed: {says}"]
     assert getattr(module, "moe_sorting", None) is function
 
 
@@ -45,6 +61,15 @@ def test_uninstall_restores_exactly_what_was_there(any_aiter):
     hook.uninstall()
     hook.uninstall()
     assert (any_aiter.moe_sorting, any_aiter.get_2stage_cfgs) == before
+
+
+def test_a_module_without_a_chooser_gets_none():
+    module = seam_of(policy_of)
+    hook = AiterHook(AUTO)
+    assert hook.install(module)
+    assert not hasattr(module, "get_2stage_cfgs")
+    hook.uninstall()
+    assert not hasattr(module, "get_2stage_cfgs")
 
 
 def test_installing_twice_is_one_layer(aiter):
@@ -162,6 +187,44 @@ def test_a_wrapper_below_us_gets_each_call_as_it_was_made(aiter, wrap, options):
     assert kwargs[2] == {"block_size": 32, **options}  # the baseline's call as it came
     assert kwargs[3] == {"dispatch_policy": 2, **options}
     assert hook.counts().total == 4
+    assert hook.seen == {}
+
+
+def test_what_a_later_aiter_takes_and_by_default_is_read_through_an_open_wrapper():
+    def moe_sorting(
+        topk_ids,
+        topk_weights,
+        num_experts,
+        model_dim,
+        moebuf_dtype,
+        block_size=64,
+        expert_mask=None,
+        num_local_tokens=None,
+        dispatch_policy=0,
+        order="rising",
+    ):
+        return block_size, dispatch_policy, order
+
+    module = ModuleType("aiter.fused_moe")
+    module.moe_sorting = wrap_openly(moe_sorting, [])
+    key = KEY._replace(block_size=64, more=("rising",))
+    hook = installed(module, tables={key: make_table({64: 2})})
+    five = sort_arguments(8)[:5]
+    assert module.moe_sorting(*five) == (64, 2, "rising")
+    assert module.moe_sorting(*five, order="falling") == (64, 0, "falling")
+    assert module.moe_sorting(*five, block_size=32) == (32, 0, "rising")
+    assert [(key.block_size, key.more) for key in hook.seen] == [
+        (64, ("falling",)),
+        (32, ("rising",)),
+    ]
+
+
+def test_a_default_that_a_hiding_wrapper_declares_is_its_block_size():
+    module = ModuleType("aiter.fused_moe")
+    module.moe_sorting = lambda *args, block_size=64, **kwargs: (args, block_size, kwargs)
+    hook = installed(module, tables={KEY._replace(block_size=64): make_table({64: 2})})
+    five = sort_arguments(8)[:5]
+    assert module.moe_sorting(*five) == (tuple(five), 64, {"dispatch_policy": 2})
     assert hook.seen == {}
 
 

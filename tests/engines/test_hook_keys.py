@@ -50,6 +50,25 @@ def test_shapes_are_told_apart_by(aiter, field):
     assert policy_that_arrived() == 1
 
 
+def test_a_key_in_words():
+    assert KEY.describe() == "16 experts, topk 4, dim 64, bfloat16, block 32"
+    assert KEY._replace(device=0).describe() == KEY.describe()
+    assert KEY._replace(device=1).describe() == f"{KEY.describe()}, cuda:1"
+
+
+@pytest.mark.parametrize(("devices", "noted"), [(0, -1), (1, 0), (2, -1)])
+def test_only_a_process_that_sees_several_devices_asks_each_call_for_its_own(
+    monkeypatch, devices, noted
+):
+    """-1 is the CPU, where these ids are."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    module = seam_of(policy_of)
+    hook = installed(module, tables={KEY._replace(device=noted): make_table({64: 2})})
+    assert module.moe_sorting(*sort_arguments(8)) == 2
+    module.moe_sorting(*sort_arguments(8, dim=128))
+    assert [key.device for key in hook.seen] == [noted]
+
+
 def test_two_devices_of_one_process_are_told_apart(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     module = seam_of(policy_of)
@@ -96,6 +115,18 @@ def test_layers_that_come_with_the_same_key_are_looked_up_once(aiter):
         aiter.moe_sorting(*sort_arguments(count))
         assert policy_that_arrived() == 2
     assert Counting.looked_up == 1
+
+
+def test_counts_up_to_the_largest_so_far_make_no_entry_anew(aiter):
+    hook = installed(aiter)
+    aiter.moe_sorting(*sort_arguments(8))
+    entries = hook.layer.entries
+    for count in (8, 7, 1):
+        aiter.moe_sorting(*sort_arguments(count))
+        assert hook.layer.entries is entries
+    aiter.moe_sorting(*sort_arguments(9))
+    assert hook.layer.entries is not entries
+    assert hook.counts().unknown == hook.counts().total == 5
 
 
 def test_a_table_set_while_calls_come_serves_the_next_one(aiter):

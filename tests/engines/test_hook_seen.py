@@ -1,7 +1,9 @@
 """What is noted of a call, and that it can be made again as it was."""
 
+import contextlib
 import contextvars
 import enum
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +86,12 @@ def test_whether_buffers_are_rounded_is_read_off_the_outputs(count, length, roun
     assert is_rounded((torch.zeros(length),), count, KEY) is rounded
 
 
+def test_the_first_call_tells_where_it_can(aiter):
+    hook = installed(aiter)
+    aiter.fused_moe(*batch(8))
+    assert (hook.seen[KEY].rounded, hook.seen[KEY].num_outputs) == (False, 5)
+
+
 @pytest.mark.parametrize(("version", "rounded"), [("main", False), ("september", True)])
 def test_a_batch_that_cannot_tell_leaves_it_to_a_later_one(version, rounded):
     aiter = load_aiter(version)
@@ -111,9 +119,10 @@ def test_an_unknown_shape_after_warm_up_is_said_once_with_its_baseline(aiter, ca
     hook.warmed_up = True
     for count in (8, 9, 10):
         aiter.fused_moe(*batch(count, dim=128), moe_sorting_dispatch_policy=2)
-    (line,) = [r.message for r in caplog.records]
-    assert "first seen after warm-up: the baseline, policy 2, serves it" in line
-    assert "dim 128" in line
+    assert [r.message for r in caplog.records] == [
+        "sorting 8 tokens of 16 experts, topk 4, dim 128, bfloat16, block 32 was first seen after "
+        "warm-up: the baseline, policy 2, serves it until the next warm_up()"
+    ]
 
 
 # Called again
@@ -166,6 +175,31 @@ def test_a_measurement_runs_in_the_calls_grad_and_inference_mode(aiter, inferenc
             before = modes()
             assert seen.as_called(modes) == (inference, grad)
             assert modes() == before
+
+
+def test_a_call_on_a_gpu_is_made_again_on_its_device_and_stream(monkeypatch):
+    """On a torch that says what it is told: there is no GPU here."""
+    within = []
+
+    @contextlib.contextmanager
+    def entered(what):
+        within.append(what)
+        yield
+        within.remove(what)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    device = torch.device("cuda", 1)
+    named = {
+        "topk_ids": SimpleNamespace(device=device),
+        "dispatch_policy": 0,
+        "expert_mask": None,
+    }
+    seen = SeenCall.now(KEY._replace(device=1), 8, named, {}, None)
+    assert (seen.device, seen.stream) == (device, "stream of cuda:1")
+    assert seen.as_called(within.copy) == [device, "stream of cuda:1"]
+    assert within == []
 
 
 def test_what_contexts_say_in_plain_values_is_named_in_order():
@@ -231,8 +265,10 @@ def test_a_kernel_needs_the_hook_in_place(aiter):
     hook = installed(aiter)
     aiter.fused_moe(*batch(8))
     hook.uninstall()
-    with pytest.raises(RuntimeError, match=r"install\(\) it first"):
+    with pytest.raises(RuntimeError) as refused:
         hook.kernel(hook.seen[KEY], KEY, COVERAGE)
+    says = "adaptive_moe is not active in this process: install() it first"
+    assert str(refused.value) == says
 
 
 def test_settings_of_torchs_compiler_tell_no_calls_apart():

@@ -118,9 +118,10 @@ def test_a_sort_that_raises_hands_that_call_to_the_baseline_and_is_off(aiter, ot
         assert policy_that_arrived() == 0
         assert number_of_sorts() == before + 2 + attempt
     assert len(others.bitonic.calls) == 1
-    (line,) = [r.message for r in caplog.records]
-    assert "bitonic is off in this process" in line
-    assert "no such instruction" in line
+    assert [r.message for r in caplog.records] == [
+        "bitonic is off in this process and the baseline serves in its place: it raised "
+        "RuntimeError: no such instruction"
+    ]
     counts = hook.counts()
     assert (counts.fell_back, counts.chosen, counts.baseline) == (1, 1, 2)
     assert counts.total == counts.chosen + counts.baseline + counts.own + counts.unknown
@@ -129,6 +130,12 @@ def test_a_sort_that_raises_hands_that_call_to_the_baseline_and_is_off(aiter, ot
     assert len(others.radix.calls) == 1
     aiter.fused_moe(*batch(64))
     assert policy_that_arrived() == 2
+    # Until one of them raises too, which brings nobody back.
+    others.radix.error = RuntimeError("nor this one")
+    for count in (8, 2):
+        aiter.fused_moe(*batch(count))
+        assert policy_that_arrived() == 0
+    assert (len(others.bitonic.calls), len(others.radix.calls)) == (1, 2)
 
 
 def test_a_sort_that_is_off_stays_off_whatever_table_comes(aiter, others):
@@ -145,15 +152,16 @@ def test_a_sort_that_is_off_stays_off_whatever_table_comes(aiter, others):
 
 
 def test_a_name_that_nothing_here_answers_to_is_the_baseline_and_said_once(aiter, caplog):
-    names = ("policy 0", "policy 1", "policy 2", "quantum")
-    hook = installed(aiter, tables={KEY: make_table({8: 3, 64: 2}, candidates=names)})
+    names = ("policy 0", "quantum", "policy 1", "policy 2")
+    hook = installed(aiter, tables={KEY: make_table({8: 1, 64: 3}, candidates=names)})
     hook.set_tables({KEY._replace(model_dim=128): make_table({64: 1})})
     aiter.fused_moe(*batch(8))
     assert policy_that_arrived() == 0
     aiter.fused_moe(*batch(64))
     assert policy_that_arrived() == 2
-    (line,) = [r.message for r in caplog.records]
-    assert "nothing here sorts as 'quantum'" in line
+    assert [r.message for r in caplog.records] == [
+        "nothing here sorts as 'quantum': the baseline serves in its place"
+    ]
 
 
 def test_a_baseline_that_fails_after_another_sort_fails_by_itself(aiter, others):

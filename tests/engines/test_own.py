@@ -1,5 +1,6 @@
 """Other sorts are called before they serve, wherever a stored or agreed table chooses them."""
 
+import logging
 from types import SimpleNamespace
 
 import torch
@@ -51,6 +52,13 @@ def test_policies_need_nothing():
     assert called(table) == []
 
 
-def test_a_sort_that_raises_is_left_to_the_hook():
+def test_a_sort_that_raises_is_left_to_the_hook(caplog):
+    caplog.set_level(logging.DEBUG, "adaptive_moe")
     table = make_table({64: 2}, {1: 1, 8: 1, 32: 1}, candidates=NAMES, coverage=COVERAGE)
     assert called(table, fails=True) == [("flydsl", 64, True)]
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        (
+            "DEBUG",
+            "not every sort was called before it serves: RuntimeError('it does not compile')",
+        )
+    ]

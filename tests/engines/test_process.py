@@ -150,10 +150,19 @@ def test_a_warm_up_writes_the_status_file(monkeypatch, cache):
     (found,) = status.read_all(cache)
     assert (found.engine, found.rank, found.ranks, found.mode) == ("plain", 0, 1, "auto")
     assert found.moment == "warm-up"
-    (table,) = found.tables
-    assert table.origin == "measured"
-    assert set(made.origins.values()) == {"measured"}
-    assert "16 experts" in table.calls
+    ((key, table),) = made.tables.items()
+    assert made.origins == {key: "measured"}
+    assert found.tables == (
+        status.TableStatus(
+            calls="16 experts, topk 4, dim 64, bfloat16, block 32",
+            kernel=table.evidence.kernel,
+            device=table.evidence.environment.device,
+            origin="measured",
+            measured="2026-01-01T00:00:00+00:00",
+            decided="policy 2 (multi-phase) at every token count",
+            settled=True,
+        ),
+    )
     assert dict(found.calls)["unknown"] == 1
 
 

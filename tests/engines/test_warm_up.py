@@ -30,6 +30,7 @@ from adaptive_moe.settings import Mode, Settings
 from adaptive_moe.tuning.calibrator import calibrate
 from tests.aiter_standin.load import forget_aiter, load_aiter
 from tests.engines.at_once import at_once
+from tests.engines.hooking import seam_of, sort_arguments
 from tests.engines.seen import hook_with, seen_call
 from tests.faults.made_up import made_up_table
 from tests.tables import make_table, measure_as
@@ -125,9 +126,10 @@ def test_ranks_that_measured_differently_run_the_same_tables(tmp_path):
     alone = Rank(tmp_path / "c", 1, gain=0.1)
     alone.warm_up(None)
     assert alone.chosen() == {"policy 1"}
-    together(*ranks)
+    made = together(*ranks)
     assert ranks[0].applied() == ranks[1].applied() != {}
     assert ranks[0].chosen() == {"policy 0"}
+    assert [set(one.origins.values()) for one in made] == [{"agreed"}, {"agreed"}]
 
 
 def test_warm_cold_and_layerless_ranks_agree_and_next_time_nothing_is_measured(tmp_path):
@@ -416,6 +418,29 @@ def test_a_calibration_under_another_default_dtype_finds_every_policy_right(tmp_
     assert made.problems == ()
     (table,) = made.tables.values()
     assert table.sound
+
+
+def test_the_calibrator_sorts_with_the_layers_own_mask(tmp_path):
+    masks, mask = [], torch.arange(16, dtype=torch.int32) % 2
+    module = seam_of(lambda given: masks.append(given["expert_mask"]))
+    hook = AiterHook(Settings(mode=Mode.AUTO, cache_dir=str(tmp_path)))
+    hook.install(module)
+    arguments = sort_arguments(8)
+    arguments[6] = mask
+    module.moe_sorting(*arguments)
+    masks.clear()
+    assert hook.counts().unknown == 1
+    warm_up.warm_up(hook, 8)  # by default with calibrate(), which nothing sorts for here
+    assert masks
+    assert all(one is mask for one in masks)
+
+
+def test_what_a_warm_up_did_in_a_line():
+    key = seen_call().key
+    made = warm_up.WarmUp({key: make_table({64: 1})}, ("one", "two"), 1.234, {key: "stored"})
+    assert repr(made) == (
+        "WarmUp([16 experts, topk 4, dim 64, bfloat16, block 32 stored], 2 problems, 1.23 s)"
+    )
 
 
 def gpu_hook(*seen, settings):
