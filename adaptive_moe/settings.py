@@ -243,7 +243,7 @@ def misspelt(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     found = []
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(name, known)
             meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(known[1:])}"
             found.append(f"{name} is not a variable of adaptive_moe and is not read: {meant}")
     return tuple(found)

@@ -60,14 +60,17 @@ def test_both_names_may_agree():
 def test_both_names_in_conflict_are_told_apart():
     with pytest.raises(SettingsError) as refused:
         read_settings({ENGINE_VARIABLE: "auto", NEUTRAL_VARIABLE: "2"})
-    assert f"{ENGINE_VARIABLE}='auto'" in str(refused.value)
-    assert f"{NEUTRAL_VARIABLE}='2'" in str(refused.value)
+    assert str(refused.value) == (
+        f"{ENGINE_VARIABLE}='auto' and {NEUTRAL_VARIABLE}='2' disagree: unset one of them, or give "
+        "both the same value"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "value", "field", "expected"),
     [
         ("ADAPTIVE_MOE_BUDGET_S", "2.5", "budget_s", 2.5),
+        ("ADAPTIVE_MOE_BUDGET_S", "1e-3", "budget_s", 0.001),
         ("ADAPTIVE_MOE_MARGIN", "0", "margin", 0.0),
         ("ADAPTIVE_MOE_MARGIN", "0.5", "margin", 0.5),
         ("ADAPTIVE_MOE_BUCKETS", "1, 8,64", "buckets", (1, 8, 64)),
@@ -77,6 +80,7 @@ def test_both_names_in_conflict_are_told_apart():
         ("ADAPTIVE_MOE_RECALIBRATE", "1", "recalibrate", True),
         ("ADAPTIVE_MOE_RECALIBRATE", "off", "recalibrate", False),
         ("ADAPTIVE_MOE_BUSY_FROM", "1", "busy_from", 1),
+        ("ADAPTIVE_MOE_BUSY_FROM", " 1048576", "busy_from", 1048576),
         ("ADAPTIVE_MOE_SORTS", "policies", "sorts", ("policies",)),
         ("ADAPTIVE_MOE_SORTS", "AITER", "sorts", ("policies", "ck", "opus", "flydsl")),
         ("ADAPTIVE_MOE_SORTS", "all", "sorts", ("policies", *REGISTRY)),
@@ -104,6 +108,7 @@ def test_accepted(name, value, field, expected):
         ("ADAPTIVE_MOE_MARGIN", "-0.1"),
         ("ADAPTIVE_MOE_MARGIN", "1%"),
         ("ADAPTIVE_MOE_BUCKETS", "8,4"),
+        ("ADAPTIVE_MOE_BUCKETS", "4,4"),
         ("ADAPTIVE_MOE_BUCKETS", "0,4"),
         ("ADAPTIVE_MOE_BUCKETS", "1,,4"),
         ("ADAPTIVE_MOE_BUCKETS", "1;4"),
@@ -237,6 +242,17 @@ def test_a_misspelt_name_is_told_what_is_meant(name, meant):
     (problem,) = problems
     assert problem.startswith(f"{name} is not a variable")
     assert problem.endswith(f"did you mean {meant}?")
+
+
+def test_a_name_like_none_of_ours_is_told_which_there_are():
+    (problem,) = misspelt({"ADAPTIVE_MOE_WHATEVER_IT_IS_THAT_NOBODY_EVER_NAMED_SO": "1"})
+    assert problem == (
+        "ADAPTIVE_MOE_WHATEVER_IT_IS_THAT_NOBODY_EVER_NAMED_SO is not a variable of adaptive_moe "
+        "and is not read: there are ADAPTIVE_MOE_DISPATCH_POLICY, ADAPTIVE_MOE_SORTS, "
+        "ADAPTIVE_MOE_BUDGET_S, ADAPTIVE_MOE_MARGIN, ADAPTIVE_MOE_BUCKETS, ADAPTIVE_MOE_BUSY_FROM, "
+        "ADAPTIVE_MOE_CACHE_DIR, ADAPTIVE_MOE_RECALIBRATE, ADAPTIVE_MOE_LOG_DETAIL, "
+        "ADAPTIVE_MOE_REPORT"
+    )
 
 
 def test_names_of_others_are_not_ours_to_judge():
