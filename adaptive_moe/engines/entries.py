@@ -122,15 +122,15 @@ class _Counting:
             self._counts[name] += 1
         return found
 
-    def __add__(self, more: bytes) -> "_Counting":
-        return _Counting(self._array + more, self._table, self._counts)
+    def ljust(self, length: int, fill: bytes) -> "_Counting":
+        return _Counting(self._array.ljust(length, fill), self._table, self._counts)
 
 
 def _stretched(array: bytes, length: int) -> bytes:
-    return array + array[-1:] * (length - len(array))
+    return array.ljust(length, array[-1:])
 
 
 def _merged(eager: bytes, graph: bytes) -> bytes:
     if eager == graph:
         return eager
-    return bytes(a if a == b else ASK for a, b in zip(eager, graph, strict=True))
+    return bytes(map(lambda a, b: a if a == b else ASK, eager, graph))

@@ -36,8 +36,8 @@ def test_the_tables_policy_arrives_at_every_token_count(any_aiter):
 
 
 def test_a_count_past_the_table_takes_the_last_choice(aiter):
-    hook = installed(aiter, tables={KEY: make_table({1: 0, 128: 2})})
-    for count in (300, 300, 5000):
+    hook = installed(aiter, tables={KEY: make_table({1: 0, 127: 1, 128: 2})})
+    for count in (300, 299, 5000):
         aiter.fused_moe(*batch(count))
         assert policy_that_arrived() == 2
     assert hook.counts().chosen == hook.counts().total == 3
