@@ -30,6 +30,8 @@ def test_an_exported_file(tmp_path):
     text = export_text(stored, "2026-01-01T00:00:00+00:00")
     (tmp_path / "all.json").write_text(text)
     assert read_any(tmp_path / "all.json") == stored
+    assert text.startswith('{\n "adaptive_moe_export": 1,\n')
+    assert text.endswith("\n}\n")
     assert json.loads(text) == {
         "adaptive_moe_export": 1,
         "exported": "2026-01-01T00:00:00+00:00",

@@ -261,6 +261,16 @@ def test_larger_batches_and_other_sizes_extend_what_is_there(batches, eager, cap
     assert more.earlier is table
 
 
+def test_rows_that_may_be_padding_stay_covered():
+    hook = hook_with(seen_call(8, **GPU))
+    (first,), _ = coverages(hook, Batches(512))
+    hook.tables = {first.key: table_for(first.coverage)}
+    (padded,), _ = coverages(hook, Batches(512, padding_rows=True))
+    assert (first.coverage.padding_rows, padded.coverage.padding_rows) == (False, True)
+    hook.tables = {first.key: table_for(padded.coverage)}
+    assert coverages(hook, Batches(512)) == ([], [])
+
+
 def test_a_larger_batch_that_was_seen_since_extends_it_too():
     hook = hook_with(seen_call(8))
     (first,), _ = coverages(hook, Batches(512))

@@ -158,6 +158,15 @@ def test_any_other_policy_is_the_callers_own_choice(aiter, engine_policy):
     assert hook.seen == {}
 
 
+def test_a_true_is_the_callers_own_one_where_the_engine_asks_for_none():
+    """v0.1.9's bool schema makes it of the 1."""
+    aiter = load_aiter("v0.1.9")
+    hook = installed(aiter)
+    aiter.fused_moe(*batch(8), moe_sorting_dispatch_policy=1)
+    assert policy_that_arrived() is True
+    assert (hook.counts().own, dict(hook.seen)) == (1, {})
+
+
 # A fixed policy
 
 

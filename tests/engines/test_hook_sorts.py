@@ -1,5 +1,6 @@
 """Other sorts at the seam: they answer calls, and where one raises the baseline does."""
 
+import inspect
 import sys
 import threading
 from types import ModuleType
@@ -12,6 +13,7 @@ from adaptive_moe.kernels.sorts import REGISTRY, OtherSort
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.settings import Mode, Settings
 from adaptive_moe.shape import SortingShape
+from tests.aiter_standin.load import load_aiter
 from tests.engines.at_once import at_once
 from tests.engines.hooking import (
     KEY,
@@ -97,6 +99,15 @@ def test_another_sort_gets_the_callers_arguments_and_its_results_go_back(aiter, 
     assert len(outputs) == 5
     aiter_alone = aiter.fused_moe(*batch(33, seed=3), moe_sorting_dispatch_policy=1)
     assert torch.equal(plain, aiter_alone)
+
+
+def test_another_sort_in_place_of_a_seam_that_always_accumulates_does_too(others):
+    aiter = load_aiter("v0.1.5")
+    assert "accumulate" not in inspect.signature(aiter.moe_sorting).parameters
+    hook = serving(aiter, {64: 3})
+    aiter.moe_sorting(*sort_arguments(8))
+    assert others.bitonic.calls[-1][-1] is True
+    assert hook.counts().fell_back == 0
 
 
 def test_other_sorts_count_as_chosen_and_are_told_from_captured_calls(aiter, others):

@@ -206,7 +206,7 @@ def test_while_an_engine_starts_captured_calls_are_counted_and_told(monkeypatch,
     monkeypatch.setattr("adaptive_moe.engines.seam.capture_query", lambda: lambda: True)
     with caplog.at_level(logging.INFO, logger="adaptive_moe"), process.starting():
         warmed_up(monkeypatch)
-    assert "the graphs hold 2 calls of policy 2" in caplog.text
+    assert caplog.messages[-1] == "the graphs hold 2 calls of policy 2"
     (found,) = status.read_all(cache)
     assert (found.moment, found.captured) == ("capture", (("policy 2", 2),))
     before = found.captured

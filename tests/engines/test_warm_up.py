@@ -26,7 +26,8 @@ from adaptive_moe.policy.environment import describe_environment
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks import agreement
 from adaptive_moe.ranks.agreement import Channel
-from adaptive_moe.settings import Mode, Settings
+from adaptive_moe.report import text
+from adaptive_moe.settings import LogDetail, Mode, Settings
 from adaptive_moe.tuning.calibrator import calibrate
 from tests.aiter_standin.load import forget_aiter, load_aiter
 from tests.engines.at_once import at_once
@@ -277,6 +278,37 @@ def test_the_report_keeps_what_earlier_warm_ups_made(tmp_path):
     rank.sort(8, 128)
     rank.warm_up(None)
     assert report.read_text().count('"schema"') == 2
+
+
+@pytest.mark.parametrize("detail", LogDetail)
+def test_a_table_is_logged_as_far_as_is_asked_and_with_when(tmp_path, caplog, detail):
+    caplog.set_level(logging.INFO, "adaptive_moe")
+    table_too = detail is LogDetail.TABLE
+    for measured_now in (True, False):
+        rank = Rank(tmp_path, 1, settings={"log_detail": detail})
+        (table,) = rank.warm_up(None).tables.values()
+        expected = [text.headline(table, measured_now=measured_now)]
+        expected += ["\n".join(text.bucket_table(table))] if table_too else []
+        assert caplog.messages[-len(expected) :] == expected
+    # Twice all of it, and once where the table was found.
+    assert len(caplog.messages) == 2 * len(expected) + 1
+
+
+def test_layers_that_cannot_be_asked_about_cost_the_tables_and_are_said(tmp_path, caplog):
+    rank = Rank(tmp_path)
+
+    def fails(name):
+        raise RuntimeError("half imported")
+
+    del rank.aiter.get_padded_M
+    rank.aiter.__getattr__ = fails
+    made = rank.warm_up(None)
+    assert (made.tables, made.problems) == ({}, ("RuntimeError: half imported",))
+    assert caplog.messages == [
+        "what to calibrate is not known",
+        "not calibrated this time, the baseline serves it and the next start tries again: "
+        "RuntimeError: half imported",
+    ]
 
 
 # Outcome apart from evidence
