@@ -58,7 +58,11 @@ def spoilt(text):
     [
         ("", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ("{}", "holds no tables: give a file of the cache folder"),
+        (
+            "{}",
+            "holds no tables: give a file of the cache folder, one that `cache export` wrote, or "
+            "one that ADAPTIVE_MOE_REPORT or `calibrate --output` named$",
+        ),
         ("[7]", "holds no tables"),
         ('{"sha256": "0"}', "table 1 of .* is not whole: .* hash"),
         (f"[{TABLES[0].to_json()}, {spoilt(TABLES[0].to_json())}]", "table 2 of .* 'policy 9'"),

@@ -121,6 +121,10 @@ def test_every_field_of_the_key_matters(store, table):
     assert len(names) == count + 1
     assert len(lines) == count
     assert all("it is for another" in line for line in lines)
+    assert lines[0].endswith(
+        "is not used, measuring again: it is for another request.engine "
+        "('vllm 0.33.0', here 'vllm 0.33.0x')"
+    )
     assert loaded(store, key) == table
 
 
@@ -252,6 +256,18 @@ def test_the_folder_in_order_of_precedence():
     assert cache_folder(Settings(), {}) == Path.home() / ".cache/adaptive_moe"
 
 
+def test_a_folder_that_is_none_is_said_once_and_not_used(tmp_path, table):
+    (tmp_path / "file").touch()
+    with listening() as lines:
+        store = open_store(Settings(cache_dir=str(tmp_path / "file")))
+        assert store.load(key_of(table)) is None
+        assert store.publish({key_of(table): table}) == 0
+    assert lines == [
+        f"the cache folder {tmp_path / 'file'} is not used, every start measures: it is not a "
+        "folder; give another ADAPTIVE_MOE_CACHE_DIR"
+    ]
+
+
 def test_a_write_is_flushed_before_and_after_it_takes_its_place(store, table, monkeypatch):
     steps = []
     flush, rename = os.fsync, os.replace
@@ -305,7 +321,10 @@ def test_a_table_of_mixed_machines_is_not_stored_as_this_ones(store, table):
     mixed = made_up_table(1, **SMALL, environment=replace(HERE, device="A + B"))
     with listening(logging.INFO) as lines:
         assert store.publish({key_of(table): mixed}) == 0
-    assert "A + B" in lines[0]
+    assert lines == [
+        f"{path_of(store, table)} is not written: the ranks' table has another environment.device "
+        "('A + B', here 'AMD Instinct MI300X')"
+    ]
     assert stored_files(store.folder) == []
 
 

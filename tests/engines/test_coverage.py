@@ -1,10 +1,11 @@
 """What each table is for: the counts that occur with its key, and no others."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_moe.engines.choosers import Piece, VllmInt4
@@ -62,6 +63,7 @@ def test_aiter_is_asked_once_a_padded_class():
     assert log == [16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 4000), min_size=1, max_size=6, unique=True),
     st.integers(1, 4000),
@@ -98,7 +100,8 @@ def test_counts_at_which_aiter_does_not_sort_are_left_out():
 
 
 @pytest.mark.parametrize("why", ["another block", "no configuration", "it raises", "no classes"])
-def test_where_aiter_does_not_explain_what_was_seen_only_that_is_known(why):
+def test_where_aiter_does_not_explain_what_was_seen_only_that_is_known(why, caplog):
+    caplog.set_level(logging.DEBUG, "adaptive_moe")
     module = aiter_module(block_at)
     seen = seen_call(8, **GPU)
     if why == "another block":
@@ -112,6 +115,9 @@ def test_where_aiter_does_not_explain_what_was_seen_only_that_is_known(why):
     found = by_block(hook_with(seen, module=module), Batches(4096))
     assert list(found) == [seen.key.block_size]
     assert found[seen.key.block_size].eager == ((1, 4096),)
+    error = "ZeroDivisionError('division by zero')"
+    said = f"block sizes at other token counts are not known: {error}"
+    assert caplog.messages == ([said] if why == "it raises" else [])
 
 
 def test_aiters_own_tuner_is_not_set_off(monkeypatch):
@@ -183,6 +189,12 @@ def test_baseline_padding_rows_and_context_are_part_of_it():
     assert one.coverage.baseline == "policy 2"
     assert one.coverage.padding_rows
     assert "return_local_topk_ids" in one.coverage.context
+
+
+def test_the_experts_that_a_mask_keeps_are_part_of_it():
+    mask = torch.tensor([1, 0, 2, -1] * 4, dtype=torch.int32)
+    (one,), _ = coverages(hook_with(seen_call(8, expert_mask=mask)), Batches(64))
+    assert one.coverage.shape.local_experts == 12
 
 
 def test_what_no_shape_has_is_said_with_its_name():

@@ -294,6 +294,17 @@ def test_a_table_is_logged_as_far_as_is_asked_and_with_when(tmp_path, caplog, de
     assert len(caplog.messages) == 2 * len(expected) + 1
 
 
+def test_a_process_in_which_nothing_was_sorted_is_told_why_that_may_be(tmp_path, caplog):
+    made = Rank(tmp_path, dims=()).warm_up(None)
+    assert (made.tables, made.problems) == ({}, ())
+    assert made.seconds >= 0.0
+    assert caplog.messages == [
+        "auto has nothing to choose: nothing was sorted through AITER's fused_moe so far (a dense "
+        "model, AITER's MoE switched off as by VLLM_ROCM_USE_AITER=0 or "
+        "VLLM_ROCM_USE_AITER_MOE=0, or no forward yet)"
+    ]
+
+
 def test_layers_that_cannot_be_asked_about_cost_the_tables_and_are_said(tmp_path, caplog):
     rank = Rank(tmp_path)
 
