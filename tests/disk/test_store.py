@@ -227,8 +227,15 @@ def test_of_many_ranks_one_says_what_was_found(store, table, quiet, level, caplo
 def test_recalibrate_measures_again_and_keeps_the_new_table(tmp_path, table):
     key, newer = key_of(table), made_up_table(2, **SMALL)
     asked = Settings(cache_dir=str(tmp_path), recalibrate=True)
-    open_store(asked).publish({key: table})
-    assert open_store(asked).load(key) is None
+    path = tmp_path / key.file_name()
+    with listening(logging.DEBUG) as lines:
+        assert open_store(Settings(cache_dir=str(tmp_path))).load(key) is None
+        open_store(asked).publish({key: table})
+        assert open_store(asked).load(key) is None
+    assert lines == [
+        f"nothing stored in {path} yet",
+        f"{path} is not read: ADAPTIVE_MOE_RECALIBRATE asks to measure again",
+    ]
     open_store(asked).publish({key: newer})
     assert loaded(open_store(Settings(cache_dir=str(tmp_path))), key) == newer
 

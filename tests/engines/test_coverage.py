@@ -1,6 +1,7 @@
 """What each table is for: the counts that occur with its key, and no others."""
 
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,12 @@ def test_aiters_own_tuner_is_not_set_off(monkeypatch):
     hook = hook_with(seen_call(8, **GPU), module=aiter_module(block_at, log=log))
     assert list(by_block(hook, Batches(4096))) == [32]
     assert log == []
+
+
+def test_a_rank_whose_layer_stood_aside_names_its_tables_as_the_others_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiter.fused_moe", aiter_module(block_at))
+    found = by_block(hook_with(seen_call(8, **GPU)), Batches(1024))
+    assert {block: c.eager for block, c in found.items()} == {32: ((1, 64),), 64: ((65, 1024),)}
 
 
 def test_the_chooser_is_asked_where_the_call_ran():
