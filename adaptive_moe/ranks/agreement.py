@@ -90,19 +90,19 @@ def agree(
     except Exception as error:
         known = isinstance(error, (NoDecisionError, TimeoutError))
         problem = f"{_WITHOUT} all shapes: {error if known else short(error)}"
-        logger.warning("%s", problem)
+        logger.warning(problem)
         refused = dict.fromkeys(tables, problem)
         return Agreement({}, refused, (problem,), time.monotonic() - begun)
     problems = _problems(tables, decision)
     refused = {one: _why(one, decision) for one in tables if one not in agreed}
     seconds = time.monotonic() - begun
     # One rank says it aloud, or a large engine says it a thousand times.
-    quiet = channel.rank != 0
+    aloud = channel.rank == 0
     for problem in problems:
-        logger.log(logging.DEBUG if quiet else logging.WARNING, "%s", problem)
+        logger.log(logging.WARNING if aloud else logging.DEBUG, problem)
     if agreed:
         said = f"{channel.size} ranks run the same {len(agreed)} tables, agreed in {seconds:.3f} s"
-        logger.log(logging.DEBUG if quiet else logging.INFO, "%s", said)
+        logger.log(logging.INFO if aloud else logging.DEBUG, said)
     return Agreement(agreed, refused, problems, seconds)
 
 

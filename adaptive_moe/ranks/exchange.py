@@ -29,8 +29,8 @@ from adaptive_moe.ranks.waiting import Patience, announce, bounded, read, wait
 
 logger = logging.getLogger("adaptive_moe")
 
-# The others wait this fraction longer than the leader.
-GRACE = 0.25
+# The others wait for so many limits, the leader for one.
+LONGER = 1.25
 # An exchange as a whole, in limits: for the leader to come, for it to decide, and then some.
 WHOLE = 3.0
 
@@ -133,8 +133,8 @@ def _follow(
         if not store.check([f"{number}/outcome"]):
             store.set(f"{number}/from/{channel.rank}", message)
         key, size = f"{number}/outcome", channel.size
-        wait(lambda: store.check([key]), store, patience, 1.0 + GRACE, size)  # noqa: B023
-        waited = f"{patience.limit_s * (1.0 + GRACE):.3g} s"
+        wait(lambda: store.check([key]), store, patience, LONGER, size)  # noqa: B023
+        waited = f"{patience.limit_s * LONGER:.3g} s"
         vain = f"rank {channel.rank} waited {waited} for the leader's decision in vain"
         outcome = _outcome(store, number, vain)
         if outcome != _ABANDONED:
@@ -148,8 +148,8 @@ def _next(store: KeyValueStore, channel: Channel, patience: Patience, over: int)
     def opened() -> bool:
         return _number(read(store, _OPEN)) > over
 
-    if not wait(opened, store, patience, 1.0 + GRACE, channel.size):
-        waited = f"{patience.limit_s * (1.0 + GRACE):.3g} s"
+    if not wait(opened, store, patience, LONGER, channel.size):
+        waited = f"{patience.limit_s * LONGER:.3g} s"
         raise NoDecisionError(
             f"rank {channel.rank} waited {waited} for the leader to open an exchange in vain"
         )

@@ -130,7 +130,7 @@ def _stacks(
         columns: list[int] | slice = slice(None)
         if summary.candidates != tuple(common):
             columns = [summary.candidates.index(name) for name in common]
-        place = np.array([places[text] for text in summary.texts], np.int64)
+        place = np.array([places[text] for text in summary.texts])
         key = (section.tokens.tobytes(), section.fraction.tobytes())
         groups.setdefault(key, []).append((section, place, columns))
     for group in groups.values():
@@ -160,7 +160,7 @@ def _merge_section(
     median_us, gains = np.full(size, -np.inf), np.full((3, *size), np.inf)
     for stack in stacks:
         votes = stack.rounds > 0
-        here = np.array([rows.get(row, -1) for row in _keys(stack)], np.intp)
+        here = np.array([rows.get(row, -1) for row in _keys(stack)])
         known, at = here >= 0, here[here >= 0]
         voted = votes[:, known, np.newaxis]
         count = np.where(votes, stack.rounds, _NEVER).min(axis=0)
@@ -222,9 +222,9 @@ def _vetoes(stack: _Stack, rows: Sequence[Row], texts: Sequence[str]) -> Ints:
     serving = stack.tokens[place][:, np.newaxis] == stack.tokens
     apart = np.abs(wanted[:, 1, np.newaxis] - stack.fraction)
     serving_row = np.where(serving, apart, np.inf).argmin(axis=1)
-    marks = np.where(stack.marks >= _SLOWER, stack.marks, 0)
     vetoed = _HOPELESS + len(texts) - texts.index(VETOED)
-    marks = np.where((marks > 0) & (marks < _HOPELESS), vetoed, marks)[:, serving_row]
+    marks = np.where(stack.marks < _HOPELESS, vetoed, stack.marks)
+    marks = np.where(stack.marks < _SLOWER, 0, marks)[:, serving_row]
     same = (stack.tokens[serving_row] == wanted[:, 0]) & (
         stack.fraction[serving_row] == wanted[:, 1]
     )
@@ -240,10 +240,10 @@ def _result(
     reason = texts[len(texts) - place] if place else ""
     time_us = median_us if np.isfinite(median_us) else None
     if standing is Standing.BASELINE:
-        return Result(name, standing, time_us, gain=0.0, reason=reason)
+        return Result(name, standing, time_us, gain=0.0)
     gain, low, high = gains
     if standing in OUT or not np.isfinite(gain):
         return Result(name, standing, time_us, reason=reason)
     # An interval that has no end yet on one rank has none.
-    ends = (low, high) if np.isfinite(low) and np.isfinite(high) else (None, None)
+    ends = (low, high) if np.isfinite(low) else (None, None)
     return Result(name, standing, time_us, gain, ends[0], ends[1], reason)

@@ -1,6 +1,7 @@
 """Agreement: the decision is a function of the messages, and what comes of it on each rank."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks import exchange as exchange_module
-from adaptive_moe.ranks.agreement import LIMIT_S, Channel, agree, limit_for, open_channel
+from adaptive_moe.ranks.agreement import LIMIT_S, Channel, agree, limit_for, look, open_channel
+from adaptive_moe.ranks.channel import Turn
 from adaptive_moe.ranks.messages import (
     decide,
     encode_decision,
@@ -39,6 +41,7 @@ COVERAGE = TABLE.evidence.coverage
 NAME = canonical(COVERAGE)
 OTHER = small(2, shape=replace(SHAPE, topk=4))
 GOOD = encode_message(bring(TABLE), {})
+WITHOUT = "the ranks have no common table, the engine's own policy serves"
 
 
 # Messages and the decision
@@ -206,8 +209,10 @@ def test_each_coverage_is_told_agreed_or_not():
     assert set(found[0].tables) == set(found[1].tables) == {COVERAGE}
     assert found[0].refused == {other: "rank 1 could not calibrate it: no memory"}
     assert found[1].refused == {}
-    assert len(lines) == 1
-    assert other.describe() in lines[0]
+    why = "rank 1 could not calibrate it: no memory"
+    assert lines == [f"{WITHOUT} {other.describe()}: {why}"] == list(found[0].problems)
+    # A coverage that this rank has no table of is told by the name it has among the ranks.
+    assert found[1].problems == (f"{WITHOUT} {canonical(other)}: {why}",)
 
 
 def test_a_store_that_fails_costs_the_tables_and_one_line():
@@ -217,8 +222,58 @@ def test_a_store_that_fails_costs_the_tables_and_one_line():
     with listening() as lines:
         found = agree(bring(TABLE), {}, Channel(1, 2, broken), limit_s=0.1)
     assert (found.tables, set(found.refused)) == ({}, {COVERAGE})
-    assert len(lines) == 1
-    assert "ConnectionResetError: gone" in lines[0]
+    assert lines == list(found.problems) == [found.refused[COVERAGE]]
+    assert lines == [f"{WITHOUT} all shapes: ConnectionResetError: gone"]
+
+
+def test_a_store_that_does_not_answer_costs_the_tables_and_the_time_that_was_given():
+    never = threading.Event()
+    found = agree(bring(TABLE), {}, Channel(1, 2, never.wait), limit_s=0.05)
+    never.set()
+    why = f"{WITHOUT} all shapes: the ranks' store did not answer within 0.15 s"
+    assert (found.problems, found.refused) == ((why,), {COVERAGE: why})
+    assert 0.15 <= found.seconds < 60.0
+
+
+def test_of_many_missing_ranks_the_first_eight_are_told():
+    few = "; ".join(f"rank {rank} did not take part in time" for rank in range(1, 9))
+    for size, told in ((9, few), (11, f"{few}; and 2 more ranks")):
+        with listening() as lines:
+            found = agree(bring(TABLE), {}, world(size)[0][0], limit_s=0.05)
+        assert found.refused == {COVERAGE: told}
+        assert lines == list(found.problems) == [f"{WITHOUT} all shapes: {told}"]
+        assert 0.05 <= found.seconds < 60.0
+
+
+def test_a_rank_that_is_late_leaves_with_what_became_of_it():
+    """Told by what `look` said, instead of waiting for an exchange that may never come."""
+    (leader, late), _ = world(2)
+    over = look(late, 0.1)
+    agree(bring(TABLE), {}, leader, limit_s=0.1)
+    found = agree(bring(TABLE), {}, late, limit_s=0.1, over=over)
+    assert found.refused == {COVERAGE: "rank 1 did not take part in time"}
+
+
+def test_a_table_that_nobody_brought_to_the_decision_is_refused():
+    """A rank that was restarted reads what came of what it brought before."""
+    (leader, rank), _ = world(2)
+    assert together([leader, rank], [TABLE, TABLE])[1].tables
+    again = replace(rank, turn=Turn())
+    found = agree(bring(OTHER), {}, again, limit_s=0.1, over=0)
+    assert (found.tables, found.problems) == ({}, ())
+    assert found.refused == {OTHER.evidence.coverage: "the leader lost it"}
+
+
+def test_one_rank_says_aloud_how_many_tables_all_run(caplog):
+    with caplog.at_level(logging.DEBUG, "adaptive_moe"):
+        found = together(world(2)[0], [TABLE, TABLE])
+    seconds = {rank: f"{agreed.seconds:.3f} s" for rank, agreed in found.items()}
+    told = sorted((record.levelno, record.getMessage()) for record in caplog.records)
+    assert told == [
+        (level, f"2 ranks run the same 1 tables, agreed in {seconds[rank]}")
+        for rank, level in ((1, logging.DEBUG), (0, logging.INFO))
+    ]
+    assert all(0.0 < agreed.seconds < 60.0 for agreed in found.values())
 
 
 def test_a_decision_that_cannot_be_read_costs_the_tables(monkeypatch):

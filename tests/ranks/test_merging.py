@@ -3,17 +3,18 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_moe.policy.buckets import bucket_of
-from adaptive_moe.policy.decision import Rule, Samples, Standing, confirm, decide
+from adaptive_moe.policy.decision import Result, Rule, Samples, Standing, confirm, decide
 from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks.merging import VETOED, DisagreementError, merge
-from adaptive_moe.ranks.summary import ORDER, decode, encode, summarize
+from adaptive_moe.ranks.summary import ORDER, Section, decode, encode, summarize
 from tests.faults.made_up import EAGER, HERE, PADDED, SHAPE, made_up_table
 
 quick = settings(max_examples=25, deadline=None)
@@ -216,8 +217,9 @@ def test_a_rank_without_time_for_a_count_does_not_silence_the_others():
     assert at(full, 8) == P1
     assert at(merged(full, empty), 8) == P1
     for nothing in (merged(empty), merged(empty, empty)):
-        assert at(nothing, 8) == P0
-        assert not nothing.evidence.busy[0].fills[0].verdict.settled
+        verdict = nothing.evidence.busy[0].fills[0].verdict
+        assert (verdict.candidate, verdict.settled, verdict.rounds) == (P0, False, 0)
+        assert verdict.results[1] == Result(P1, Standing.UNSETTLED)
     broken = small(2, gains=(0.0, 0.3), rounds=0, out={1: (Standing.FAILED, "raised Boom")})
     assert at(merged(full, broken), 8) == P0
 
@@ -288,8 +290,126 @@ def test_ranks_that_were_offered_different_candidates_merge_the_common_ones():
 
 def test_another_baseline_is_another_question():
     a, b = small(1), small(2, names=(P2, P1, P0))
-    with pytest.raises(DisagreementError, match=r"coverage.baseline \('policy 2'"):
+    with pytest.raises(DisagreementError) as raised:
         merged(a, b)
+    fields = "coverage.baseline ('policy 2', elsewhere 'policy 0')"
+    assert str(raised.value) == f"ranks differ in {fields}"
+
+
+@pytest.mark.parametrize("field", ["subject", "environment"])
+def test_a_summary_of_something_else_is_named(field):
+    odd = replace(summarize(small(1).evidence), **{field: "[]"})
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        merge([odd])
+
+
+def edited(seed=1, **arrays):
+    """A rank's summary of 1, 8 and 64 tokens with other arrays in one situation: by name, what is
+    put where."""
+    found = summarize(small(seed, gains=(0.0, 0.3)).evidence)
+    for name, (place, value) in arrays.items():
+        getattr(found.sections[1], name)[place] = value
+    return found
+
+
+PLACE = {standing: place for place, standing in enumerate(ORDER)}
+
+
+def told(table, count=8):
+    """(standing, reason) of policy 1."""
+    found = results(table, count)[P1]
+    return found.standing, found.reason
+
+
+def test_of_two_reasons_on_two_ranks_one_is_told_whoever_comes_first():
+    """The worse standing's; of the same standing, the first in the alphabet; but never none."""
+    wrong, failed = (
+        [small(n, out={1: (standing, f"{word} token")}) for n, word in enumerate(("lost", "a", ""))]
+        for standing in (Standing.WRONG, Standing.FAILED)
+    )
+    for tables in (wrong, wrong[::-1], [*failed, *wrong]):
+        assert told(merged(*tables)) == (Standing.WRONG, " token")
+    assert told(merged(failed[0], wrong[0])) == (Standing.WRONG, "lost token")
+    silent = small(4, out={1: (Standing.WRONG, "")})
+    assert told(merged(silent, wrong[0])) == told(merged(wrong[0], silent))
+    assert told(merged(silent)) == (Standing.WRONG, "")
+
+
+def test_a_rank_that_measured_nothing_in_one_situation_is_no_rank_there():
+    full = small(1, gains=(0.0, 0.3))
+    nothing, something = summarize(replace(full.evidence, busy=())), summarize(full.evidence)
+    assert merge([nothing, something, nothing]) == merge([something]) == full
+
+
+def test_times_are_of_ranks_that_voted_and_timed_the_candidate():
+    """8 tokens is the second row. Without rounds a rank has no vote, and its time is not told;
+    nor does a rank hide another's time that timed the baseline alone."""
+    at_8 = (0, 1, 1)
+    slow, silent = (edited(2, numbers=(at_8, value)) for value in (77.0, float("nan")))
+    mine = edited(1, numbers=(at_8, 33.0))
+    no_vote = edited(3, rounds=(1, 0), numbers=(at_8, 99.0))
+    assert results(merge([mine, slow]), 8)[P1].median_us == 77.0
+    assert results(merge([mine, silent, no_vote]), 8)[P1].median_us == 33.0
+    assert results(merge([silent, silent]), 8)[P1].median_us is None
+
+
+def test_an_interval_that_one_rank_cannot_tell_has_no_ends():
+    open_ended = edited(2, numbers=((slice(2, 4), 1, 1), float("nan")))
+    open_ended.sections[1].standing[1, 1] = PLACE[Standing.UNSETTLED]
+    found = results(merge([edited(1), open_ended]), 8)[P1]
+    assert found.gain == pytest.approx(0.3, abs=0.02)
+    assert (found.gain_low, found.gain_high) == (None, None)
+
+
+def test_a_veto_says_how_the_candidate_stands_where_it_was_measured():
+    """A rank without 8 tokens vetoes there by its 64: what is out stays so with its own reason, or
+    with none; what is surely slower is out there; what is merely no gain is no veto. One round is
+    a measurement: whoever has it votes, and does not veto."""
+    here = summarize(small(1, gains=(0.0, 0.3)).evidence)
+
+    def elsewhere(standing, eager=(1, 64), rounds=None):
+        found = summarize(small(2, gains=(0.0, 0.3), eager=eager).evidence)
+        found.sections[1].standing[1, 1] = PLACE[standing]
+        if rounds is not None:
+            found.sections[1].rounds[:] = rounds
+        return found
+
+    for standing, expected in (
+        (Standing.TIED, (Standing.FASTER, "")),
+        (Standing.SLOWER, (Standing.HOPELESS, VETOED)),
+        (Standing.HOPELESS, (Standing.HOPELESS, "")),
+        (Standing.FAILED, (Standing.FAILED, "")),
+    ):
+        assert told(merge([here, elsewhere(standing)])) == expected
+    at_8 = elsewhere(Standing.SLOWER, (1, 8, 64), rounds=1)
+    assert told(merge([here, at_8])) == (Standing.SLOWER, "")
+
+
+@pytest.mark.parametrize("fills", [(1.0,), (0.5, 1.0)])
+def test_of_too_many_counts_both_ends_and_those_that_most_ranks_measured_are_kept(fills):
+    """With two candidates there is room for 178 rows. Of 1 to 400, one rank measured the counts
+    below 51, two the others up to 399, and one the last."""
+
+    def rank(counts):
+        found = summarize(small(1, gains=(0.0, 0.3), eager=(1,), max_tokens=400).evidence)
+        (row,) = found.sections[1:2]
+        many = len(counts) * len(fills)
+        tokens = np.repeat(np.array(counts, np.int32), len(fills))
+        busy = Section(
+            tokens,
+            np.tile(np.array(fills), len(counts)),
+            np.repeat(row.rounds, many),
+            np.repeat(row.standing, many, axis=0),
+            np.repeat(row.reason, many, axis=0),
+            np.repeat(row.numbers, many, axis=1),
+        )
+        return replace(found, sections=(found.sections[0], busy, found.sections[2]))
+
+    room = 178 // len(fills)
+    found = merge([rank(range(1, 400)), rank(range(51, 401))]).evidence.busy
+    assert [one.num_tokens for one in found] == [1, *range(51, 51 + room - 2), 400]
+    assert {tuple(fill.fraction for fill in one.fills) for one in found} == {fills}
+    assert {one.candidate for one in found} == {P1}
 
 
 def test_who_is_not_confirmed_on_one_rank_runs_on_none():
