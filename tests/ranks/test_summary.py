@@ -46,6 +46,18 @@ def test_of_too_many_rows_some_are_sent_evenly_spaced_and_with_both_ends():
     assert set(np.diff(counts).tolist()) == {7, 8}
 
 
+def test_as_many_rows_as_fit_are_all_sent():
+    table = small(1, eager=range(1, 128), max_tokens=127, rounds=0)
+    assert len(summarize(table.evidence).sections[1].tokens) == 127
+
+
+def test_a_bucket_of_other_candidates_is_no_tables():
+    table = small(1)
+    found = replace(table.evidence, candidates=("policy 0", "policy 1"))
+    with pytest.raises(ValueError, match=r"^the bucket at 1 tokens has other candidates$"):
+        summarize(found)
+
+
 def test_reasons_are_sent_once_each_and_cut_and_not_more_than_there_is_room_for():
     """128 texts of 120 characters, the empty one among them; a reason beyond these is lost."""
     table = small(1, eager=range(1, 68), max_tokens=67, rounds=0)

@@ -30,21 +30,50 @@ def test_who_always_loses_against_others_that_raise_the_limit_gives_up():
     assert store.tried == 8
 
 
+class Said:
+    """A store in which a rank has announced a limit, and nobody else ever does."""
+
+    def __init__(self, text):
+        self.text, self.raised = text, []
+
+    def check(self, keys):
+        return keys == ["limit"]
+
+    def get(self, key):
+        return self.text.encode()
+
+    def compare_set(self, key, expected, desired):
+        self.raised.append((key, expected, desired))
+        self.text = desired
+
+
 @pytest.mark.parametrize(
-    ("said", "limit_s", "longer"),
-    [("60.0", 60.0, True), ("5.0", 5.0, False), ("4.0", 5.0, False), ("1e9", 3600.0, True)],
+    ("own", "said", "limit_s", "longer"),
+    [
+        (5.0, "60.0", 60.0, True),
+        (5.0, "5.0", 5.0, False),
+        (5.0, "4.0", 5.0, False),
+        (0.1, "0.5", 0.5, True),
+        (0.1, "soon", 0.1, False),
+        (0.1, "nan", 0.1, False),
+        (0.1, "inf", 0.1, False),
+        (5.0, "1e9", 3600.0, True),
+    ],
 )
-def test_a_longer_limit_of_others_is_taken_over_up_to_an_hour(said, limit_s, longer):
-    class Store:
-        def check(self, keys):
-            return keys == ["limit"]
-
-        def get(self, key):
-            return said.encode()
-
-    patience = Patience(5.0)
-    assert patience.learn(Store()) is longer
+def test_a_longer_limit_of_others_is_taken_over_up_to_an_hour(own, said, limit_s, longer):
+    patience = Patience(own)
+    assert patience.learn(Said(said)) is longer
     assert patience.limit_s == limit_s
+
+
+@pytest.mark.parametrize(
+    ("said", "raised"),
+    [("5.0", []), ("6.0", []), ("4.0", [("limit", "4.0", "5.0")]), ("x", [("limit", "x", "5.0")])],
+)
+def test_a_limit_is_announced_where_it_is_longer_than_what_was_said(said, raised):
+    store = Said(said)
+    announce(store, 5.0)
+    assert store.raised == raised
 
 
 def test_the_thread_that_talks_to_the_store_has_a_name_and_holds_no_process():
