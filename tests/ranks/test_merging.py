@@ -289,10 +289,12 @@ def test_ranks_that_were_offered_different_candidates_merge_the_common_ones():
 
 
 def test_another_baseline_is_another_question():
-    a, b = small(1), small(2, names=(P2, P1, P0))
+    a, b = small(1), small(2, names=(P2, P1, P0), rule=Rule(margin=0.02))
     with pytest.raises(DisagreementError) as raised:
         merged(a, b)
-    fields = "coverage.baseline ('policy 2', elsewhere 'policy 0')"
+    fields = (
+        "coverage.baseline ('policy 2', elsewhere 'policy 0'); rule.margin (0.02, elsewhere 0.01)"
+    )
     assert str(raised.value) == f"ranks differ in {fields}"
 
 
@@ -388,18 +390,21 @@ def test_a_veto_says_how_the_candidate_stands_where_it_was_measured():
 @pytest.mark.parametrize("fills", [(1.0,), (0.5, 1.0)])
 def test_of_too_many_counts_both_ends_and_those_that_most_ranks_measured_are_kept(fills):
     """With two candidates there is room for 178 rows. Of 1 to 400, one rank measured the counts
-    below 51, two the others up to 399, and one the last."""
+    below 51, two the others up to 399, and one the last. What failed at counts that are not kept
+    says nothing of those that are."""
 
     def rank(counts):
         found = summarize(small(1, gains=(0.0, 0.3), eager=(1,), max_tokens=400).evidence)
         (row,) = found.sections[1:2]
         many = len(counts) * len(fills)
         tokens = np.repeat(np.array(counts, np.int32), len(fills))
+        standing = np.repeat(row.standing, many, axis=0)
+        standing[(tokens > 1) & (tokens < 51), 1] = PLACE[Standing.FAILED]
         busy = Section(
             tokens,
             np.tile(np.array(fills), len(counts)),
             np.repeat(row.rounds, many),
-            np.repeat(row.standing, many, axis=0),
+            standing,
             np.repeat(row.reason, many, axis=0),
             np.repeat(row.numbers, many, axis=1),
         )
