@@ -367,7 +367,8 @@ def test_a_veto_says_how_the_candidate_stands_where_it_was_measured():
     """A rank without 8 tokens vetoes there by its 64: what is out stays so with its own reason, or
     with none; what is surely slower is out there; what is merely no gain is no veto. One round is
     a measurement: whoever has it votes, and does not veto."""
-    here = summarize(small(1, gains=(0.0, 0.3)).evidence)
+    # Other reasons, before and after the veto's in the alphabet.
+    here = replace(edited(), texts=("", "a token lost", "wrong"))
 
     def elsewhere(standing, eager=(1, 64), rounds=None):
         found = summarize(small(2, gains=(0.0, 0.3), eager=eager).evidence)
@@ -385,6 +386,13 @@ def test_a_veto_says_how_the_candidate_stands_where_it_was_measured():
         assert told(merge([here, elsewhere(standing)])) == expected
     at_8 = elsewhere(Standing.SLOWER, (1, 8, 64), rounds=1)
     assert told(merge([here, at_8])) == (Standing.SLOWER, "")
+
+
+def test_why_a_candidate_that_was_measured_is_no_gain_is_still_told():
+    tied = edited(standing=((1, 1), PLACE[Standing.TIED]), reason=((1, 1), 1))
+    found = merge([replace(tied, texts=("", "not confirmed")), edited(2)])
+    assert told(found) == (Standing.TIED, "not confirmed")
+    assert "policy 1 tied (not confirmed)" in found.evidence.busy[1].reason
 
 
 @pytest.mark.parametrize("fills", [(1.0,), (0.5, 1.0)])
