@@ -27,15 +27,14 @@ if TYPE_CHECKING:
 
 PLAIN = "plain"
 
-# Names of AITER's QuantType, and of the weights' dtype in aiter.dtypes; "" is the layer's own.
+# Names of AITER's QuantType, and of the weights' dtype in aiter.dtypes, "" being the layer's own;
+# and how many values one element of such weights holds.
 QUANTS = {
-    "none": ("No", ""),
-    "fp8": ("per_Token", "fp8"),
-    "fp8-block": ("per_1x128", "fp8"),
-    "mxfp4": ("per_1x32", "fp4x2"),
+    "none": ("No", "", 1),
+    "fp8": ("per_Token", "fp8", 1),
+    "fp8-block": ("per_1x128", "fp8", 1),
+    "mxfp4": ("per_1x32", "fp4x2", 2),
 }
-# Values in one element of such weights.
-PACKED = {"mxfp4": 2}
 
 
 class RehearsalError(RuntimeError):
@@ -153,10 +152,9 @@ def _forward(
 
     shape = layer.shape
     aiter = import_module("aiter")
-    quant, weights = QUANTS[layer.quant]
+    quant, weights, packed = QUANTS[layer.quant]
     dtype = getattr(torch, shape.dtype)
-    weight_dtype = getattr(getattr(aiter, "dtypes", None), weights or "none", dtype)
-    packed = PACKED.get(layer.quant, 1)
+    weight_dtype = getattr(aiter.dtypes, weights) if weights else dtype
     tokens = route(shape, num_tokens, Routing.UNIFORM, 0, device)
     mask = default_mask(shape, device)
     inputs = sorting_inputs(shape, tokens, num_tokens, mask)
@@ -167,9 +165,8 @@ def _forward(
     if layer.block_size is not None:
         options["block_size_M"] = layer.block_size
     # One element each, seen as many: AITER reads their shapes before the sort, and nothing else.
-    hidden = torch.zeros((), dtype=dtype, device=device)
-    size = torch.zeros((), dtype=weight_dtype, device="meta").element_size()
-    one = torch.zeros(size, dtype=torch.uint8, device=device).view(weight_dtype)[0]
+    hidden = torch.empty((), dtype=dtype, device=device)
+    one = torch.empty((), dtype=weight_dtype, device=device)
     module.fused_moe(
         hidden.expand(num_tokens, shape.model_dim),
         one.expand(experts, 2 * layer.inter_dim, shape.model_dim // packed),
