@@ -1,12 +1,15 @@
 """What the engines' plugins are made of: waiting for an import, and wrapping what it brings."""
 
 import importlib
-from types import SimpleNamespace
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from adaptive_moe.engines import plugin
-from adaptive_moe.engines.plugin import when_imported, wrap
+from adaptive_moe.engines.plugin import safely, when_imported, wrap
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
@@ -28,7 +31,19 @@ def test_a_plugin_starts_where_a_variable_of_ours_is_set_and_says_what_fails(
     monkeypatch.setenv(name, "auto")
     plugin.start(register, "vLLM")
     assert started == [name]
-    assert "could not start; vLLM goes on without it" in caplog.text
+    (line,) = caplog.records
+    assert line.getMessage() == "adaptive_moe could not start; vLLM goes on without it"
+    assert "RuntimeError: no such module" in caplog.text
+
+
+def test_what_a_warm_up_raises_is_said_and_goes_no_further(caplog):
+    asked = []
+    safely(lambda *arguments: asked.append(arguments), 1, "two")
+    assert (asked, caplog.records) == ([(1, "two")], [])
+    safely(lambda: 1 / 0)
+    (line,) = caplog.records
+    assert line.getMessage() == "warm-up failed; the baseline stays for what has no table"
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_a_function_is_wrapped_once_and_a_missing_one_is_told():
@@ -62,7 +77,13 @@ def test_actions_run_after_the_import_once_and_not_before(package):
 def test_a_failing_action_does_not_reach_the_importer(package, caplog):
     package({"waited_for.py": "value = 1"})
     when_imported("waited_for", lambda module: 1 / 0)
-    assert importlib.import_module("waited_for").value == 1
+    when_imported("waited_for", after := [].append)
+    module = importlib.import_module("waited_for")
+    assert module.value == 1
+    assert after.__self__ == [module]
+    (line,) = caplog.records
+    said = f"adaptive_moe could not prepare {module!r} and leaves it alone"
+    assert line.getMessage() == said
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -82,3 +103,100 @@ def test_a_module_that_does_not_exist_still_does_not(package):
     when_imported("no_such_module_here", print)
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("no_such_module_here")
+
+
+@pytest.mark.parametrize("module", [ModuleType("waited_for"), SimpleNamespace()])
+def test_a_module_that_nobody_imported_is_there_already(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "waited_for", module)
+    seen = []
+    when_imported("waited_for", seen.append)
+    assert seen == [module]
+
+
+def test_what_is_asked_in_the_midst_of_the_import_waits_for_its_end(package):
+    again = "when_imported('waited_for', lambda module: seen.append(module.value))"
+    package(
+        {
+            "waited_for.py": f"""
+                from asked_again import seen, when_imported
+                {again}
+                value = 1
+            """,
+            "asked_again.py": """
+                from adaptive_moe.engines.plugin import when_imported
+                seen = []
+            """,
+        }
+    )
+    seen = importlib.import_module("asked_again").seen
+    when_imported("waited_for", lambda module: seen.append("first"))
+    importlib.import_module("waited_for")
+    assert seen == ["first", 1]
+
+
+def test_a_module_that_is_executed_twice_is_acted_on_once(package, caplog):
+    """Whoever looks for a module may run what was found later, when it has been imported."""
+    package({"waited_for.py": "value = 1"})
+    seen = []
+    when_imported("waited_for", seen.append)
+    spec = importlib.util.find_spec("waited_for")
+    module = importlib.import_module("waited_for")
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    assert (other.value, seen) == (1, [module])
+
+
+def test_a_folder_without_code_is_imported_as_ever(package, caplog):
+    package({"waited_for/inner.py": ""})
+    when_imported("waited_for", print)
+    assert list(importlib.import_module("waited_for").__path__)
+    del sys.modules["waited_for"]
+    assert caplog.records == []
+
+
+class Slotted:
+    """A loader that takes no other exec_module."""
+
+    __slots__ = ()
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        module.value = 1
+
+    def __repr__(self):
+        return "<slotted>"
+
+
+class Asked:
+    """A finder of one module, and how it was asked for it."""
+
+    def __init__(self):
+        self.calls = []
+
+    def find_spec(self, *call):
+        self.calls.append(call)
+        return ModuleSpec("inner.waited_for", Slotted()) if "waited_for" in call[0] else None
+
+
+def test_a_module_that_cannot_be_watched_is_told_and_imported_all_the_same(
+    package, monkeypatch, caplog
+):
+    """Other finders are asked as Python asks them, those of an older kind passed over."""
+    package({"inner/__init__.py": ""})
+    path = importlib.import_module("inner").__path__
+    theirs, old_kind = Asked(), object()
+    others = [finder for finder in sys.meta_path if finder is not plugin._finder]
+    monkeypatch.setattr(sys, "meta_path", [old_kind, theirs, *others])
+    when_imported("inner.waited_for", print)
+    when_imported("inner.another", print)
+    assert sys.meta_path == [plugin._finder, old_kind, theirs, *others]
+    try:
+        assert importlib.import_module("inner.waited_for").value == 1
+    finally:
+        sys.modules.pop("inner.waited_for", None)
+    assert theirs.calls == [("inner.waited_for", path, None)]
+    (line,) = caplog.records
+    said = "module inner.waited_for cannot be watched: its loader is <slotted>"
+    assert line.getMessage() == said
