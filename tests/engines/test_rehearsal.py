@@ -182,7 +182,7 @@ def test_a_layer_without_a_sort_to_choose_is_told(aiter, breaks, quant, problem)
 
 def test_a_sort_that_fails_has_not_been_seen(aiter, monkeypatch):
     monkeypatch.setenv("AITER_STANDIN_FAIL", "policy=0,kind=raise")
-    with pytest.raises(RehearsalError, match="sort: RuntimeError: .*this sort failed"):
+    with pytest.raises(RehearsalError, match=r"sort: RuntimeError: .*this sort failed"):
         rehearsed(MoeLayer(SHAPE, 96), 8)
 
 

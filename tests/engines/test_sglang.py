@@ -1,15 +1,16 @@
 """The SGLang plugin on packages that stand in for SGLang. tests/contract/ has the real one."""
 
 import importlib
+import multiprocessing
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 
 from adaptive_moe.engines import process, sglang
 from adaptive_moe.engines.warm_up import warm_up
-from tests.aiter_standin.load import load_aiter
+from tests.aiter_standin.load import ROOT, load_aiter
 from tests.engines.plugging import NAME, NEUTRAL, sort
 from tests.tables import measure_as
 
@@ -34,9 +35,12 @@ SGLANG = {
         )
         def get_exec():
             return SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=config))
+        prefill_tokens = 2048
         def max_prefill_buffer_tokens():
-            return 2048
-        parallel = SimpleNamespace(dp_size=4, tp_group="of the engine")
+            return prefill_tokens
+        parallel = SimpleNamespace(
+            dp_size=4, tp_group=SimpleNamespace(world_size=2, cpu_group="ranks of the engine")
+        )
         def get_parallel():
             return parallel
     """,
@@ -48,8 +52,8 @@ SGLANG = {
     """,
     "sglang/srt/model_executor/model_runner.py": """
         class ModelRunner:
-            def init_cuda_graphs(self, capture_decode_cuda_graph=True):
-                return self.capture()
+            def init_cuda_graphs(self, *args, **kwargs):
+                return self.capture(*args, **kwargs)
     """,
     "sglang/srt/model_executor/__init__.py": "",
     "sglang/srt/model_executor/runner_backend/__init__.py": "",
@@ -61,6 +65,7 @@ SGLANG = {
                     forward_fn()
                     if post_warmup_hook is not None:
                         post_warmup_hook()
+                self.asked = shape_key, capture_inputs
                 return "captured", forward_fn()
     """,
 }
@@ -94,8 +99,8 @@ def asked(monkeypatch):
     return found
 
 
-def group(name="ranks of this stage"):
-    return SimpleNamespace(cpu_group=name, world_size=2)
+def group(name="ranks of this stage", size=2):
+    return SimpleNamespace(cpu_group=name, world_size=size)
 
 
 def test_sglang_calibrates_after_the_first_eager_run_and_only_for_new_shapes(package, monkeypatch):
@@ -121,6 +126,73 @@ def test_sglang_calibrates_after_the_first_eager_run_and_only_for_new_shapes(pac
     assert len(found) == 1
     backend.capture_one("key", lambda: sort(aiter, dim=128, policy=2))
     assert len(found) == 2
+
+
+def test_sglangs_capture_is_asked_as_it_was(package, monkeypatch):
+    backend = start_sglang(package, monkeypatch)()
+    asked(monkeypatch)
+    assert backend.capture_one("key", lambda: "ran", "inputs") == ("captured", "ran")
+    assert backend.asked == ("key", "inputs")
+    backend.capture_one(shape_key="other", forward_fn=lambda: "ran")
+    assert backend.asked == ("other", None)
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "backend", "sizes", "largest"),
+    [
+        ([1, 8], [256], "disabled", (3, 24), 24),
+        ([1, 8], [256, 16], "full", (3, 16, 24, 256), 256),
+        (None, [16], "full", (16,), 20),
+        ([8], None, "full", (24,), 24),
+        (None, None, "full", (), 20),
+    ],
+)
+def test_the_sizes_of_both_kinds_of_graphs_are_calibrated_for(
+    package, monkeypatch, decode, prefill, backend, sizes, largest
+):
+    one = start_sglang(package, monkeypatch)()
+    one._cuda_graph_runner = SimpleNamespace(captured_req_width=3)
+    one._tp_group = group(size=1)  # a rank without others
+    context = importlib.import_module("sglang.srt.runtime_context")
+    context.prefill_tokens = 20
+    context.config.decode.bs, context.config.prefill.bs = decode, prefill
+    context.config.prefill.backend = backend
+    found, aiter = asked(monkeypatch), sys.modules["aiter.fused_moe"]
+    one.capture_one("key", lambda: sort(aiter, policy=2))
+    (options,) = found
+    assert (options["capture_sizes"], options["max_tokens"]) == (sizes, largest)
+    assert options["agree"] is False
+
+
+def test_an_sglang_that_plans_no_graphs_or_no_tokens_has_at_least_one_token(package, monkeypatch):
+    one = start_sglang(package, monkeypatch)()
+    context = importlib.import_module("sglang.srt.runtime_context")
+    context.config, context.prefill_tokens = None, 0
+    found, aiter = asked(monkeypatch), sys.modules["aiter.fused_moe"]
+    one.capture_one("key", lambda: sort(aiter, policy=2))
+    assert (found[0]["capture_sizes"], found[0]["max_tokens"]) == ((), 1)
+
+
+def test_a_runner_of_unknown_width_has_a_token_a_request(package, monkeypatch):
+    one = start_sglang(package, monkeypatch)()
+    one._cuda_graph_runner = SimpleNamespace()
+    found, aiter = asked(monkeypatch), sys.modules["aiter.fused_moe"]
+    one.capture_one("key", lambda: sort(aiter, policy=2))
+    assert found[0]["capture_sizes"] == (1, 8)
+
+
+def test_the_key_names_the_engine_and_its_version(package, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"0.5.23 of {name}")
+    start_sglang(package, monkeypatch)
+    assert process._engine == "sglang 0.5.23 of sglang"
+
+
+def test_what_is_not_accepted_is_said_by_the_first_process_only(package, monkeypatch, caplog):
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "SGLang's front end")
+    monkeypatch.setenv("ADAPTIVE_MOE_BUDGET_S", "fast")
+    start_sglang(package, monkeypatch)
+    assert process.current() is not None
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize(("files", "baseline"), [(SGLANG, 2), ({**SGLANG, **OLD_ENVIRON}, 0)])
@@ -190,8 +262,9 @@ def test_rows_of_padding_come_from_one_router_only(package, monkeypatch):
 class EagerRunner:
     """SGLang's, as far as a dummy batch needs it."""
 
-    def __init__(self, run, largest=512):
+    def __init__(self, run, largest=512, width=1):
         self.run, self.attn_tp_size, self._eager_max_bs = run, 2, largest
+        self.width = width
         self.model_runner = SimpleNamespace(
             spec_algorithm=SimpleNamespace(is_speculative=lambda: False), canary_manager=None
         )
@@ -200,7 +273,7 @@ class EagerRunner:
         return f"buffers of {max_bs} x {num_tokens_per_req}"
 
     def _dummy_run(self, batch_size, run_ctx=None, *, buffers):
-        assert buffers == f"buffers of {batch_size} x 1"
+        assert buffers == f"buffers of {batch_size} x {self.width}"
         with run_ctx or nullcontext():
             self.run(batch_size)
 
@@ -247,6 +320,57 @@ def test_a_small_server_has_a_small_dummy_batch(package, monkeypatch):
     assert sizes == [6]
 
 
+def test_a_runner_that_speculates_and_has_a_canary_runs_as_sglang_runs_it(package, monkeypatch):
+    start_sglang(package, monkeypatch)
+    found, steps = asked(monkeypatch), []
+
+    @contextmanager
+    def noted(name):
+        steps.append(f"into {name}")
+        yield
+        steps.append(f"out of {name}")
+
+    eager = EagerRunner(lambda batch_size: steps.append(batch_size), width=3)
+    eager.model_context = lambda: noted("model")
+    vars(eager.model_runner).update(
+        spec_algorithm=SimpleNamespace(is_speculative=lambda: True),
+        decode_num_tokens_per_req=lambda: 3,
+        canary_manager=SimpleNamespace(
+            with_active_single_forward_manager=lambda index: noted(f"canary {index}")
+        ),
+    )
+    model_runner(None, eager_runner=eager).init_cuda_graphs()
+    assert steps == ["into model", "into canary 0", 64, "out of canary 0", "out of model"]
+    assert len(found) == 1
+    # A SGLang that has no canaries.
+    del eager.model_runner.canary_manager
+    steps.clear()
+    model_runner(None, eager_runner=eager).init_cuda_graphs()
+    assert steps == ["into model", 64, "out of model"]
+
+
+@pytest.mark.parametrize("own", [{"tp_group": None}, None])
+def test_a_runner_without_a_group_of_its_own_agrees_over_the_engines(package, monkeypatch, own):
+    start_sglang(package, monkeypatch)
+    found = asked(monkeypatch)
+    runner = model_runner(lambda batch_size: None, **(own or {}))
+    if own is None:
+        del runner.tp_group
+    runner.init_cuda_graphs()
+    assert found[0]["agree"] == "ranks of the engine"
+
+
+def test_sglangs_arguments_and_an_unset_runner_are_as_they_were(package, monkeypatch):
+    start_sglang(package, monkeypatch)
+    found, came = asked(monkeypatch), []
+    runner = model_runner(lambda batch_size: None, lambda *args, **kw: came.append((args, kw)))
+    del runner.decode_cuda_graph_runner
+    del runner.prefill_cuda_graph_runner
+    runner.init_cuda_graphs(False, more=1)
+    assert came == [((False,), {"more": 1})]
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -270,7 +394,9 @@ def test_a_rank_whose_dummy_batch_fails_comes_to_the_others_all_the_same(
     monkeypatch.setattr(process, "open_channel", came.append)
     model_runner(lambda batch_size: 1 / 0).init_cuda_graphs()
     assert came == ["ranks of this stage"]
-    assert "ZeroDivisionError" in caplog.text
+    said = [line.getMessage() for line in caplog.records]
+    problem = "ZeroDivisionError('division by zero')"
+    assert f"no dummy batch could show the model's shapes: {problem}" in said
 
 
 def test_sglangs_own_failure_while_capturing_is_sglangs(package, monkeypatch):
@@ -287,7 +413,11 @@ def test_an_sglang_without_that_moment_is_told(package, monkeypatch, caplog):
     runner = "sglang/srt/model_executor/model_runner.py"
     start_sglang(package, monkeypatch, {**SGLANG, runner: "class Another: pass"})
     importlib.import_module(sglang.MODEL_RUNNER)
-    assert "has no ModelRunner.init_cuda_graphs" in caplog.text
+    (said,) = {line.getMessage() for line in caplog.records}
+    assert said == (
+        "this SGLang has no ModelRunner.init_cuda_graphs, so nothing will be calibrated with "
+        "--disable-cuda-graph and the baseline stays there: use SGLang 0.5.20 to 0.5.23"
+    )
 
 
 # What SGLang's user set, and what goes wrong
@@ -298,7 +428,11 @@ def test_a_users_sglang_policy_wins(package, monkeypatch, caplog):
     monkeypatch.setenv(NEUTRAL, "auto")
     monkeypatch.setenv(sglang.SGLANG_VARIABLE, "1")
     sglang.register()
-    assert f"{sglang.SGLANG_VARIABLE}=1 is set and wins" in caplog.text
+    (line,) = caplog.records
+    assert line.getMessage() == (
+        f"{sglang.SGLANG_VARIABLE}=1 is set and wins: adaptive_moe leaves SGLang's policy alone; "
+        "unset it to have policies measured"
+    )
     assert process.current() is None
 
 
@@ -317,7 +451,11 @@ def test_an_sglang_without_that_backend_is_told(package, monkeypatch, caplog):
     load_aiter()
     sglang.register()
     importlib.import_module(f"{sglang._BACKENDS}.full_cuda_graph_backend")
-    assert "has no FullCudaGraphBackend.capture_one" in caplog.text
+    (line,) = caplog.records
+    assert line.getMessage() == (
+        "this SGLang has no FullCudaGraphBackend.capture_one, so nothing will be calibrated with "
+        "that graph backend and the baseline stays: use SGLang 0.5.20 to 0.5.23"
+    )
 
 
 def test_a_bad_variable_of_ours_is_one_warning_and_sglang_starts(package, monkeypatch, caplog):
@@ -329,6 +467,37 @@ def test_a_bad_variable_of_ours_is_one_warning_and_sglang_starts(package, monkey
     (line,) = [r.message for r in caplog.records if NEUTRAL in r.message]
     assert "is not accepted" in line
     assert process.current() is None
+
+
+def test_without_aiter_sglang_is_left_as_it_is(package, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(ROOT)])
+    package(SGLANG)
+    monkeypatch.setenv(NEUTRAL, "auto")
+    sglang.register()
+    runner = importlib.import_module(sglang.MODEL_RUNNER).ModelRunner
+    assert not hasattr(runner.init_cuda_graphs, "__wrapped__")
+    (line,) = caplog.records
+    assert line.getMessage() == (
+        "nothing is changed: AITER is not installed (no module named aiter)"
+    )
+
+
+def test_a_fixed_policy_needs_no_warm_up(package, monkeypatch):
+    package(SGLANG)
+    monkeypatch.setenv(NEUTRAL, "1")
+    aiter = load_aiter()
+    sglang.register()
+    runner = importlib.import_module(sglang.MODEL_RUNNER).ModelRunner
+    assert not hasattr(runner.init_cuda_graphs, "__wrapped__")
+    assert sort(aiter, policy=2) == 1
+
+
+def test_registration_never_raises(monkeypatch, caplog):
+    monkeypatch.setenv(NEUTRAL, "auto")
+    monkeypatch.setitem(sys.modules, "sglang", None)  # importing it fails
+    sglang.register()
+    (line,) = caplog.records
+    assert line.getMessage() == "adaptive_moe could not start; SGLang goes on without it"
 
 
 @pytest.mark.parametrize("name", [NAME, NEUTRAL])

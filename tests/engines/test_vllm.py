@@ -13,6 +13,7 @@ import pytest
 
 from adaptive_moe.engines import process, vllm
 from adaptive_moe.engines.vllm import plugin_problem
+from adaptive_moe.settings import Mode
 from tests.aiter_standin.load import ROOT, forget_aiter, load_aiter
 from tests.engines.plugging import NAME, NEUTRAL, sort
 from tests.tables import measure_as
@@ -41,9 +42,9 @@ VLLM = {
     "vllm/gpu_worker.py": """
         from vllm.kernels import kernel_warmup
         class Worker:
-            def compile_or_warm_up_model(self):
+            def compile_or_warm_up_model(self, *args, **kwargs):
                 kernel_warmup(self)
-                return self.capture()
+                return self.capture(*args, **kwargs)
     """,
 }
 
@@ -110,6 +111,43 @@ def test_the_neutral_variable_is_none_of_vllms_business(package, monkeypatch):
     assert sort(load_aiter()) == 1
 
 
+def test_vllms_parser_is_in_place_once_and_reads_what_is_set_later(package, monkeypatch):
+    envs = start_vllm(package, monkeypatch)
+    taught = envs.environment_variables[NAME]
+    vllm.register()  # plugins may be loaded twice
+    assert envs.environment_variables[NAME] is taught
+    monkeypatch.setenv(NAME, "2")
+    assert getattr(envs, NAME) == 2
+    monkeypatch.setenv(NAME, "x")
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        getattr(envs, NAME)
+    monkeypatch.delenv(NAME)
+    assert getattr(envs, NAME) == 0
+
+
+def test_a_vllm_that_does_not_know_the_variable_reads_the_word(package, monkeypatch):
+    package({**VLLM, "vllm/envs.py": "environment_variables = {}"})
+    monkeypatch.setenv(NAME, "auto")
+    vllm.register()
+    assert importlib.import_module("vllm.envs").environment_variables[NAME]() == 0
+
+
+def test_a_vllm_without_a_table_of_parsers_is_told_and_served(package, monkeypatch, caplog):
+    package({**VLLM, "vllm/envs.py": ""})
+    monkeypatch.setenv(NAME, "auto")
+    aiter = load_aiter()
+    vllm.register()
+    (line,) = caplog.records
+    assert line.getMessage() == (
+        "this vLLM has no vllm.envs.environment_variables, so it cannot be taught the word auto: "
+        f"set ADAPTIVE_MOE_DISPATCH_POLICY=auto instead of {NAME}"
+    )
+    assert process.current().layer.module is aiter
+    found = asked(monkeypatch)
+    importlib.import_module("vllm.kernels").kernel_warmup(worker())
+    assert found[0]["padding_rows"] is False
+
+
 @pytest.mark.parametrize("value", ["x", "2.0", "3x"])
 def test_a_bad_value_of_vllms_own_raises_as_vllms_int_would_and_is_said(
     package, monkeypatch, caplog, value
@@ -171,7 +209,12 @@ def test_nothing_of_ours_makes_vllm_raise(package, monkeypatch, caplog, name, va
     ],
 )
 def test_a_plugin_that_vllm_leaves_out_is_told(environ, problem):
-    assert (plugin_problem(environ) is not None) is problem
+    told = (
+        f"VLLM_PLUGINS={environ.get('VLLM_PLUGINS')!r} leaves adaptive_moe out, and vLLM alone "
+        f"cannot read {NAME}={environ.get(NAME)!r} (ValueError: invalid literal for int()): add "
+        "adaptive_moe to VLLM_PLUGINS, or unset the variable"
+    )
+    assert plugin_problem(environ) == (told if problem else None)
 
 
 @pytest.mark.parametrize("is_first_process", [True, False])
@@ -188,8 +231,16 @@ def test_without_aiter_vllm_reads_the_word_and_one_process_says_so(
     kernels = importlib.import_module("vllm.kernels")
     assert not hasattr(kernels.kernel_warmup, "__wrapped__")
     assert process.current() is None
-    said = "the dispatch policy has no effect here: AITER is not installed"
-    assert (said in caplog.text) is is_first_process
+    said = "the dispatch policy has no effect here: AITER is not installed (no module named aiter)"
+    assert [line.getMessage() for line in caplog.records] == ([said] if is_first_process else [])
+
+
+def test_what_is_not_accepted_is_said_by_the_first_process_only(package, monkeypatch, caplog):
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "vLLM's front end")
+    monkeypatch.setenv("ADAPTIVE_MOE_BUDGET_S", "fast")
+    start_vllm(package, monkeypatch)
+    assert process.current().settings.mode is Mode.AUTO
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("worker_imported_first", [True, False])
@@ -200,10 +251,11 @@ def test_kernel_warmup_warms_up_wherever_it_was_imported(
     if worker_imported_first:
         importlib.import_module("vllm.gpu_worker")
     start_vllm(package, monkeypatch)
-    vllm.register()  # plugins may be loaded twice
     gpu_worker = importlib.import_module("vllm.gpu_worker")
     kernels = importlib.import_module("vllm.kernels")
-    assert gpu_worker.kernel_warmup is kernels.kernel_warmup
+    wrapped = kernels.kernel_warmup
+    vllm.register()  # plugins may be loaded twice
+    assert gpu_worker.kernel_warmup is kernels.kernel_warmup is wrapped
     assert not hasattr(kernels.kernel_warmup.__wrapped__, "__wrapped__")
 
     aiter = load_aiter()
@@ -218,12 +270,29 @@ def test_kernel_warmup_warms_up_wherever_it_was_imported(
     assert options["agree"] is True
 
 
+def test_only_vllms_modules_that_hold_kernel_warmup_get_ours(package, monkeypatch, caplog):
+    package({**VLLM, "of_a_user.py": "from vllm.kernels import kernel_warmup"})
+    of_a_user = importlib.import_module("of_a_user")
+    worker_module = importlib.import_module("vllm.gpu_worker")
+    theirs = importlib.import_module("vllm.kernels").kernel_warmup
+    monkeypatch.setitem(sys.modules, "vllm.lazy", object())
+    start_vllm(package, monkeypatch)
+    assert of_a_user.kernel_warmup is theirs
+    assert worker_module.kernel_warmup.__wrapped__ is theirs
+    assert "kernel_warmup" not in vars(sys.modules["vllm"])
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize(
     ("parallel", "pooled"),
     [
         ({}, 1),
         ({"data_parallel_size": 4}, 4),
         ({"data_parallel_size": 4, "enable_expert_parallel": True}, 4),
+        (
+            {"data_parallel_size": 4, "enable_expert_parallel": True, "all2all_backend": "naive"},
+            4,
+        ),
         (
             {
                 "data_parallel_size": 4,
@@ -276,6 +345,7 @@ def test_the_key_names_the_engine_and_its_version(package, monkeypatch):
     start_vllm(package, monkeypatch)
     load_aiter()
     assert process._engine == "vllm 0.33.0"
+    assert process.current().settings.mode is Mode.AUTO
 
 
 def test_after_capture_the_log_says_what_the_graphs_hold(package, monkeypatch, caplog):
@@ -289,9 +359,9 @@ def test_after_capture_the_log_says_what_the_graphs_hold(package, monkeypatch, c
     process.install(process.current().settings, engine=process._engine)  # asks anew
     one = gpu_worker.Worker()
     one.vllm_config = worker(64).vllm_config
-    one.capture = lambda: [sort(aiter) for _ in range(3)]
+    one.capture = lambda number, more: [sort(aiter) for _ in range(number + more)]
     with caplog.at_level(logging.INFO, logger="adaptive_moe"):
-        assert one.compile_or_warm_up_model() == [2, 2, 2]
+        assert one.compile_or_warm_up_model(2, more=1) == [2, 2, 2]
     (line,) = [r.message for r in caplog.records if "the graphs hold" in r.message]
     assert line == "the graphs hold 3 calls of policy 2"
 
@@ -339,7 +409,14 @@ def test_a_vllm_without_kernel_warmup_is_told(package, monkeypatch, caplog):
     load_aiter()
     vllm.register()
     importlib.import_module("vllm.kernels")
-    assert "has no kernel_warmup" in caplog.text
+    # Nor does it import it by name; and its worker is another.
+    package({"vllm/gpu_worker.py": ""})
+    importlib.import_module("vllm.gpu_worker")
+    (line,) = caplog.records
+    assert line.getMessage() == (
+        "this vLLM has no kernel_warmup, so nothing will be calibrated and the baseline stays: use "
+        "a vLLM from 0.22.1 to 0.33.0, or call adaptive_moe.warm_up() yourself"
+    )
 
 
 def test_our_lines_take_vllms_handlers_and_level_set_up_later(package, monkeypatch, caplog):
