@@ -330,7 +330,7 @@ def test_a_runner_that_speculates_and_has_a_canary_runs_as_sglang_runs_it(packag
         yield
         steps.append(f"out of {name}")
 
-    eager = EagerRunner(lambda batch_size: steps.append(batch_size), width=3)
+    eager = EagerRunner(steps.append, width=3)
     eager.model_context = lambda: noted("model")
     vars(eager.model_runner).update(
         spec_algorithm=SimpleNamespace(is_speculative=lambda: True),
