@@ -35,8 +35,8 @@ VLLM = {
     """,
     "vllm/kernels.py": """
         warmed = []
-        def kernel_warmup(worker, *, process_local_only=False):
-            warmed.append((worker, process_local_only))
+        def kernel_warmup(worker, *others, process_local_only=False):
+            warmed.append((worker, *others, process_local_only))
             return "theirs"
     """,
     "vllm/gpu_worker.py": """
@@ -261,9 +261,9 @@ def test_kernel_warmup_warms_up_wherever_it_was_imported(
     aiter = load_aiter()
     sort(aiter)
     found, one = asked(monkeypatch), worker()
-    assert gpu_worker.kernel_warmup(one) == "theirs"
+    assert gpu_worker.kernel_warmup(one, "more") == "theirs"
     assert gpu_worker.kernel_warmup(one, process_local_only=True) == "theirs"
-    assert kernels.warmed == [(one, False), (one, True)]
+    assert kernels.warmed == [(one, "more", False), (one, True)]
     # Together with the other ranks, so not where only this one is told to.
     (options,) = found
     assert (options["max_tokens"], options["capture_sizes"]) == (8192, (1, 2, 4))
