@@ -9,6 +9,10 @@ import pytest
 with contextlib.suppress(ImportError):
     from hypothesis import Phase, settings
 
+    # How long an example takes says nothing on a machine with other work.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
+
     # `make mutants`: the same examples for every mutant, and none made smaller.
     settings.register_profile(
         "mutants",

@@ -133,4 +133,4 @@ def _stretched(array: bytes, length: int) -> bytes:
 def _merged(eager: bytes, graph: bytes) -> bytes:
     if eager == graph:
         return eager
-    return bytes(map(lambda a, b: a if a == b else ASK, eager, graph))
+    return bytes(a if a == b else ASK for a, b in zip(eager, graph, strict=True))

@@ -159,7 +159,7 @@ def _after_graphs(model_runner: Any) -> None:
     """Where nothing was captured, nothing has run so far."""
     graphs = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner")
     captured = any(getattr(model_runner, name, None) is not None for name in graphs)
-    if captured or model_runner.is_draft_worker:
+    if captured or getattr(model_runner, "is_draft_worker", False):
         return
     try:
         _show_shapes(model_runner.eager_runner)
@@ -249,5 +249,5 @@ def _tensor_parallel() -> Any:
 
 def _cpu_group(coordinator: Any) -> Any:
     """The group's gloo side, or None where there is just this rank."""
-    alone = coordinator is None or coordinator.world_size < 2
-    return None if alone else coordinator.cpu_group
+    alone = getattr(coordinator, "world_size", 1) < 2
+    return None if alone else getattr(coordinator, "cpu_group", None)

@@ -153,8 +153,8 @@ def _around_opaque(
     reaches it as it was made, but for the policy."""
     seam = layer.seam
     declared = inspect.signature(seam).parameters
-    named = "dispatch_policy" in declared
-    names = tuple(declared) if named else (*LEADING, *(n for n in KNOWN if n not in BUFFERS))
+    aiters = (*LEADING, *(n for n in KNOWN if n not in BUFFERS))
+    names = tuple(declared) if {*LEADING} <= declared.keys() else aiters
     defaults = {p.name: p.default for p in declared.values() if p.default is not p.empty}
     defaults = _DEFAULTS | defaults
     layer.names = names

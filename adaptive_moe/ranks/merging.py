@@ -130,7 +130,7 @@ def _stacks(
         columns: list[int] | slice = slice(None)
         if summary.candidates != tuple(common):
             columns = [summary.candidates.index(name) for name in common]
-        place = np.array([places[text] for text in summary.texts])
+        place = np.array([places[text] for text in summary.texts], np.int64)
         key = (section.tokens.tobytes(), section.fraction.tobytes())
         groups.setdefault(key, []).append((section, place, columns))
     for group in groups.values():
@@ -160,7 +160,7 @@ def _merge_section(
     median_us, gains = np.full(size, -np.inf), np.full((3, *size), np.inf)
     for stack in stacks:
         votes = stack.rounds > 0
-        here = np.array([rows.get(row, -1) for row in _keys(stack)])
+        here = np.array([rows.get(row, -1) for row in _keys(stack)], np.intp)
         known, at = here >= 0, here[here >= 0]
         voted = votes[:, known, np.newaxis]
         count = np.where(votes, stack.rounds, _NEVER).min(axis=0)

@@ -335,7 +335,7 @@ def test_a_table_of_mixed_machines_is_not_stored_as_this_ones(store, table):
     assert stored_files(store.folder) == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_no_changed_byte_goes_unnoticed(data):
     good = stored_of(made_up_table(1, eager=(1,), graph=(), max_tokens=1)).to_text()

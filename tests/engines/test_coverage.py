@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptive_moe.engines.choosers import Piece, VllmInt4
@@ -64,7 +64,6 @@ def test_aiter_is_asked_once_a_padded_class():
     assert log == [16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 4000), min_size=1, max_size=6, unique=True),
     st.integers(1, 4000),

@@ -228,6 +228,16 @@ def test_a_default_that_a_hiding_wrapper_declares_is_its_block_size():
     assert hook.seen == {}
 
 
+def test_a_wrapper_that_hides_all_but_the_policy_is_chosen_for():
+    module = ModuleType("aiter.fused_moe")
+    module.moe_sorting = lambda *args, dispatch_policy=0, **kwargs: (args, dispatch_policy, kwargs)
+    hook = installed(module, tables={KEY: make_table({64: 2})})
+    leading = tuple(sort_arguments(8)[:6])
+    assert module.moe_sorting(*leading) == (leading, 2, {})
+    assert module.moe_sorting(*leading, dispatch_policy=0) == (leading, 2, {})
+    assert hook.counts().odd == 0
+
+
 def test_what_a_hiding_wrapper_was_given_and_no_more_is_kept_for_the_measurement(aiter):
     aiter.moe_sorting = wrap_hiding(aiter.moe_sorting, [])
     hook = installed(aiter)

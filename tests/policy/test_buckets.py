@@ -8,7 +8,7 @@ from adaptive_moe.policy.buckets import between, bucket_of, check_domain, first_
 from adaptive_moe.policy.situation import Situation
 from tests.tables import make_table
 
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=100)
 counts = st.sets(st.integers(1, 300), min_size=1, max_size=12).map(sorted)
 
 

@@ -27,7 +27,7 @@ from adaptive_moe.policy.plain import from_plain, to_plain
 
 RULE = Rule()
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 microseconds = st.floats(1.0, 1e4)
 
 
@@ -79,7 +79,7 @@ def test_identical_samples_keep_policy_0_and_are_tied(times: list[float]) -> Non
     assert [r.standing for r in verdict.results[1:]] == [Standing.TIED, Standing.TIED]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from((1.0, 1e3, 1e6)), min_size=2, max_size=12), st.integers(0, 3))
 def test_a_verdict_on_a_machine_that_stalls_is_read_as_it_was_written(
     stalls: list[float], more: int
@@ -91,7 +91,7 @@ def test_a_verdict_on_a_machine_that_stalls_is_read_as_it_was_written(
     assert from_plain(Verdict, to_plain(verdict)) == verdict
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(measured((None, *OUT)), steady()))
 def test_nothing_but_a_faster_offered_policy_replaces_policy_0(candidates: list[Samples]) -> None:
     verdict = decide(candidates, RULE)
@@ -422,7 +422,7 @@ def test_the_runner_up_serves_where_only_the_winner_is_not_confirmed() -> None:
     assert verdict.candidate == "policy 2"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(measured((None, *OUT)), steady()), st.none() | measured((None, *OUT)) | steady())
 def test_only_what_is_faster_in_both_passes_replaces_the_baseline_and_merging_agrees(
     one: list[Samples], two: list[Samples] | None

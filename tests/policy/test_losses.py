@@ -12,7 +12,7 @@ from adaptive_moe.policy.losses import combine, loses, loss, loss_us, needs_refi
 
 RULE = Rule()
 MARGIN = RULE.margin
-quick = settings(max_examples=200, deadline=None)
+quick = settings(max_examples=200)
 
 
 def verdict(

@@ -203,7 +203,7 @@ def test_a_table_with_something_wrong_or_failed_is_not_sound(
         assert PolicyTable(evidence).sound is sound
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
 def test_runs_are_the_array_again(chosen: list[int]) -> None:
     found = make_table(dict(enumerate(chosen, 1))).runs()
@@ -248,7 +248,7 @@ def tables(draw: st.DrawFn) -> PolicyTable:
     return PolicyTable(dataclasses.replace(evidence, **sections, idle=buckets(draw(maybe))))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tables())
 def test_json_gives_back_an_equal_table(original: PolicyTable) -> None:
     again = PolicyTable.from_json(original.to_json())
@@ -347,7 +347,7 @@ def offers_only(found: PolicyTable) -> bool:
     return max(found.eager[1:] + found.graph[1:]) < len(found.evidence.candidates)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from(PLACES), odd_values, st.sampled_from(("set", "delete", "repeat", "rename")))
 def test_a_changed_value_is_refused_or_makes_a_table_of_offered_candidates_only(
     place: tuple[Any, ...], value: Any, change: str
@@ -372,7 +372,7 @@ def test_a_changed_value_is_refused_or_makes_a_table_of_offered_candidates_only(
     assert PolicyTable.from_json(found.to_json()) == found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_torn_or_scribbled_file_is_refused_or_makes_a_table_of_offered_candidates_only(
     data: st.DataObject,

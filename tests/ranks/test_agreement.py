@@ -47,7 +47,7 @@ WITHOUT = "the ranks have no common table, the engine's own policy serves"
 # Messages and the decision
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_whatever_a_rank_sends_no_table_has_a_candidate_that_was_not_offered(data):
     """A damaged message voids all, or still gives a whole table of the candidates offered."""

@@ -17,7 +17,7 @@ from adaptive_moe.ranks.merging import VETOED, DisagreementError, merge
 from adaptive_moe.ranks.summary import ORDER, Section, decode, encode, summarize
 from tests.faults.made_up import EAGER, HERE, PADDED, SHAPE, made_up_table
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 seeds = st.integers(0, 10_000)
 P0, P1, P2 = "policy 0", "policy 1", "policy 2"
 

@@ -26,7 +26,7 @@ from adaptive_moe.tuning.explore import (
 )
 
 RULE = Rule()
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=100)
 Times = dict[int, float]
 DOMAIN = range(1, 2049)
 POWERS = [1 << k for k in range(12)]
@@ -87,7 +87,7 @@ def closed_in(found: dict[int, Bucket], threshold: int, lost: float) -> bool:
     return high - low == 1 or lost * math.log(high / low) <= WORTH_MEASURING * RULE.margin
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 2000))
 def test_no_count_loses_more_than_three_margins_around_a_crossover(at: int) -> None:
     def us(num_tokens: int) -> Times:
@@ -108,7 +108,7 @@ def step(threshold: int, below: Times, above: Times) -> Callable[[int], Times]:
     return lambda num_tokens: below if num_tokens <= threshold else above
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 2047))
 def test_a_sudden_change_of_winner_is_closed_in_on(threshold: int) -> None:
     found, asked = explored(step(threshold, {0: 10, 1: 7, 2: 10}, {0: 10, 1: 10, 2: 7}))
@@ -119,7 +119,7 @@ def test_a_sudden_change_of_winner_is_closed_in_on(threshold: int) -> None:
     assert len(asked) <= 12 + 12 + LOOKS
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 2047))
 def test_a_jump_of_policy_0_between_two_buckets_that_keep_it_is_closed_in_on(
     threshold: int,
@@ -133,7 +133,7 @@ def test_a_jump_of_policy_0_between_two_buckets_that_keep_it_is_closed_in_on(
     assert len(asked) <= 12 + 12 + LOOKS
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 2047))
 def test_the_count_at_which_a_winner_becomes_hopeless_is_found_exactly(threshold: int) -> None:
     found, _ = explored(step(threshold, {0: 10, 1: 7, 2: 9}, {0: 10, 1: 99, 2: 9}))
@@ -169,7 +169,7 @@ def test_what_can_be_captured_is_all_that_is_looked_at() -> None:
     assert set(asked) <= set(sizes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.floats(5.0, 10.5), st.sampled_from((0, 1)))
 def test_a_window_of_half_an_octave_is_found_though_both_ends_agree(
     start: float, outside: int
@@ -205,7 +205,7 @@ def test_buckets_that_are_known_are_built_upon_and_not_measured_again() -> None:
 times = st.fixed_dictionaries({p: st.sampled_from((5.0, 9.0, 10.0, 10.1, 40.0)) for p in (0, 1, 2)})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sets(st.integers(1, 400), min_size=1, max_size=40).map(sorted),
     st.lists(times, min_size=1, max_size=6),

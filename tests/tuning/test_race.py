@@ -216,7 +216,7 @@ def test_a_round_is_enqueued_whole_before_its_first_sample_is_waited_for() -> No
     assert log[len(log) // 2 :] == [f"wait {name}" for name in log[: len(log) // 2]]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.floats(0.01, 0.4))
 def test_a_race_ends_at_most_an_eighth_after_it_is_settled(seed: int, noise: float) -> None:
     """Judging costs as much as a sample, so it is not done after each of many rounds."""
