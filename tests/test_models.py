@@ -1,11 +1,13 @@
 """Shapes: of known models, of config.json files in their several spellings, of numbers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from adaptive_moe.models import (
+    Model,
     ModelError,
     find_model,
     hub_config,
@@ -64,12 +66,36 @@ def test_known_models_have_what_a_step_needs():
     assert find_model("deepseek-v3-fused").attention == find_model("deepseek-v3").attention
 
 
+def test_a_known_model_is_what_its_entry_says():
+    mixtral = Model(
+        "mixtral-8x7b",
+        8,
+        2,
+        4096,
+        "https://huggingface.co/mistralai/Mixtral-8x7B-v0.1/blob/main/config.json",
+        moe_intermediate_size=14336,
+        attention=(6144, 4096),
+    )
+    assert find_model(" Mixtral-8x7B ") == mixtral
+    assert mixtral.shape() == SortingShape(8, 2, 4096, "bfloat16", 32)
+    deepseek = find_model("deepseek-v3")
+    assert (deepseek.shared_experts, deepseek.quant) == (1, "fp8-block")
+    fused = replace(
+        deepseek, name="deepseek-v3-fused", num_experts=257, topk=9, shared_experts=0
+    )
+    assert find_model("deepseek-v3-fused") == fused
+
+
 def test_an_unknown_model_lists_what_would_work():
     with pytest.raises(ModelError) as refused:
-        find_model("gpt-9")
-    assert "'gpt-9'" in str(refused.value)
-    assert "deepseek-v3" in str(refused.value)
-    assert "--config" in str(refused.value)
+        find_model("GPT-9 ")
+    names = ", ".join(known_models())
+    assert "deepseek-v3, deepseek-v3-fused, " in names
+    assert str(refused.value) == (
+        f"model 'GPT-9 ' is not known: give one of {names}; or a Hugging Face id of one of them, "
+        "or of a model in the local Hugging Face cache; or --config PATH to its config.json; or "
+        "--experts, --topk and --hidden"
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,6 +150,85 @@ def test_an_unknown_model_lists_what_would_work():
 def test_config_spellings(tmp_path, config, numbers):
     model = model_from_config(written(tmp_path, config))
     assert (model.num_experts, model.topk, model.model_dim) == numbers
+
+
+PLAIN = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64}
+
+
+def test_a_config_s_facts_are_all_read(tmp_path):
+    facts = {
+        "model_type": "sorter",
+        "moe_intermediate_size": 96,
+        "intermediate_size": 512,
+        "n_shared_experts": 3,
+        "torch_dtype": "float16",
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }
+    path = written(tmp_path, PLAIN | facts)
+    model = Model("sorter", 8, 2, 64, str(path), "float16", 3, 96, (), "fp8-block")
+    assert model_from_config(path) == model
+    assert model_from_config(path, fuse_shared=True) == replace(
+        model, name="sorter-fused", num_experts=11, topk=5, shared_experts=0
+    )
+    # A config of a whole language model: its experts' facts are inside.
+    path = written(tmp_path, {"model_type": "seer", "text_config": PLAIN | facts})
+    assert model_from_config(path) == replace(model, name="seer")
+    path = written(tmp_path, PLAIN)
+    assert model_from_config(path) == Model(tmp_path.name, 8, 2, 64, str(path))
+
+
+def test_a_config_without_a_model_type_is_named_by_its_folder_or_itself(tmp_path, monkeypatch):
+    folder = tmp_path / "Sorter-8x"
+    folder.mkdir()
+    assert model_from_config(written(folder, PLAIN)).name == "Sorter-8x"
+    monkeypatch.chdir(folder)
+    assert model_from_config(Path("config.json")).name == "config"
+
+
+@pytest.mark.parametrize(
+    ("said", "quant"),
+    [
+        ({"quant_method": "FP8"}, "fp8"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "fp8"),
+        ({"quant_method": "mxfp4", "weight_block_size": [1, 32]}, "mxfp4"),
+        ({"quant_method": "awq"}, ""),
+        ({"weight_block_size": [128, 128]}, ""),
+        ("fp8", ""),
+    ],
+)
+def test_quantised_weights_are_named_where_it_matters(tmp_path, said, quant):
+    for config in (
+        {"quantization_config": said, **PLAIN},
+        {"quantization_config": said, "text_config": PLAIN},
+        {"text_config": {"quantization_config": said, **PLAIN}},
+    ):
+        assert model_from_config(written(tmp_path, config)).quant == quant
+
+
+def test_two_experts_are_a_mixture(tmp_path):
+    assert model_from_config(written(tmp_path, PLAIN | {"num_experts": 2})).num_experts == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"num_experts": "8"},
+            "num_experts or n_routed_experts or num_local_experts or moe_num_experts is '8'",
+        ),
+        (
+            {"num_experts_per_tok": True},
+            "num_experts_per_tok or num_experts_per_token or moe_topk or moe_top_k or moe_k or "
+            "experts_per_token or top_k_experts is True",
+        ),
+        ({"hidden_size": 0}, "hidden_size or d_model or n_embd or dim is None"),
+    ],
+)
+def test_a_count_that_is_none_is_refused_by_all_its_spellings(tmp_path, change, says):
+    path = written(tmp_path, PLAIN | change)
+    with pytest.raises(ModelError) as refused:
+        model_from_config(path)
+    assert str(refused.value) == f"config {path}: {says}, not a positive integer"
 
 
 @pytest.mark.parametrize("file", ["config.json", "params.json"])
@@ -186,6 +291,16 @@ def test_the_cache_is_found_by_either_variable(tmp_path):
     assert hub_config("../etc", {"HF_HOME": str(tmp_path)}) is None
 
 
+def test_an_id_is_one_owner_and_one_name(tmp_path):
+    cached(tmp_path).parent.parent.parent.rename(tmp_path / "models--acme--deeper")
+    (tmp_path / "models--acme--x").mkdir()
+    (tmp_path / "models--acme--x" / "y").symlink_to(tmp_path / "models--acme--deeper")
+    environ = {"HF_HUB_CACHE": str(tmp_path)}
+    assert hub_config("acme/deeper", environ) is not None
+    assert hub_config("acme/x/y", environ) is None
+    assert hub_config("acme--deeper", environ) is None
+
+
 @pytest.mark.parametrize(
     ("shared", "more"),
     [({"n_shared_experts": 2}, 2), ({"shared_expert_intermediate_size": 512}, 1)],
@@ -230,8 +345,10 @@ def test_a_config_without_a_shape_says_why(tmp_path, config, says):
 
 
 def test_a_missing_config_is_named(tmp_path):
-    with pytest.raises(ModelError, match=r"nowhere\.json cannot be read"):
-        model_from_config(tmp_path / "nowhere.json")
+    path = tmp_path / "nowhere.json"
+    with pytest.raises(ModelError) as refused:
+        model_from_config(path)
+    assert str(refused.value) == f"config {path} cannot be read: No such file or directory"
 
 
 @pytest.mark.parametrize(

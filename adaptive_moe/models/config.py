@@ -78,7 +78,7 @@ def _config_file(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelError(f"config {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -131,7 +131,7 @@ def _shared_experts(config: Mapping[str, Any]) -> int:
 
 def _dtype(config: Mapping[str, Any]) -> str | None:
     """The config's dtype where it is one that moe_buf can have."""
-    dtype = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
+    dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
     return dtype if dtype in DTYPES else None
 
 
@@ -140,7 +140,7 @@ def _quant(config: Mapping[str, Any]) -> str:
     said = config.get("quantization_config")
     if not isinstance(said, dict):
         return ""
-    method = str(said.get("quant_method", "")).lower()
+    method = str(said.get("quant_method")).lower()
     if method == "fp8" and said.get("weight_block_size"):
         return "fp8-block"
     return method if method in ("fp8", "mxfp4") else ""

@@ -63,7 +63,7 @@ def find_model(name: str, *, fuse_shared: bool = False) -> Model:
 def hub_config(model_id: str, environ: Mapping[str, str] = os.environ) -> Path | None:
     """The config of that id in the local Hugging Face cache, or None. Never downloads."""
     owner, slash, name = model_id.partition("/")
-    if not slash or "/" in name or ".." in model_id:
+    if not slash or "/" in name:
         return None
     home = environ.get("HF_HOME") or os.path.expanduser(
         os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
@@ -86,7 +86,7 @@ def _facts() -> dict[str, dict[str, Any]]:
     installed = Path(__file__).with_name("models.toml")
     in_tree = Path(__file__).parents[2] / "calibration/models.toml"
     path = installed if installed.exists() else in_tree
-    facts: dict[str, dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))
+    facts: dict[str, dict[str, Any]] = tomllib.loads(path.read_bytes().decode())
     return facts
 
 
@@ -98,8 +98,8 @@ def _model(name: str, facts: Mapping[str, Any]) -> Model:
         facts["hidden_size"],
         facts["source"],
         shared_experts=facts.get("fused_shared_experts", 0),
-        moe_intermediate_size=facts.get("moe_intermediate_size", 0),
-        attention=tuple(facts.get("attention", ())),
+        moe_intermediate_size=facts["moe_intermediate_size"],
+        attention=tuple(facts["attention"]),
         quant=facts.get("quant", ""),
     )
 
