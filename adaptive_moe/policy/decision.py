@@ -164,18 +164,19 @@ def confirm(first: Verdict, second: Verdict | None, rule: Rule) -> Verdict:
 
 def _confirmed(one: Result, again: Result | None, rule: Rule) -> Result:
     """A FASTER result, after what the second pass says about it, if anything."""
-    low, high = one.gain_low or 0.0, one.gain_high or 0.0
     if again is None or (again.standing is Standing.UNSETTLED and again.gain_low is None):
-        return replace(one, standing=Standing.UNCONFIRMED, gain_low=min(low, rule.margin))
+        return replace(one, standing=Standing.UNCONFIRMED, gain_low=rule.margin)
+    both = (one, again)
+    low = min(r.gain_low or 0.0 for r in both)
     if again.standing is Standing.UNSETTLED:
-        return replace(again, gain_low=min(again.gain_low or 0.0, rule.margin))
+        return replace(again, gain_low=min(low, rule.margin))
     if again.standing is not Standing.FASTER:
         return replace(again, reason=again.reason or "not confirmed")
     return replace(
         again,
-        gain=((one.gain or 0.0) + (again.gain or 0.0)) / 2,
-        gain_low=min(low, again.gain_low or 0.0),
-        gain_high=max(high, again.gain_high or 0.0),
+        gain=sum(r.gain or 0.0 for r in both) / 2,
+        gain_low=low,
+        gain_high=max(r.gain_high or 0.0 for r in both),
     )
 
 
@@ -198,7 +199,7 @@ def conclude(results: Sequence[Result], rounds: int) -> Verdict:
         return Verdict(name, not open_still, rounds, _why_kept(name, others), tuple(results))
     best = max(faster, key=lambda r: r.gain or 0.0)
     # An unsettled rival only matters while it might still overtake the best.
-    rivals = any((r.gain_high or 0.0) > (best.gain or 0.0) for r in open_still)
+    rivals = any(r.gain_high is None or r.gain_high > (best.gain or 0.0) for r in open_still)
     reason = f"{best.candidate} saves {_percent(best.gain)} (at least {_percent(best.gain_low)})"
     return Verdict(best.candidate, not rivals, rounds, reason, tuple(results))
 

@@ -35,8 +35,8 @@ def to_plain(value: Any) -> Any:
 
 def from_plain(kind: type[T], value: Any, where: str = "calibration") -> T:
     """Build `kind` from plain values; ValueError naming the place of whatever does not fit."""
-    read: _Reader = _reader(typing.cast(Any, kind))
-    return typing.cast(T, read(value, where))
+    found: T = _reader(typing.cast(Any, kind))(value, where)
+    return found
 
 
 def differences(theirs: object, ours: object, where: str = "here") -> list[str]:

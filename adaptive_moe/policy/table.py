@@ -115,7 +115,7 @@ class PolicyTable:
     def from_json(cls, text: str) -> "PolicyTable":
         """Rebuild a table; ValueError saying what is wrong where the text is not a whole one."""
         try:
-            plain: Any = json.loads(text, parse_constant=_no_constant)
+            plain: Any = json.loads(text)
         except RecursionError:
             raise ValueError("the JSON is nested too deeply") from None
         if isinstance(plain, dict):
@@ -166,7 +166,3 @@ def _check(buckets: Sequence[Bucket], candidates: Sequence[str]) -> None:
     for bucket in buckets:
         if bucket.candidate not in candidates:
             raise ValueError(f"{bucket.candidate!r} is not one of those offered, {candidates}")
-
-
-def _no_constant(word: str) -> float:
-    raise ValueError(f"{word} is not a number a calibration can hold")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_moe.policy.coverage import BUSY_FROM, Counts, Coverage
+from adaptive_moe.policy.coverage import BUSY_FROM, MAX_TOKENS, Counts, Coverage
 from adaptive_moe.policy.situation import Situation
 from adaptive_moe.shape import SortingShape
 
@@ -27,8 +27,13 @@ def test_counts_are_the_sequence_their_spans_say(some: list[tuple[int, int]]) ->
     assert [counts[i] for i in range(-len(whole), len(whole))] == whole + whole
     assert counts[1:-1] == whole[1:-1]
     assert {n for n in range(202) if n in counts} == set(whole)
-    with pytest.raises(IndexError):
-        counts[len(whole)]
+    for outside in (len(whole), -len(whole) - 1):
+        with pytest.raises(IndexError, match=f"^{outside}$"):
+            counts[outside]
+
+
+def test_counts_are_shown_as_spans() -> None:
+    assert repr(Counts([(1, 1), (3, 9)])) == "Counts(1, 3-9)"
 
 
 def test_the_device_is_busy_above_the_largest_captured_size_or_where_it_is_said() -> None:
@@ -62,7 +67,10 @@ def test_on_a_cpu_one_situation_is_all_there_is() -> None:
         ({"eager": ((0, 4),)}, r"eager: \(0, 4\)"),
         ({"eager": ((1, 4), (4, 8))}, r"eager: \(4, 8\)"),
         ({"eager": ((1, True),)}, "eager: "),
-        ({"eager": ((1, 1 << 40),)}, "eager: "),
+        (
+            {"eager": ((1, MAX_TOKENS + 1),)},
+            r"^eager: \(1, 1048577\) is not accepted: give rising token counts from 1 to 1048576$",
+        ),
         ({"captured": (4, 2)}, r"captured: \(2, 2\)"),
         ({"busy_from": 0}, "busy_from=0"),
     ],
@@ -70,3 +78,14 @@ def test_on_a_cpu_one_situation_is_all_there_is() -> None:
 def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Coverage(**{"shape": SHAPE, "baseline": "policy 0", "eager": ((1, 64),), **fields})
+
+
+def test_the_most_tokens_there_can_be_are_covered() -> None:
+    assert Coverage.up_to(SHAPE, MAX_TOKENS).max_tokens == MAX_TOKENS
+
+
+def test_a_coverage_is_described_by_its_shape_and_its_context() -> None:
+    coverage = Coverage.up_to(SHAPE, 64)
+    assert coverage.describe() == SHAPE.describe()
+    named = Coverage(SHAPE, "policy 0", ((1, 64),), context="mxfp4=True")
+    assert named.describe() == f"{SHAPE.describe()}, mxfp4=True"

@@ -197,17 +197,27 @@ def test_an_excluded_policy_never_wins_and_its_reason_is_kept(out: Standing, rou
     fast = Samples("policy 1", (0.1,) * rounds, out, "for a reason")
     verdict = decide([Samples("policy 0", (10.0,) * rounds), fast], RULE)
     assert (verdict.candidate, verdict.settled) == ("policy 0", True)
-    assert verdict.results[1].standing is out
-    assert verdict.results[1].gain is None
-    assert "for a reason" in verdict.results[1].reason
-    assert "for a reason" in verdict.reason
+    median_us = 0.1 if rounds else None
+    assert verdict.results[1] == Result("policy 1", out, median_us, reason="for a reason")
+    assert verdict.reason == f"kept policy 0: policy 1 {out.value} (for a reason)"
 
 
-def test_without_a_trusted_policy_0_policy_0_is_kept() -> None:
-    broken = Samples("policy 0", (), Standing.FAILED, "raised RuntimeError: no kernel")
-    verdict = decide([broken, Samples("policy 1"), Samples("policy 2")], RULE)
-    assert (verdict.candidate, verdict.settled) == ("policy 0", True)
-    assert "raised RuntimeError: no kernel" in verdict.reason
+def test_without_a_trusted_policy_0_it_is_kept_and_nobody_is_compared_with_it() -> None:
+    why = "raised RuntimeError: half way"
+    samples = [
+        Samples("policy 0", (10.0,), Standing.FAILED, why),
+        Samples("policy 1", (9.0, 9.0)),
+        Samples("policy 2", (8.0,), Standing.WRONG, "one token's experts differ"),
+    ]
+    results = (
+        Result("policy 0", Standing.FAILED, 10.0, reason=why),
+        Result("policy 1", Standing.UNSETTLED),
+        Result("policy 2", Standing.WRONG),
+    )
+    kept = Verdict("policy 0", True, 1, f"kept policy 0: it {why} itself", results)
+    assert decide(samples, RULE) == kept
+    # Nor does a second pass change that.
+    assert confirm(kept, passes(10.0, 8.0), RULE) is kept
 
 
 def test_one_wild_round_does_not_hide_a_gain() -> None:
@@ -230,24 +240,18 @@ def test_a_wider_margin_asks_for_a_larger_gain() -> None:
 @pytest.mark.parametrize(
     ("candidates", "words"),
     [
-        ([], "baseline's first"),
+        ([], "no samples to decide from: give the baseline's first"),
         (
             [Samples("policy 0", (1.0,)), Samples("policy 1", (1.0, 2.0))],
-            "more rounds than the baseline",
+            "a candidate has more rounds than the baseline: rounds must be paired",
         ),
     ],
 )
 def test_samples_that_are_not_paired_with_policy_0_are_refused(
     candidates: list[Samples], words: str
 ) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"^{words}$"):
         decide(candidates, RULE)
-
-
-def test_policy_0_failing_half_way_is_a_verdict_not_an_error() -> None:
-    broken = Samples("policy 0", (10.0,), Standing.FAILED, "raised RuntimeError: half way")
-    verdict = decide([broken, Samples("policy 1", (9.0, 9.0))], RULE)
-    assert (verdict.candidate, verdict.settled) == ("policy 0", True)
 
 
 def test_the_interval_misses_the_truth_in_at_most_alpha_of_runs_looked_at_after_every_round() -> (
@@ -385,7 +389,7 @@ def test_a_winner_that_the_second_pass_denies_is_none(
     verdict = confirm(passes(10.0, 8.0), passes(10.0, us, seed=3), RULE)
     assert (verdict.candidate, verdict.settled) == ("policy 0", settled)
     assert stands(verdict, "policy 1") is standing
-    assert "not confirmed" in verdict.reason
+    assert verdict.reason == f"kept policy 0: policy 1 {standing.value} (not confirmed)"
 
 
 def test_a_second_pass_too_short_for_an_interval_leaves_a_winner_unconfirmed() -> None:
@@ -413,6 +417,7 @@ def test_a_winner_that_raises_in_the_second_pass_is_out() -> None:
         [Samples("policy 0"), Samples("policy 1", (), Standing.FAILED, "raised OSError: x")], RULE
     )
     verdict = confirm(passes(10.0, 8.0), second, RULE)
+    assert verdict.reason == "kept policy 0: policy 1 failed (raised OSError: x)"
     assert stands(verdict, "policy 1") is Standing.FAILED
     assert verdict.candidate == "policy 0"
 
@@ -446,11 +451,39 @@ def test_only_what_is_faster_in_both_passes_replaces_the_baseline_and_merging_ag
 def test_what_is_open_and_may_overtake_keeps_a_bucket_open(standing: Standing) -> None:
     base = Result("policy 0", Standing.BASELINE, 10.0, 0.0)
     best = Result("policy 1", Standing.FASTER, 8.0, 0.20, 0.15, 0.25)
-    for high, settled in ((0.30, False), (0.19, True)):
-        rival = Result("policy 2", standing, 8.2, 0.18, 0.01, high)
+    for high, settled in ((0.30, False), (0.20, True), (0.19, True), (None, False)):
+        rival = Result("policy 2", standing, 8.2, 0.18, None if high is None else 0.01, high)
         verdict = conclude([base, best, rival], 9)
-        assert (verdict.candidate, verdict.settled) == ("policy 1", settled)
-    assert not conclude([base, rival], 9).settled
+        saves = "policy 1 saves 20.0% (at least 15.0%)"
+        assert verdict == Verdict("policy 1", settled, 9, saves, (base, best, rival))
+        assert not conclude([base, rival], 9).settled
+
+
+@pytest.mark.parametrize(
+    ("gain", "low", "high", "standing"),
+    [
+        (0.75, 0.5, 1.25, Standing.UNSETTLED),  # it may gain no more than the margin
+        (0.75, 0.5625, 1.0, Standing.FASTER),
+        (0.25, 0.0, 1.125, Standing.TIED),
+        (0.25, 0.0, 1.25, Standing.UNSETTLED),  # it may gain what is worth more rounds
+        (-1.125, -2.0, 0.0, Standing.TIED),
+        (-1.25, -2.0, 0.0, Standing.SLOWER),
+    ],
+)
+def test_a_standing_is_a_matter_of_margins(
+    gain: float, low: float, high: float, standing: Standing
+) -> None:
+    """A margin of 0.5: a tie is within 1.25 of the baseline."""
+    assert standing_of(gain, low, high, 0.5) is standing
+
+
+def test_the_only_candidate_is_kept() -> None:
+    verdict = decide([Samples("policy 0", (10.0, 12.0))], RULE)
+    base = Result("policy 0", Standing.BASELINE, 11.0, 0.0)
+    kept = "kept policy 0: it is the only candidate"
+    assert verdict == Verdict("policy 0", True, 2, kept, (base,))
+    assert verdict.baseline is verdict.result("policy 0")
+    assert verdict.result("policy 1") is None
 
 
 def test_a_reason_says_who_was_not_measured_and_who_is_only_unsettled() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from adaptive_moe.policy.decision import Result, Rule, Samples, decide
-from adaptive_moe.policy.interval import MOST_MEMORY, median, memory, moments
+from adaptive_moe.policy.interval import MOST_MEMORY, half_width, median, memory, moments
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,8 @@ def test_what_lies_beyond_the_fences_counts_as_if_it_lay_on_them() -> None:
 
 def test_the_median_is_the_middle_or_between_the_two_in_the_middle() -> None:
     assert (median([3.0, 1.0, 7.0]), median([9.0, 1.0, 2.0, 4.0]), median([])) == (3.0, 3.0, None)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 1.0])
+def test_one_round_has_no_interval_however_little_is_asked_of_it(alpha: float) -> None:
+    assert half_width(1, 0.0, alpha) == math.inf

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_moe.policy.decision import TIE_MARGINS, Result, Rule, Standing, Verdict, conclude
-from adaptive_moe.policy.losses import combine, loses, loss, loss_us, needs_refining, saving_us
+from adaptive_moe.policy.losses import (
+    combine,
+    loses,
+    loss,
+    loss_if_asked,
+    loss_us,
+    needs_refining,
+    saving_us,
+)
 
 RULE = Rule()
 MARGIN = RULE.margin
@@ -40,14 +48,29 @@ def test_one_verdict_is_its_own_answer() -> None:
 def test_several_fills_get_the_candidate_that_loses_in_none_and_least_in_its_worst() -> None:
     full = verdict({1: 0.20, 2: 0.16}, 1)
     sparse = verdict({1: -0.50, 2: 0.10}, 2)
-    candidate, reason = combine([full, sparse])
-    assert candidate == "policy 2"
-    assert "policy 1, policy 2" in reason
+    assert combine([full, sparse, full]) == (
+        "policy 2",
+        "policy 2 is faster in one and loses in none (winners: policy 1, policy 2)",
+    )
+
+
+@pytest.mark.parametrize("better", [1, 2])
+def test_of_two_that_lose_in_none_the_one_that_loses_least_of_the_best_serves(better: int) -> None:
+    """By 0.4 us where the other is best; the other by 2 us in return."""
+    other = 3 - better
+    fills = [
+        verdict({1: 0.16, 2: 0.16} | {other: 0.20}, other),
+        verdict({1: 0.1, 2: 0.1} | {better: 0.3}, better),
+    ]
+    assert combine(fills)[0] == f"policy {better}"
 
 
 def test_what_is_slower_in_two_of_three_fills_serves_none_however_much_it_saves_in_one() -> None:
     fills = [verdict({1: 0.5}, 1), verdict({1: -0.04}), verdict({1: -0.04})]
-    assert combine(fills)[0] == "policy 0"
+    assert combine(fills) == (
+        "policy 0",
+        "kept policy 0: nothing is faster in one and loses in none (winners: policy 1, policy 0)",
+    )
 
 
 def test_faster_in_one_and_tied_in_the_other_serves_both() -> None:
@@ -153,6 +176,41 @@ def test_the_same_verdict_twice_is_that_verdict(one: Verdict) -> None:
     assert combine([one, one], MARGIN)[0] == one.candidate
 
 
+@pytest.mark.parametrize(
+    ("gain", "low", "sure_us", "lost"),
+    [
+        # Of 16 us, with a margin of 0.25: a tie is within 0.625.
+        (-0.25, -0.625, 10.0, False),
+        (-0.2501, -0.625, 10.0, True),  # likelier slower by more than the margin
+        (-0.25, -0.6251, 10.0, True),  # it may be slower by more than a tie can be
+        (-0.25, -0.625, 9.99, True),  # it may cost more than is saved elsewhere
+        (0.25, 0.125, 0.0, False),
+    ],
+)
+def test_a_tie_loses_where_what_it_may_cost_matters(
+    gain: float, low: float, sure_us: float, lost: bool
+) -> None:
+    base = Result("policy 0", Standing.BASELINE, 16.0, 0.0)
+    tied = Result("policy 1", Standing.TIED, 16.0, gain, low, 0.5)
+    found = Verdict("policy 0", True, 9, "", (base, tied))
+    assert loses(found, "policy 1", 0.25, sure_us) is lost
+    assert saving_us(found, "policy 1") == 16.0 * low
+
+
+def test_who_was_not_measured_may_cost_anything_but_the_baseline_nothing() -> None:
+    base = Result("policy 0", Standing.BASELINE, 16.0, 0.0)
+    unsure = Result("policy 1", Standing.UNSETTLED, 12.0, 0.25)
+    for results in (
+        (base,),
+        (base, unsure),
+        (replace(base, median_us=None), replace(unsure, gain_low=0.1)),
+    ):
+        found = Verdict("policy 0", False, 3, "", results)
+        assert loses(found, "policy 1", MARGIN)
+        assert saving_us(found, "policy 1") == -math.inf
+        assert not loses(found, "policy 0", MARGIN)
+
+
 def test_loss_is_over_the_fastest_trusted_candidate() -> None:
     found = verdict({1: -1.0, 2: 0.5, 3: None}, 2)
     assert [loss(found, f"policy {p}") for p in range(4)] == [2.0, 4.0, 1.0, math.inf]
@@ -195,6 +253,20 @@ def unasked(found: Verdict, policy: int) -> Verdict:
     out = Result(name, Standing.SLOWER, reason="not measured")
     results = tuple(out if r.candidate == name else r for r in found.results)
     return replace(found, results=results)
+
+
+def test_who_is_not_asked_cannot_lose() -> None:
+    found = unasked(verdict({1: 0.2, 2: -0.25, 3: None}, 1), 2)
+    policies = [f"policy {p}" for p in range(4)]
+    assert [loss_if_asked(found, p) for p in policies] == [1.25, 1.0, 1.0, math.inf]
+    assert loss(found, "policy 2") == math.inf
+
+
+def test_a_gap_that_loses_what_is_tolerated_and_no_more_is_left() -> None:
+    """With a margin of 0.25 that is 0.75: what policy 1, the fastest above, costs below."""
+    below, above = verdict({1: -0.75}), verdict({1: 0.25})
+    assert needs_refining(below, above, Rule(margin=0.25)) == 0.0
+    assert needs_refining(verdict({1: -0.76}), above, Rule(margin=0.25)) == pytest.approx(0.76)
 
 
 def test_where_a_winner_that_is_not_asked_above_ends_is_not_looked_for() -> None:

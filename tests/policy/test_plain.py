@@ -1,15 +1,23 @@
 """plain.py: whatever does not fit its type is refused, at the place that it names."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
-from adaptive_moe.policy.plain import MAX_INT, MAX_ITEMS, MAX_TEXT, from_plain, to_plain
+from adaptive_moe.policy.plain import (
+    MAX_INT,
+    MAX_ITEMS,
+    MAX_TEXT,
+    differences,
+    from_plain,
+    to_plain,
+)
 
 
 class Colour(enum.Enum):
     RED = "red"
+    GREEN = "green"
 
 
 @dataclass(frozen=True)
@@ -49,24 +57,29 @@ def test_the_largest_values_that_fit_are_read():
 @pytest.mark.parametrize(
     ("field", "value", "where"),
     [
-        ("name", 7, "here.name"),
-        ("name", "x" * (MAX_TEXT + 1), "here.name"),
-        ("count", True, "here.count"),
+        ("name", 7, "here.name: '7' is not a str$"),
+        ("name", "x" * (MAX_TEXT + 1), f"here.name: '{'x' * 60}' is not a str$"),
+        ("count", True, "here.count: 'True' is not a int$"),
         ("count", 1.0, "here.count"),
         ("count", MAX_INT + 1, "here.count"),
         ("flag", 1, "here.flag: '1' is not a bool$"),
-        ("colour", "blue", "here.colour: 'blue' is not one of red$"),
+        ("colour", "blue", "here.colour: 'blue' is not one of red, green$"),
         ("colour", ["red"], "here.colour"),
         ("inner", {"number": "1"}, "here.inner.number: '1' is not a float$"),
         ("inner", {"number": True}, "here.inner.number"),
         ("inner", {"number": 1e300}, "here.inner.number"),
         ("inner", {"number": float("nan")}, "here.inner.number"),
         ("inner", {"number": 1.0, "more": 1}, r"here.inner: fields \['more'\]"),
+        (
+            "inner",
+            dict.fromkeys("edcba"),
+            r"here.inner: fields \['a', 'b', 'c', 'd'\] are missing or unknown$",
+        ),
         ("inner", {}, "here.inner: fields"),
         ("inner", [1.0], r"here.inner: '\[1.0\]' is not an object \(Inner\)$"),
         ("perhaps", "none", "here.perhaps"),
-        ("spans", {}, "here.spans"),
-        ("spans", [[1, 2], [3]], r"here.spans\[1\]"),
+        ("spans", {}, f"here.spans: '{{}}' is not a list of at most {MAX_ITEMS}$"),
+        ("spans", [[1, 2], [3]], r"here.spans\[1\]: '\[3\]' is not a list of 2$"),
         ("spans", [[1, 2, 3]], r"here.spans\[0\]"),
         ("spans", [[1, "2"]], r"here.spans\[0\]\[1\]"),
         ("spans", [[1, 2]] * (MAX_ITEMS + 1), "here.spans"),
@@ -76,3 +89,11 @@ def test_what_does_not_fit_is_refused_by_name(field, value, where):
     plain = {**to_plain(GOOD), field: value}
     with pytest.raises(ValueError, match=where):
         from_plain(Outer, plain, "here")
+
+
+def test_two_that_differ_are_told_apart_field_by_field():
+    theirs = replace(GOOD, count=2, colour=Colour.GREEN, inner=Inner(1.5))
+    found = ["count (2, here 1)", "colour ('green', here 'red')", "inner.number (1.5, here 0.5)"]
+    assert differences(theirs, GOOD) == found
+    assert differences(Inner(1.5), GOOD, "there") == ["number (1.5, there None)"]
+    assert differences(GOOD, GOOD) == []
