@@ -320,15 +320,21 @@ def test_fusing_nothing_is_an_error(tmp_path):
     assert find_model("deepseek-v3", fuse_shared=True) == find_model("deepseek-v3-fused")
 
 
+DENSE = (
+    "describes no mixture of experts (none of num_experts, n_routed_experts, num_local_experts, "
+    "moe_num_experts is above 1): a dense model has nothing to sort"
+)
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"model_type": "llama", "hidden_size": 4096}, "dense"),
-        ({"num_experts": 0, "hidden_size": 64}, "dense"),
-        ({"num_local_experts": 1, "num_experts_per_tok": 1, "hidden_size": 64}, "dense"),
+        ({"model_type": "llama", "hidden_size": 4096}, DENSE),
+        ({"num_experts": 0, "hidden_size": 64}, DENSE),
+        ({"num_local_experts": 1, "num_experts_per_tok": 1, "hidden_size": 64}, DENSE),
         ({"num_experts": 8, "hidden_size": 64}, "num_experts_per_tok"),
         ({"num_experts": 8, "num_experts_per_tok": "two", "hidden_size": 64}, "'two'"),
-        ({"num_experts": True, "num_experts_per_tok": 2, "hidden_size": 64}, "dense"),
+        ({"num_experts": True, "num_experts_per_tok": 2, "hidden_size": 64}, DENSE),
         ("[1, 2]", "list"),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_moe.policy.buckets import between, bucket_of, check_domain, first_buckets
+from adaptive_moe.policy.buckets import between, bucket_of, check_domain, first_buckets, spread
 from adaptive_moe.policy.situation import Situation
 from tests.tables import make_table
 
@@ -37,6 +37,13 @@ def test_lookup_reads_the_candidate_of_the_bucket_that_tuning_mapped_to(
         assert found.num_tokens == buckets[served_by]
 
 
+def test_each_bucket_has_one_index() -> None:
+    assert spread([7, 3], [1, 4], 6) == bytes([0, 7, 3, 3, 3, 3, 3])
+    for indices in ([7], [7, 3, 1]):
+        with pytest.raises(ValueError, match="zip"):
+            spread(indices, [1, 4], 6)
+
+
 @pytest.mark.parametrize(("num_tokens", "buckets"), [(0, [1]), (-1, [1, 2]), (1, [])])
 def test_what_has_no_bucket_is_an_error(num_tokens: int, buckets: list[int]) -> None:
     with pytest.raises(ValueError, match=f"num_tokens={num_tokens}"):
@@ -67,7 +74,7 @@ def test_first_buckets_rise_lie_in_the_domain_and_hold_its_ends(
 
 
 def test_an_empty_domain_is_an_error() -> None:
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match=r"^no token count to measure: the domain is empty$"):
         first_buckets(())
 
 
