@@ -261,7 +261,7 @@ def cached(hub: Path, snapshot: str = "abc") -> Path:
     """A model as the Hugging Face cache keeps it."""
     folder = hub / "models--acme--Sorter-8x" / "snapshots" / snapshot
     folder.mkdir(parents=True)
-    return written(folder, {"num_experts": 8, "num_experts_per_tok": 3, "hidden_size": 64})
+    return written(folder, PLAIN | {"num_experts_per_tok": 3, "n_shared_experts": 1})
 
 
 def test_another_id_is_looked_up_in_the_local_cache_only(tmp_path, monkeypatch):
@@ -269,7 +269,8 @@ def test_another_id_is_looked_up_in_the_local_cache_only(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="local Hugging Face cache"):
         find_model("acme/Sorter-8x")
     cached(tmp_path)
-    assert find_model("acme/Sorter-8x").topk == 3
+    assert find_model(" acme/Sorter-8x").topk == 3
+    assert find_model("acme/Sorter-8x", fuse_shared=True).topk == 4
 
 
 def test_the_cache_s_main_revision_counts(tmp_path):
@@ -283,20 +284,23 @@ def test_the_cache_s_main_revision_counts(tmp_path):
     assert hub_config("acme/Sorter-8x", environ) == old
 
 
-def test_the_cache_is_found_by_either_variable(tmp_path):
-    where = cached(tmp_path / "hub")
-    assert hub_config("acme/Sorter-8x", {"HF_HOME": str(tmp_path)}) == where
-    assert hub_config("../etc", {"HF_HOME": str(tmp_path)}) is None
-
-
-def test_an_id_is_one_owner_and_one_name(tmp_path):
-    cached(tmp_path).parent.parent.parent.rename(tmp_path / "models--acme--deeper")
-    (tmp_path / "models--acme--x").mkdir()
-    (tmp_path / "models--acme--x" / "y").symlink_to(tmp_path / "models--acme--deeper")
-    environ = {"HF_HUB_CACHE": str(tmp_path)}
-    assert hub_config("acme/deeper", environ) is not None
-    assert hub_config("acme/x/y", environ) is None
-    assert hub_config("acme--deeper", environ) is None
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        (["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"], ""),
+        (["HF_HOME", "XDG_CACHE_HOME"], "hub"),
+        (["XDG_CACHE_HOME"], "huggingface/hub"),
+        ([], ".cache/huggingface/hub"),
+    ],
+)
+def test_the_cache_is_where_hugging_face_has_it(tmp_path, monkeypatch, variables, folder):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    where = cached(tmp_path / folder)
+    environ = dict.fromkeys(variables, str(tmp_path))
+    assert hub_config("acme/Sorter-8x", environ) == where
+    assert hub_config("acme/Sorter-9x", environ) is None
+    for odd in ("acme--Sorter-8x", "acme/Sorter/8x", "../etc"):
+        assert hub_config(odd, environ) is None
 
 
 @pytest.mark.parametrize(
@@ -317,7 +321,9 @@ def test_fusing_nothing_is_an_error(tmp_path):
         model_from_config(written(tmp_path, config), fuse_shared=True)
     with pytest.raises(ModelError, match="no shared experts"):
         find_model("mixtral-8x7b", fuse_shared=True)
-    assert find_model("deepseek-v3", fuse_shared=True) == find_model("deepseek-v3-fused")
+    fused = find_model("deepseek-v3-fused")
+    for name in ("deepseek-v3", "deepseek-v3-fused", "deepseek-ai/DeepSeek-R1"):
+        assert find_model(name, fuse_shared=True) == fused
 
 
 DENSE = (

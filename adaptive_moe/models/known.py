@@ -44,8 +44,6 @@ def find_model(name: str, *, fuse_shared: bool = False) -> Model:
     """
     word = name.strip().lower()
     known = known_models()
-    if word.endswith(FUSED) and word in known:
-        return known[word]
     ids = {alias.lower(): known[name] for name, facts in _facts().items() for alias in _ids(facts)}
     found = known.get(word) or ids.get(word)
     if found is None:
@@ -57,19 +55,18 @@ def find_model(name: str, *, fuse_shared: bool = False) -> Model:
                 "PATH to its config.json; or --experts, --topk and --hidden"
             )
         return model_from_config(config, fuse_shared=fuse_shared)
-    return found.fused() if fuse_shared else found
+    return found.fused() if fuse_shared and not found.name.endswith(FUSED) else found
 
 
 def hub_config(model_id: str, environ: Mapping[str, str] = os.environ) -> Path | None:
     """The config of that id in the local Hugging Face cache, or None. Never downloads."""
-    owner, slash, name = model_id.partition("/")
-    if not slash or "/" in name:
+    if model_id.count("/") != 1:  # OWNER/NAME
         return None
     home = environ.get("HF_HOME") or os.path.expanduser(
         os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     )
     hub = Path(environ.get("HF_HUB_CACHE") or Path(home, "hub"))
-    folder = hub / f"models--{owner}--{name}"
+    folder = hub / f"models--{model_id.replace('/', '--')}"
     try:
         revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
     except OSError:
