@@ -317,8 +317,13 @@ def test_shared_experts_are_fused_on_request_only(tmp_path, shared, more):
 
 def test_fusing_nothing_is_an_error(tmp_path):
     config = {"n_routed_experts": 64, "num_experts_per_tok": 6, "hidden_size": 2048}
-    with pytest.raises(ModelError, match="no shared experts"):
-        model_from_config(written(tmp_path, config), fuse_shared=True)
+    path = written(tmp_path, config)
+    with pytest.raises(ModelError) as refused:
+        model_from_config(path, fuse_shared=True)
+    assert str(refused.value) == (
+        f"{tmp_path.name} ({path}) names no shared experts, so there is nothing to fuse: leave "
+        "--fuse-shared out"
+    )
     with pytest.raises(ModelError, match="no shared experts"):
         find_model("mixtral-8x7b", fuse_shared=True)
     fused = find_model("deepseek-v3-fused")
