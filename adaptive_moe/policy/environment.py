@@ -32,12 +32,13 @@ def describe_environment(device: "torch.device") -> Environment:
             _cpu_name(), platform.machine(), torch.get_num_threads(), "", torch.__version__, python
         )
     properties = torch.cuda.get_device_properties(device)
-    major, minor = torch.cuda.get_device_capability(device)
-    arch = getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else ""
-    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    if torch.version.hip:
+        arch, runtime = properties.gcnArchName.split(":")[0], f"ROCm {torch.version.hip}"
+    else:
+        arch, runtime = f"sm_{properties.major}{properties.minor}", f"CUDA {torch.version.cuda}"
     return Environment(
         properties.name,
-        arch or f"sm_{major}{minor}",
+        arch,
         properties.multi_processor_count,
         runtime,
         torch.__version__,

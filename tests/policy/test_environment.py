@@ -48,9 +48,10 @@ def test_a_gpu_is_what_torch_says_of_that_device(
 ) -> None:
     second = torch.device("cuda", 1)
     name, gcn, units = gpu
-    said = SimpleNamespace(name=name, gcnArchName=gcn, multi_processor_count=units)
+    said = SimpleNamespace(
+        name=name, gcnArchName=gcn, multi_processor_count=units, major=9, minor=0
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", {second: said}.__getitem__)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", {second: (9, 0)}.__getitem__)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     python = platform.python_version()

@@ -181,6 +181,11 @@ def test_evidence_that_is_not_whole_makes_no_table(name: str) -> None:
         PolicyTable(dataclasses.replace(found, **other))
 
 
+def test_a_byte_holds_as_many_candidates_as_there_may_be() -> None:
+    names = ("policy 0", *map(str, range(255)))
+    assert make_table({1: 255}, candidates=names).candidate(1) == "254"
+
+
 def test_graph_evidence_is_held_to_the_same() -> None:
     found = make_table({1: 1}, graph={4: 1, 8: 1}).evidence
     with pytest.raises(ValueError, match=r"^bucket token counts must rise from 1: \[8, 4\]$"):
