@@ -36,6 +36,14 @@ def test_counts_are_shown_as_spans() -> None:
     assert repr(Counts([(1, 1), (3, 9)])) == "Counts(1, 3-9)"
 
 
+def test_up_to_is_every_eager_count_and_each_captured_one_once() -> None:
+    plain = Coverage(SHAPE, "policy 0", ((1, 64),), (2, 8), busy_from=9)
+    assert Coverage.up_to(SHAPE, 64, (8, 2, 8)) == plain
+    assert (plain.padding_rows, plain.context) == (False, "")
+    padded = Coverage(SHAPE, "opus", ((1, 64),), (), True, 3)
+    assert Coverage.up_to(SHAPE, 64, baseline="opus", busy_from=3, padding_rows=True) == padded
+
+
 def test_the_device_is_busy_above_the_largest_captured_size_or_where_it_is_said() -> None:
     assert Coverage.up_to(SHAPE, 64, (8, 2)).busy_from == 9
     assert Coverage.up_to(SHAPE, 64).busy_from == BUSY_FROM
@@ -63,7 +71,7 @@ def test_on_a_cpu_one_situation_is_all_there_is() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"eager": ()}, r"eager=\(\)"),
+        ({"eager": ()}, r"^eager=\(\) is not accepted: give spans of token counts$"),
         ({"eager": ((0, 4),)}, r"eager: \(0, 4\)"),
         ({"eager": ((1, 4), (4, 8))}, r"eager: \(4, 8\)"),
         ({"eager": ((1, True),)}, "eager: "),
