@@ -51,7 +51,7 @@ def _cpu_name() -> str:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
                 if line.startswith("model name"):
-                    return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+                    return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
     except OSError:
         pass  # not Linux: the platform's own word will do
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
