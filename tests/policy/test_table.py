@@ -126,6 +126,22 @@ def test_of_as_few_tokens_as_graphs_hold_only_their_choice_is_taken_eagerly_too(
     assert both.eager[1:] == bytes([1] * 4 + [0] * 8 + [1] * 4 + [1] * 16)
 
 
+def test_the_largest_graph_s_choice_counts_also_where_it_holds_more_than_any_eager_call() -> None:
+    for size in (32, 64):
+        for index in (1, 2):
+            cover = coverage(captured=(size,), busy_from=size + 1)
+            table = make_table({32: 1}, idle={32: 1}, graph={size: index}, coverage=cover)
+            assert table.eager[1:] == bytes([1 if index == 1 else 0] * 32)
+
+
+def test_the_calibration_s_own_margin_says_what_loses() -> None:
+    """On the idle device policy 1 ties, and most likely takes a fifth longer."""
+    cover = coverage(max_tokens=8, busy_from=9)
+    for margin, index in ((0.01, 0), (0.2, 1)):
+        own = {"standing": Standing.TIED, "rule": Rule(margin=margin), "coverage": cover}
+        assert make_table({8: 1}, idle={8: 0}, **own).eager[1:] == bytes([index] * 8)
+
+
 def test_counts_below_busy_from_are_never_served_by_busy_verdicts_alone() -> None:
     """Though the busy bucket that serves them lies above it."""
     assert eager({4: 1, 64: 1}, {4: 1, 9: 0}, busy_from=10, max_tokens=64) == (
