@@ -209,8 +209,8 @@ def test_an_excluded_policy_never_wins_and_its_reason_is_kept(out: Standing, rou
 def test_without_a_trusted_policy_0_it_is_kept_and_nobody_is_compared_with_it() -> None:
     why = "raised RuntimeError: half way"
     samples = [
-        Samples("policy 0", (10.0,), Standing.FAILED, why),
-        Samples("policy 1", (9.0, 9.0)),
+        Samples("policy 0", (10.0,) * 12, Standing.FAILED, why),
+        Samples("policy 1", (8.0,) * 13),
         Samples("policy 2", (8.0,), Standing.WRONG, "one token's experts differ"),
     ]
     results = (
@@ -218,7 +218,7 @@ def test_without_a_trusted_policy_0_it_is_kept_and_nobody_is_compared_with_it() 
         Result("policy 1", Standing.UNSETTLED),
         Result("policy 2", Standing.WRONG),
     )
-    kept = Verdict("policy 0", True, 1, f"kept policy 0: it {why} itself", results)
+    kept = Verdict("policy 0", True, 12, f"kept policy 0: it {why} itself", results)
     assert decide(samples, RULE) == kept
     # Nor does a second pass change that.
     assert confirm(kept, passes(10.0, 8.0), RULE) is kept
