@@ -78,6 +78,7 @@ def test_a_known_model_is_what_its_entry_says():
     )
     assert find_model(" Mixtral-8x7B ") == mixtral
     assert mixtral.shape() == SortingShape(8, 2, 4096, "bfloat16", 32)
+    assert mixtral.shape(64).block_size == 64
     deepseek = find_model("deepseek-v3")
     assert (deepseek.shared_experts, deepseek.quant) == (1, "fp8-block")
     fused = replace(deepseek, name="deepseek-v3-fused", num_experts=257, topk=9, shared_experts=0)
