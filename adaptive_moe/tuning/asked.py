@@ -30,7 +30,7 @@ def unasked(
     found: dict[str, str] = {}
     if busy is not None:
         slower = {Standing.SLOWER, Standing.HOPELESS}
-        found |= {n: SLOWER_BUSY for n in names if all(_stands(f, n) & slower for f in busy)}
+        found = {n: SLOWER_BUSY for n in names if all(_stands(f, n) & slower for f in busy)}
     if graph is not None:
         won = {n for n in names if any(Standing.FASTER in _stands(f, n) for f in graph)}
         found |= {n: NOT_IN_GRAPH for n in names if n not in won}

@@ -71,7 +71,7 @@ class Graphs:
         self._stream = stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         # torch forgets a pool with its last graph; this one lives as long as the clock.
-        self._keeper = self.capture([lambda: torch.zeros(1, dtype=torch.float32, device=device)])
+        self._keeper = self.capture([lambda: torch.zeros(1, device=device)])
 
     def capture(self, calls: Train) -> Callable[[], object]:
         """A call that replays the graph of these calls."""

@@ -167,8 +167,7 @@ def promised(verdict: Verdict, rule: Rule) -> float:
     """
     if verdict.settled:
         return 0.0
-    chosen_result = verdict.result(verdict.candidate)
-    chosen = (chosen_result.gain if chosen_result else None) or 0.0
+    chosen = next(r.gain or 0.0 for r in verdict.results if r.candidate == verdict.candidate)
     most = 0.0
     for result in verdict.results:
         if result.gain is None or result.standing is not Standing.UNSETTLED:

@@ -29,7 +29,7 @@ class Inputs:
         shape = coverage.shape
         self.coverage = coverage
         self.mask = default_mask(shape, device) if expert_mask is None else expert_mask
-        self.rows = max(coverage.max_tokens, *coverage.captured, 0)
+        self.rows = max((coverage.max_tokens, *coverage.captured))
         self.tables = [
             route(shape, self.rows, ROUTINGS[seed % len(ROUTINGS)], seed, device)
             for seed in range(GRAPH_LOT)

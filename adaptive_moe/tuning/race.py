@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from adaptive_moe.kernels import Candidate
 from adaptive_moe.kernels.contract import SortingInputs
-from adaptive_moe.policy.decision import SWEEPS, Rule, Samples, Standing, decide
+from adaptive_moe.policy.decision import Rule, Samples, Standing, decide
 from adaptive_moe.tuning.clocks import Clock, Pending, Sampler
 
 logger = logging.getLogger("adaptive_moe")
@@ -214,22 +214,15 @@ _OPEN = (Standing.UNSETTLED, Standing.FASTER)
 
 
 def _sweeps(number: int, live: Sequence[str]) -> list[list[str]]:
-    """The order of visits in one round: SWEEPS sweeps, rotated, every other one backwards.
+    """The order of visits in one round: SWEEPS sweeps, one there and one back.
 
     Each candidate opens a round equally often (the call after our own bookkeeping runs colder), and
     each full turn of the rotation is followed by its mirror image.
     """
-    count = len(live)
-    mirrored = (number // count) % 2
-    sweeps = []
-    for sweep in range(SWEEPS):
-        start = (number + sweep // 2) % count
-        order = [*live[start:], *live[:start]]
-        sweeps.append(order[::-1] if sweep % 2 else order)
-    if mirrored:
-        flipped = dict(zip(live, reversed(live), strict=True))
-        sweeps = [[flipped[name] for name in order] for order in sweeps]
-    return sweeps
+    turn, start = divmod(number, len(live))
+    ring = live[::-1] if turn % 2 else live
+    order = [*ring[start:], *ring[:start]]
+    return [order, order[::-1]]
 
 
 def _failed(samples: Samples, error: Exception) -> Samples:

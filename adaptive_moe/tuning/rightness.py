@@ -103,7 +103,7 @@ class Rightness:
 
 
 def check_candidates(
-    candidates: Sequence[Candidate], inputs: SortingInputs, accumulate: bool, *, read: bool = True
+    candidates: Sequence[Candidate], inputs: SortingInputs, accumulate: bool, *, read: bool
 ) -> tuple[dict[str, Exclusion], list[str]]:
     """Run each candidate once on poisoned memory and compare it with the baseline, the first.
 

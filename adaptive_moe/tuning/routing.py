@@ -41,7 +41,7 @@ def route(
 ) -> RoutedTokens:
     """Routed rows on `device`, the same for a seed; torch's own generators stay untouched."""
     generator = torch.Generator(device).manual_seed(seed)
-    popularity = torch.zeros(shape.num_experts, dtype=torch.float32, device=device)
+    popularity: Tensor | float = 0.0
     if routing is Routing.SKEWED:
         ranks = torch.randperm(shape.num_experts, generator=generator, device=device) + 1
         popularity = -torch.log(ranks.float())
@@ -56,7 +56,7 @@ def route(
             generator=generator,
             dtype=torch.float32,
             device=device,
-        ).clamp_(1e-9, 1 - 1e-7)
+        )
         # Gumbel noise on log-popularity draws topk distinct experts in proportion to it.
         scores = noise.log_().neg_().log_().neg_().add_(popularity)
         rows.copy_(scores.topk(shape.topk, dim=1).indices)
@@ -104,5 +104,6 @@ def default_mask(shape: SortingShape, device: torch.device) -> Tensor | None:
     """An expert-parallel rank's mask where the shape has one: its first local_experts experts."""
     if shape.local_experts is None:
         return None
-    experts = torch.arange(shape.num_experts, dtype=torch.int32, device=device)
-    return (experts < shape.local_experts).int()
+    mask = torch.zeros(shape.num_experts, dtype=torch.int32, device=device)
+    mask[: shape.local_experts] = 1
+    return mask

@@ -1,8 +1,4 @@
-"""Clocks: what a sample covers, on a made-up GPU. The real one's are in tests/kernels/test_gpu.py.
-
-The made-up GPU has a host and a device, each with its own time: a call takes the host a while to
-enqueue, and the device starts it when it is free and the call is there.
-"""
+"""Clocks: what a sample covers, on a made-up GPU. Those of a real one: tests/kernels/test_gpu.py."""
 
 import math
 from collections.abc import Callable
@@ -27,56 +23,9 @@ from adaptive_moe.tuning.clocks import (
     calls_of,
     clock_for,
 )
+from tests.tuning.made_up_gpu import DEVICE, Gpu
 
 GRAPH_CALLS = TRAIN_LENGTH[Situation.GRAPH]
-
-
-class Gpu:
-    """Times in us. log: what ran on the device, in order, each with its start."""
-
-    def __init__(self) -> None:
-        self.host = self.device = 0.0
-        self.log: list[tuple[str, float]] = []
-
-    def call(self, name: str, host_us: float, device_us: float) -> Callable[[], None]:
-        def run() -> None:
-            self.host += host_us
-            start = max(self.host, self.device)
-            self.log.append((name, start))
-            self.device = start + device_us
-
-        return run
-
-    def neutral(self) -> None:
-        self.call("neutral", 5.0, 20.0)()
-
-    def spin(self, us: float) -> None:
-        self.call("spin", 5.0, us)()
-
-    def event(self) -> "Event":
-        return Event(self)
-
-    def ran(self) -> list[str]:
-        return [name for name, _ in self.log]
-
-
-class Event:
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
-
-    def record(self) -> None:
-        self.gpu.host += 1.0
-        self.at = max(self.gpu.host, self.gpu.device)
-        self.gpu.device = self.at
-
-    def query(self) -> bool:
-        return self.at <= self.gpu.host
-
-    def synchronize(self) -> None:
-        self.gpu.host = max(self.gpu.host, self.at)
-
-    def elapsed_time(self, end: "Event") -> float:
-        return (end.at - self.at) / 1e3
 
 
 def test_the_wall_clock_divides_the_trains_time_by_its_calls() -> None:
@@ -250,3 +199,25 @@ def test_on_a_cpu_a_predecessor_that_is_given_is_the_one_that_runs() -> None:
     clock = clock_for(Situation.BUSY, torch.device("cpu"), lambda: ran.append("given"))
     at_once(clock.prepare([lambda: ran.append("call")]))()
     assert ran == ["given", "call"]
+
+
+def test_a_long_train_of_short_calls_is_captured_as_far_as_a_replay_is_long() -> None:
+    assert calls_of(1000, 0.2) == REPLAY_US / 0.2
+
+
+@pytest.mark.parametrize(
+    ("situation", "a_call", "ran"),
+    [
+        (Situation.GRAPH, 3.0, ["spin", "given", "replay"]),
+        (Situation.BUSY, 3.0, ["spin", "given", *["sort"] * 4]),
+        (Situation.IDLE, 7.0 + 3.0 / 4, ["given", *["sort"] * 4]),  # the host's 7 us are in it
+    ],
+)
+def test_each_situation_of_a_gpu_has_its_clock(
+    gpu: Gpu, situation: Situation, a_call: float, ran: list[str]
+) -> None:
+    clock = clock_for(situation, DEVICE, gpu.call("given", 5.0, 20.0))
+    sample = at_once(clock.prepare([gpu.call("sort", 7.0, 3.0)] * 4))
+    before = len(gpu.log)
+    assert sample() == pytest.approx(a_call)
+    assert gpu.ran()[before:] == ran
