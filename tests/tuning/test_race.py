@@ -1,11 +1,13 @@
 """race() and measure() with made-up samplers that keep a log of every call."""
 
+import logging
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
+from itertools import count, pairwise
 
 import pytest
 import torch
@@ -84,6 +86,10 @@ def test_each_policy_opens_rounds_and_follows_each_other_one_equally_often(polic
     follows = Counter(pair for visits in rounds for pair in pairwise(visits) if pair[0] != pair[1])
     assert len(follows) == policies * (policies - 1)
     assert len(set(follows.values())) == 1
+    # As early in a round, too: a turn of the rotation is followed by its mirror image.
+    first = Counter(pair for visits in rounds for pair in pairwise(visits[:policies]))
+    assert len(first) == len(follows)
+    assert len(set(first.values())) == 1
 
 
 @pytest.mark.parametrize("policies", [2, 3])
@@ -131,6 +137,61 @@ def test_the_first_look_drops_the_hopeless_and_never_runs_them_again() -> None:
     assert len(found[2].round_us) == ROUNDS
 
 
+@pytest.mark.parametrize(
+    ("looks", "reason"),
+    [
+        # It is never dropped by one look, nor for being three times as slow and no slower.
+        ([(10.0,), (30.0,)], ""),
+        ([(10.0, 10.0), (45.0, 30.0)], ""),
+        ([(10.0, 15.0), (50.0, 45.0)], ""),
+        ([(10.0, 10.0), (50.0, 31.0)], "3.1 times the fastest at the first look"),
+        # The better of both looks counts.
+        ([(10.0, 10.0), (40.0, 90.0)], "4.0 times the fastest at the first look"),
+        # The fastest raises when it is looked at again.
+        ([(10.0,), (50.0, 50.0), (5.0,)], "10.0 times the fastest at the first look"),
+        # It does itself.
+        ([(10.0, 10.0), (50.0,)], "raised IndexError: pop from empty list"),
+        # Nobody else is in.
+        ([(10.0,), ()], "raised IndexError: pop from empty list"),
+    ],
+)
+def test_who_is_dropped_at_the_first_look_and_why(
+    looks: list[tuple[float, ...]], reason: str
+) -> None:
+    left = [list(times) for times in looks]
+    samplers: dict[str, Sampler] = {
+        f"policy {p}": lambda times=times: partial(float, times.pop(0))  # type: ignore[misc]
+        for p, times in enumerate(left)
+    }
+    found, fastest = first_look([Samples(name) for name in samplers], samplers)
+    assert found[0] == Samples("policy 0")
+    assert found[1].reason == reason
+    raised = reason.startswith("raised")
+    assert found[1].out is (
+        None if not reason else Standing.FAILED if raised else Standing.HOPELESS
+    )
+    assert fastest == min(times[0] for times in looks if times)
+
+
+def test_who_is_in_is_looked_at_and_the_log_has_the_times(caplog: pytest.LogCaptureFixture) -> None:
+    runs = Runs(p0=10.0, p1=9.0, p2=8.0)
+    out = Samples("policy 1", out=Standing.WRONG, reason="wrong")
+    samples = [Samples("policy 0"), out, Samples("policy 2")]
+    with caplog.at_level(logging.DEBUG, "adaptive_moe"):
+        found, fastest = first_look(samples, runs.samplers)
+        race(found, runs.samplers, RULE, 1, lambda: False)
+    assert (found, fastest) == (samples, 8.0)
+    assert runs.log == [0, 2, 0, 2, 2, 0]
+    assert [record.getMessage() for record in caplog.records] == [
+        "first look us: {'policy 0': 10.0, 'policy 1': None, 'policy 2': 8.0}",
+        "samples us: {'policy 0': [10.0, 10.0], 'policy 2': [8.0, 8.0]}",
+    ]
+
+
+def test_where_nobody_can_be_looked_at_there_is_no_fastest() -> None:
+    assert first_look([Samples("policy 0")], {}) == ([Samples("policy 0")], 0.0)
+
+
 def test_policy_0_is_never_dropped_however_slow() -> None:
     found = Runs(p0=900.0, p1=10.0, p2=11.0).race()
     assert found[0].out is None
@@ -175,14 +236,18 @@ def test_a_policy_that_raises_is_out_with_its_reason_and_the_others_go_on(after:
     assert decide(list(found.values()), RULE).candidate != "policy 1"
 
 
-def test_who_fails_only_when_waited_for_is_out_as_well() -> None:
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_who_fails_only_when_waited_for_is_out_as_well(at: int) -> None:
     runs = Runs(p0=10.0, p1=9.0, p2=unsettled(2))
+    waited = count(1)
 
     def enqueued() -> Pending:
         runs.log.append(1)
 
         def wait() -> float:
-            raise RuntimeError("illegal access")
+            if next(waited) == at:
+                raise RuntimeError("illegal access")
+            return 9.0
 
         return wait
 
@@ -234,6 +299,28 @@ def test_a_race_ends_at_most_an_eighth_after_it_is_settled(seed: int, noise: flo
     assert not all(settled(rounds) for rounds in range(late - 1, ran))
     if ran <= 8:
         assert not settled(ran - 1)
+
+
+@pytest.mark.parametrize(
+    ("had", "ends"),
+    [(15, 16), (16, 18), (71, 79), (72, 81), (95, 106)],
+)
+def test_after_each_eighth_more_a_race_is_judged(had: int, ends: int) -> None:
+    """A verdict is possible after one round more."""
+    before = [Samples("policy 0", (10.0,) * had), Samples("policy 1", (8.0,) * had)]
+    samplers = Runs(p0=10.0, p1=8.0).samplers
+    found = race(before, samplers, Rule(min_rounds=had + 1), 500, lambda: False)
+    assert [len(one.round_us) for one in found] == [ends] * 2
+
+
+def test_a_race_whose_last_rival_fails_ends_at_once() -> None:
+    """Though it is not time for another judgement."""
+    before = [Samples(f"policy {p}", (10.0, 15.0) * 40) for p in (0, 1)]
+    runs = Runs(p0=unsettled(0), p1=unsettled(1))
+    runs.samplers["policy 1"] = raises_after(runs, 1, 2 * SWEEPS)
+    found = race(before, runs.samplers, Rule(min_rounds=1000), 500, lambda: False)
+    assert [len(one.round_us) for one in found] == [83, 82]
+    assert found[1].out is Standing.FAILED
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 10])

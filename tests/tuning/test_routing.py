@@ -46,7 +46,7 @@ def test_rows_name_distinct_experts_whatever_the_process_s_defaults(routing: Rou
     assert ids.min() >= 0
     assert ids.max() < 16
     assert (ids.sort(1).values.diff(dim=1) > 0).all()
-    torch.testing.assert_close(weights.sum(1), torch.ones(ROWS))
+    assert (weights.sum(1) - 1.0).abs().max() < 1e-6
     assert (weights > 0).all()
     # The same for a seed; another for another, where chance has a part in it.
     assert torch.equal(ids, usual.topk_ids)
