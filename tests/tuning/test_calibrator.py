@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -19,16 +20,22 @@ from adaptive_moe.policy.situation import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.calibrator import (
+    CAPTURING,
     IDLE_ROUNDS,
     BudgetError,
     CalibrationFailedError,
+    CalibrationRefusedError,
     Plan,
     _grid,
     _rule,
+    _sections,
     calibrate,
 )
 from adaptive_moe.tuning.clocks import Clock, WallClock
 from adaptive_moe.tuning.race import LOTS
+from adaptive_moe.tuning.section import Section
+from tests.tuning.engine import engine_defaults
+from tests.tuning.made_up_gpu import DEVICE, Graph, Gpu
 
 SHAPE = SortingShape(8, 2, 4, block_size=4)
 CPU = torch.device("cpu")
@@ -61,7 +68,8 @@ class Fake:
             raise RuntimeError("no kernel for this size")
         if not torch.are_deterministic_algorithms_enabled():
             return ()
-        return self.spoil(policy, rows, cpu_sort.moe_sorting(*arguments))
+        with CPU:
+            return self.spoil(policy, rows, cpu_sort.moe_sorting(*arguments))
 
     def clock(self, situation: Situation, device: torch.device) -> Clock:
         assert (situation, device) == (Situation.BUSY, CPU)
@@ -142,6 +150,9 @@ def test_the_table_keeps_what_it_was_measured_for_and_reads_back_equal() -> None
     assert found.coverage.max_tokens == 64
     assert found.seconds == pytest.approx(fake.seconds, abs=1e-3)
     assert found.environment.torch == torch.__version__
+    begun = datetime.fromisoformat(found.created)
+    assert begun.utcoffset() == timedelta(0)
+    assert begun.microsecond == 0
     assert PolicyTable.from_json(table.to_json()) == table
 
 
@@ -337,8 +348,12 @@ def test_what_is_settled_leaves_its_time_to_others() -> None:
 
 def test_a_budget_too_small_for_one_round_is_an_error_that_says_so() -> None:
     fake = Fake(lambda policy, rows, real: 50.0)
-    with pytest.raises(BudgetError, match=r"budget 1e-05 s is too small.*give a larger budget"):
+    with pytest.raises(BudgetError) as raised:
         fake.calibrate(budget_s=1e-5)
+    assert str(raised.value) == (
+        "budget 1e-05 s is too small for one round of any bucket of 8 experts, topk 2, dim 4, "
+        "bfloat16, block 4: give a larger budget"
+    )
 
 
 @pytest.mark.parametrize(("first", "at_first"), [((), 7), ((5, 20), 4)])
@@ -585,17 +600,14 @@ def test_what_was_decided_by_another_rule_or_among_others_is_not_kept(
 # The process it runs in
 
 
-def test_a_default_dtype_of_bfloat16_changes_nothing() -> None:
-    """As ATOM sets it for its whole process."""
+def test_a_default_dtype_of_bfloat16_and_another_default_device_change_nothing() -> None:
+    """As ATOM sets the first for its whole process."""
     us = lambda policy, rows, real: crossing(11, policy, rows)  # noqa: E731
     usual = Fake(us)
     usual.calibrate(SortingShape(8, 2, 4, local_experts=4))
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with engine_defaults():
         fake = Fake(us)
         table = fake.calibrate(SortingShape(8, 2, 4, local_experts=4))
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert table.sound
     dtypes = {tuple(getattr(a, "dtype", None) for a in call[:7]) for call in fake.calls}
     assert dtypes == {tuple(getattr(a, "dtype", None) for a in call[:7]) for call in usual.calls}
@@ -626,3 +638,63 @@ def test_the_idle_device_has_few_rounds_and_the_others_those_given(given: int, i
     plan = Plan(rule=Rule(margin=0.02, max_rounds=given))
     assert _rule(plan, Situation.GRAPH) == _rule(plan, Situation.BUSY) == plan.rule
     assert _rule(plan, Situation.IDLE) == replace(plan.rule, max_rounds=idle)
+
+
+def test_each_situation_has_its_counts_and_rounds_and_all_are_told_as_one() -> None:
+    kernel = SortKernel("made up", CPU, policy_candidates(Fake(lambda *_: 9.0).sort))
+    told: list[tuple[int, int, str]] = []
+
+    def sections(plan: Plan) -> dict[Situation, Section]:
+        return _sections(
+            *(kernel, Coverage.up_to(SHAPE, 64, (1, 2, 4, 8, 12)), plan, None, None, None),
+            *(lambda: 0.0, lambda *step: told.append(step)),
+        )
+
+    found = sections(Plan())
+    assert {s: (part.grid, part.rule) for s, part in found.items()} == {
+        Situation.GRAPH: ([1, 2, 4, 8, 12], Rule()),
+        Situation.BUSY: ([1, 4, 16, 32, 64], Rule()),
+        Situation.IDLE: ([1, 4, 12], Rule(max_rounds=IDLE_ROUNDS)),
+    }
+    for situation, num_tokens in [(Situation.GRAPH, 1), *[(Situation.IDLE, 12)] * 13]:
+        found[situation].told(num_tokens)
+    assert told[:2] == [(1, 13, "1 token, graph"), (2, 13, "12 tokens, idle")]
+    # One more than was expected.
+    assert told[-1] == (14, 14, "12 tokens, idle")
+    # Each knows of those before it, and of no other.
+    assert [list(part.before) for part in found.values()] == [list(found)[:n] for n in range(3)]
+    assert [part.grid for part in sections(Plan(first=(3, 5))).values()] == [
+        [1, 4, 8, 12],
+        [1, 3, 5, 64],
+        [1, 3, 5, 12],
+    ]
+
+
+def on_the_gpu() -> PolicyTable:
+    return calibrate(
+        SortKernel("made up", DEVICE, policy_candidates(Fake(lambda *_: 9.0).sort)),
+        Coverage.up_to(SHAPE, 64, (1, 2)),
+    )
+
+
+def test_while_a_graph_is_captured_nothing_is_run(
+    gpu: Gpu, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu.capturing = Graph(gpu)
+    with (
+        caplog.at_level(logging.WARNING, "adaptive_moe"),
+        pytest.raises(CalibrationRefusedError) as raised,
+    ):
+        on_the_gpu()
+    assert str(raised.value) == CAPTURING
+    assert [record.getMessage() for record in caplog.records] == [
+        f"not calibrating 8 experts, topk 2, dim 4, bfloat16, block 4: {CAPTURING}"
+    ]
+    assert (gpu.told, gpu.log) == ([], [])
+
+
+def test_a_gpu_is_measured_where_the_kernel_runs_and_has_its_memory_back(gpu: Gpu) -> None:
+    """Though all that is done there fails: the meta device draws no random numbers."""
+    with pytest.raises(CalibrationFailedError, match="RuntimeError"):
+        on_the_gpu()
+    assert gpu.told == ["on its device", "gave its memory back"]

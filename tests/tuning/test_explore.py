@@ -21,8 +21,10 @@ from adaptive_moe.tuning.explore import (
     explore,
     gap_cost,
     gaps,
+    looks,
     next_step,
     promised,
+    surprises,
 )
 
 RULE = Rule()
@@ -373,3 +375,68 @@ def test_time_goes_to_a_clear_gap_before_a_doubt_that_promises_little() -> None:
     measured = Measured(us, noise=lambda n: 1.05)
     explore(DOMAIN, (), RULE, measured, lambda: len(measured.asked) < 12 + 2)
     assert all(512 < n < 1024 for n in measured.asked[12:])
+
+
+@pytest.mark.parametrize(
+    ("domain", "low", "high", "count"),
+    [
+        (DOMAIN, 100, 151, 123),  # halfway, in ratio
+        (DOMAIN, 100, 160, 125),  # odd: 126 less 1
+        (DOMAIN, 1, 4, 2),  # as 1 is measured
+        (DOMAIN, 100, 150, None),  # narrow
+        (DOMAIN, 1, 2, None),
+        ((100, 110, 126, 160), 100, 160, 126),  # 125 is not of the domain
+        ((100, 160), 100, 160, None),
+    ],
+)
+def test_a_look_is_halfway_into_a_wide_gap_and_may_save_a_margin_over_all_of_it(
+    domain: Sequence[int], low: int, high: int, count: int | None
+) -> None:
+    measured = Measured(lambda n: {0: 10, 1: 8})
+    found = {n: measured(n, 12) for n in (low, high)}
+    wanted = [] if count is None else [(count, LOOK_ROUNDS, LOOK_ROUNDS, high)]
+    steps = list(looks(found, domain, RULE))
+    assert [(s.num_tokens, s.rounds, s.more, s.above) for s in steps] == wanted
+    assert [s.saves for s in steps] == pytest.approx([0.01 * math.log(high / low)] * len(steps))
+    # Nor twice, nor where the gap costs something by itself.
+    assert not wanted or next_step(found, {low: 500, high: 500}, domain, RULE) == steps[0]
+    assert next_step(found, {low: 500, high: 500}, domain, RULE, {count}) is None
+    differs = Measured(lambda n: {0: 10, 1: 8 if n == low else 12})
+    assert list(looks({n: differs(n, 12) for n in (low, high)}, domain, RULE)) == []
+
+
+@pytest.mark.parametrize(("us", "surprised"), [(7.0, False), (8.23, False), (8.25, True)])
+def test_a_look_surprises_where_the_choice_above_loses_more_than_three_margins(
+    us: float, surprised: bool
+) -> None:
+    above = Measured(lambda n: {0: 10, 1: 8, 2: 9})(64, 12)
+    look = Measured(lambda n: {0: 10, 1: us, 2: 8})(45, 2)
+    assert surprises(look, above, RULE) is surprised
+
+
+def test_where_nothing_is_to_be_saved_no_step_is_worth_taking() -> None:
+    """Even by a rule for which the smallest saving matters."""
+    exact = Rule(margin=0.0)
+    measured = Measured(lambda n: {0: 10, 1: 8})
+    found = {n: measured(n, 12) for n in (1, 2048)}
+    assert next_step(found, {1: 12, 2048: 12}, DOMAIN, exact) is None
+    assert not surprises(measured(45, 2), found[2048], exact)
+
+
+def test_only_who_is_unsettled_and_was_measured_promises_more_than_a_tie_can_be() -> None:
+    base = Result("policy 0", Standing.BASELINE, 10.0, 0.0)
+
+    def promise(*others: Result) -> float:
+        return promised(Verdict("policy 0", False, 2, "", (base, *others)), Rule(margin=0.02))
+
+    unsettled = Result("policy 1", Standing.UNSETTLED, 9.0, 0.1)
+    assert promise() == 0.0
+    assert promise(unsettled) == pytest.approx(1 / 9)
+    assert promise(unsettled, Result("policy 2", Standing.UNSETTLED)) == pytest.approx(1 / 9)
+    assert promise(unsettled, Result("policy 2", Standing.TIED, 5.0, 0.5)) == pytest.approx(1 / 9)
+    # Of two the better one.
+    better = Result("policy 2", Standing.UNSETTLED, 8.0, 0.2)
+    assert promise(unsettled, better) == promise(better, unsettled) == pytest.approx(0.25)
+    # A tie is no more than 2.5 margins.
+    assert promise(Result("policy 1", Standing.UNSETTLED, 9.5, 0.05)) == 0.0
+    assert promise(Result("policy 1", Standing.UNSETTLED, 9.4, 0.06)) == pytest.approx(6 / 94)

@@ -59,3 +59,33 @@ def test_the_calls_of_a_train_share_no_rows_as_long_as_there_are_enough(
     # A batch as large as all rows has them all.
     for one in inputs().train(situation, 64, 1.0):
         assert len(one.topk_ids) == len(one.topk_weights) == 64
+
+
+def test_no_call_lacks_a_row_however_many_there_are() -> None:
+    """The check of a count is of other rows than its timing, wherever they begin."""
+    found = inputs()
+    for num_tokens in range(1, 65):
+        for number in (*range(12), num_tokens):
+            one = found.one(number, num_tokens, 1.0)
+            assert len(one.topk_ids) == len(one.topk_weights) == num_tokens
+    # It begins where the one before of the same table ended, as long as there are rows.
+    table = found.tables[1]
+    for number, first in ((1, 0), (5, 20), (9, 40), (13, 60 % 45), (17, 80 % 45)):
+        assert found.one(number, 20, 1.0).topk_ids.data_ptr() == table.topk_ids[first].data_ptr()
+
+
+def test_every_other_call_is_routed_as_trained_routers_do() -> None:
+    """Of 8 experts the most popular has a quarter of an even routing's entries more, at least; an
+    even one's are all within that."""
+    found = Inputs(Coverage.up_to(SHAPE, 4096), None, CPU)
+    loads = [
+        torch.bincount(one.topk_ids.flatten(), minlength=8).max().item() / (4096 * 2 / 8)
+        for one in found.train(Situation.BUSY, 4096, 1.0)
+    ]
+    assert [load > 1.25 for load in loads] == [False, True, False, True]
+
+
+def test_there_are_rows_for_the_largest_batch_eager_or_captured() -> None:
+    assert inputs().rows == 64
+    assert inputs(captured=(1, 96)).rows == 96
+    assert Inputs(Coverage.up_to(SHAPE, 1), None, CPU).rows == 1

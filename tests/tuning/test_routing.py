@@ -1,31 +1,18 @@
 """Synthetic routing: distinct experts, evenly or like trained routers, and nothing of the process
 in it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor
 
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
+from tests.tuning.engine import engine_defaults
 
 CPU = torch.device("cpu")
 SHAPE = SortingShape(16, 4, 8)
 # More than are routed at a time.
 ROWS = 5000
-
-
-@contextmanager
-def engine_defaults() -> Iterator[None]:
-    """As an engine may set them for its whole process; a tensor made by them is on no CPU."""
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def counts(ids: Tensor) -> list[int]:
