@@ -35,7 +35,7 @@ from adaptive_moe.tuning.clocks import Clock, WallClock
 from adaptive_moe.tuning.race import LOTS
 from adaptive_moe.tuning.section import Section
 from tests.tuning.engine import engine_defaults
-from tests.tuning.made_up_gpu import DEVICE, Graph, Gpu
+from tests.tuning.made_up_gpu import DEVICE, Gpu, Graph
 
 SHAPE = SortingShape(8, 2, 4, block_size=4)
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Clocks: what a sample covers, on a made-up GPU. Those of a real one: tests/kernels/test_gpu.py."""
+"""Clocks: what a sample covers, on a made-up GPU. A real one's are in tests/kernels/test_gpu.py."""
 
 import math
 from collections.abc import Callable

@@ -109,6 +109,19 @@ def test_who_is_wrong_is_out_with_all_that_is_wrong_and_checked_no_more(
     ]
 
 
+def test_one_that_raises_keeps_nobody_from_being_checked(caplog: pytest.LogCaptureFixture) -> None:
+    def spoil(policy: int, rows: int, outputs: Outputs) -> None:
+        if policy == 1:
+            raise RuntimeError("no kernel")
+        outputs[0][0] += policy
+
+    found = Checked(caplog, spoil).check(4)
+    assert {name: why.standing for name, why in found.items()} == {
+        "policy 1": Standing.FAILED,
+        "policy 2": Standing.WRONG,
+    }
+
+
 def test_the_first_reason_stays_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     one = Checked(caplog)
     first, later = (Exclusion(Standing.FAILED, why) for why in ("raised A", "raised B"))
@@ -155,7 +168,6 @@ def test_a_baseline_that_breaks_our_reading_still_defines_what_is_right(
         if rows in broken_at:
             total = int(outputs[3][0])
             outputs[1][:total] = 7.0
-            outputs[3][1] += 1 if policy is None else 0
             outputs[4] = torch.zeros((1,), dtype=torch.bfloat16)
 
     shape = SortingShape(8, 2, 4, block_size=4, accumulate=accumulate)
