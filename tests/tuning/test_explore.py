@@ -231,7 +231,7 @@ def test_it_ends_and_only_ever_measures_counts_of_the_domain(
         assert len(rounds) == len(set(rounds))
     # It ended because nothing that matters is left to refine, not because it gave up.
     for low, high in pairwise(sorted(found)):
-        if gap_cost(found[low], found[high], RULE) > RULE.margin / 10:
+        if gap_cost(found[low], found[high], RULE) > WORTH_MEASURING * RULE.margin:
             assert not [n for n in domain if low < n < high]
 
 
