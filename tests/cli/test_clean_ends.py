@@ -69,6 +69,15 @@ def test_a_full_standard_output_is_one_line(tmp_path):
     assert done.returncode == 1
 
 
+@pytest.fixture
+def interruptible():
+    """A shell starts what runs in its background with SIGINT ignored, and so would its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_measuring_is_one_line_and_leaves_nothing(tmp_path):
     cache, table = tmp_path / "cache", tmp_path / "table.json"
     process = subprocess.Popen(

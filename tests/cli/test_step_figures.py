@@ -80,6 +80,14 @@ def test_a_tie_loses_nothing_for_sure():
     assert found["worst_loss_surely"] == 0.0
 
 
+def test_who_was_left_out_after_a_stalled_look_is_no_best():
+    """The baseline stalled in the only rounds that policy 2 took part in."""
+    us = {"policy 0": [90.0, 80.0, *[10.0] * 8], "policy 1": [9.0] * 10, "policy 2": [30.0, 40.0]}
+    found = point(64, us, "policy 1")
+    assert found.us == {"policy 0": 10.0, "policy 1": 9.0, "policy 2": 9.0 + (21.0 + 31.0) / 2}
+    assert found.best_us == 9.0
+
+
 def test_a_candidate_far_behind_was_looked_at_and_its_loss_is_kept():
     us = {"policy 0": [100.0] * 20, "policy 1": [900.0] * LOOKS, "table": [100.0] * 20}
     found = figures([point(8, us, "policy 0")])

@@ -62,7 +62,12 @@ def point(
     baseline = next(iter(us))
     base = statistics.median(us[baseline])
     over = {name: difference(times, us[baseline]) for name, times in us.items()}
-    middle = {name: base + over[name].median for name in us}
+    middle = {n: base + over[n].median for n in us if len(us[n]) == len(us[baseline])}
+    for name in us.keys() - middle:
+        # Left out after a look, in which the baseline may have stalled: behind whom it was then.
+        fastest = min(middle, key=lambda n: min(us[n][: len(us[name])]))
+        middle[name] = middle[fastest] + difference(us[name], us[fastest]).median
+    middle = {name: middle[name] for name in us}
     best = min((name for name in us if name != TABLE), key=lambda name: middle[name])
     loss = {name: difference(times, us[best]) for name, times in us.items()}
     return Point(num_tokens, chosen, middle, over, loss, host_us)
