@@ -142,7 +142,7 @@ def check(found: Calibration) -> None:
                     f"{bucket.num_tokens} tokens ({situation.value}) are not in its coverage"
                 )
             for result in (r for verdict in bucket.verdicts for r in verdict.results):
-                if (result.gain or 0.0) >= 1.0 or (result.median_us or 0.0) < 0.0:
+                if not (result.gain or 0.0) < 1.0 or not (result.median_us or 0.0) >= 0.0:
                     raise ValueError(f"its measurements are impossible: {result}")
             fits = bool(bucket.fills) and all(_supported(v, found) for v in bucket.verdicts)
             if not fits or combine(bucket.verdicts, found.rule.margin)[0] != bucket.candidate:

@@ -90,7 +90,7 @@ def agree(
     except Exception as error:
         known = isinstance(error, (NoDecisionError, TimeoutError))
         problem = f"{_WITHOUT} all shapes: {error if known else short(error)}"
-        logger.warning(problem)
+        logger.warning("%s", problem)
         refused = dict.fromkeys(tables, problem)
         return Agreement({}, refused, (problem,), time.monotonic() - begun)
     problems = _problems(tables, decision)
@@ -99,10 +99,10 @@ def agree(
     # One rank says it aloud, or a large engine says it a thousand times.
     aloud = channel.rank == 0
     for problem in problems:
-        logger.log(logging.WARNING if aloud else logging.DEBUG, problem)
+        logger.log(logging.WARNING if aloud else logging.DEBUG, "%s", problem)
     if agreed:
         said = f"{channel.size} ranks run the same {len(agreed)} tables, agreed in {seconds:.3f} s"
-        logger.log(logging.INFO if aloud else logging.DEBUG, said)
+        logger.log(logging.INFO if aloud else logging.DEBUG, "%s", said)
     return Agreement(agreed, refused, problems, seconds)
 
 

@@ -245,5 +245,5 @@ def _result(
     if standing in OUT or not np.isfinite(gain):
         return Result(name, standing, time_us, reason=reason)
     # An interval that has no end yet on one rank has none.
-    ends = (low, high) if np.isfinite(low) else (None, None)
+    ends = (low, high) if np.isfinite(low) and np.isfinite(high) else (None, None)
     return Result(name, standing, time_us, gain, ends[0], ends[1], reason)

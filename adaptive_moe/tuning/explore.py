@@ -167,7 +167,8 @@ def promised(verdict: Verdict, rule: Rule) -> float:
     """
     if verdict.settled:
         return 0.0
-    chosen = next(r.gain or 0.0 for r in verdict.results if r.candidate == verdict.candidate)
+    found = verdict.result(verdict.candidate)
+    chosen = (found.gain if found else None) or 0.0
     most = 0.0
     for result in verdict.results:
         if result.gain is None or result.standing is not Standing.UNSETTLED:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from adaptive_moe.kernels import Candidate
 from adaptive_moe.kernels.contract import SortingInputs
-from adaptive_moe.policy.decision import Rule, Samples, Standing, decide
+from adaptive_moe.policy.decision import SWEEPS, Rule, Samples, Standing, decide
 from adaptive_moe.tuning.clocks import Clock, Pending, Sampler
 
 logger = logging.getLogger("adaptive_moe")
@@ -214,7 +214,7 @@ _OPEN = (Standing.UNSETTLED, Standing.FASTER)
 
 
 def _sweeps(number: int, live: Sequence[str]) -> list[list[str]]:
-    """The order of visits in one round: SWEEPS sweeps, one there and one back.
+    """The order of visits in one round: SWEEPS sweeps, there and back.
 
     Each candidate opens a round equally often (the call after our own bookkeeping runs colder), and
     each full turn of the rotation is followed by its mirror image.
@@ -222,7 +222,7 @@ def _sweeps(number: int, live: Sequence[str]) -> list[list[str]]:
     turn, start = divmod(number, len(live))
     ring = live[::-1] if turn % 2 else live
     order = [*ring[start:], *ring[:start]]
-    return [order, order[::-1]]
+    return [order[::-1] if sweep % 2 else order for sweep in range(SWEEPS)]
 
 
 def _failed(samples: Samples, error: Exception) -> Samples:

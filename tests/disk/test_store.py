@@ -360,8 +360,9 @@ def test_impossible_measurements_are_refused(wrong):
 
 @pytest.mark.parametrize("possible", [{"gain": 0.99, "median_us": 0.1}, {"median_us": None}])
 def test_a_sort_may_take_no_time_to_speak_of_or_one_that_is_not_known(possible):
-    text, _ = with_the_last_result(**possible)
-    Stored.from_text(text)
+    text, result = with_the_last_result(**possible)
+    (bucket,) = Stored.from_text(text).table.evidence.busy
+    assert bucket.fills[0].verdict.results[-1] == result
 
 
 def with_the_last_result(**changed):
