@@ -15,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -27,7 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.engines.key import Key
-from adaptive_moe.engines.wrapper import SORT_ARGUMENTS
+from adaptive_moe.engines.seam import Layer
+from adaptive_moe.engines.wrapper import SORT_ARGUMENTS, _around
 from adaptive_moe.kernels.aiter import SEAM
 from adaptive_moe.settings import Mode, Settings
 from calibration.earlier_hook import hook_of
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "asks": _loop(_hooked(_nothing, POLICY, BASELINE)),
         "other": _loop(_hooked(_nothing, OTHER)),
         "unwrapped_other": _loop_of_leading(_nothing_else),
-        "least": _loop(_least),
+        "least": _loop(_least()),
     }
     with ExitStack() as stack:
         if before:
@@ -136,39 +138,18 @@ def _nothing_else(*leading: Any) -> Any:
     """Another sort, around nothing, as kernels/sorts.py makes them."""
 
 
-_CHOICES = (None, _nothing_else)
-_ARRAY = b"\1" * (TOKENS + 1)
+_LEAST = """
+def moe_sorting({heads}):
+    return _choices[_array[topk_ids.shape[0]]]({sort_arguments})
+"""
 
 
-def _least(
-    topk_ids: Any,
-    topk_weights: Any,
-    num_experts: Any,
-    model_dim: Any,
-    moebuf_dtype: Any,
-    block_size: Any = 32,
-    expert_mask: Any = None,
-    num_local_tokens: Any = None,
-    dispatch_policy: Any = 0,
-    return_local_topk_ids: Any = False,
-    accumulate: Any = True,
-    flat: Any = False,
-    output_aux: Any = False,
-) -> Any:
+def _least() -> Callable[..., Any]:
     """What no wrapper in Python can do without: take the call, look its token count up, call."""
-    sort = _CHOICES[_ARRAY[topk_ids.shape[0]]]
-    assert sort is not None
-    return sort(
-        topk_ids,
-        topk_weights,
-        num_experts,
-        model_dim,
-        moebuf_dtype,
-        block_size,
-        expert_mask,
-        num_local_tokens,
-        accumulate,
-    )
+    module = ModuleType("aiter.fused_moe")
+    setattr(module, SEAM, _nothing)
+    scope = {"_choices": (None, _nothing_else), "_array": b"\1" * (TOKENS + 1)}
+    return _around(Layer(module, threading.local()), _LEAST, {}, scope)
 
 
 def _real_sort() -> Callable[..., Any]:

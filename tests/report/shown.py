@@ -15,7 +15,7 @@ from adaptive_moe.policy.evidence import Bucket, Fill
 from adaptive_moe.policy.losses import combine
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.explain import explain
-from adaptive_moe.report.page import page
+from adaptive_moe.report.page import STYLE, page
 from adaptive_moe.report.plot import figure_of
 from adaptive_moe.report.text import bucket_table, headline
 from adaptive_moe.shape import SortingShape
@@ -84,6 +84,7 @@ def padded() -> PolicyTable:
 
 def page_text() -> str:
     text = page([everything(), padded()], "read <here>", ["<svg>a plot</svg>"])
+    text = text.replace(STYLE, " what page.py says ")
     return text.replace(f"adaptive_moe {__version__}", "adaptive_moe VERSION")
 
 
