@@ -25,7 +25,10 @@ MUTANTS = Path("mutants")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # What mutmut's words for what became of a mutant count as; any other is that a test noticed it.
 SURVIVED, UNREACHED = "survived", "reached by no test"
+BY_TIME = "noticed, as the tests did not end"
 KINDS = {
+    "timeout": BY_TIME,
+    "segfault": BY_TIME,  # killed, for it used more of the processor than it may
     "survived": SURVIVED,
     "no tests": UNREACHED,
     "not checked": "unknown",
@@ -44,14 +47,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the sample [0]")
     parser.add_argument("--children", type=int, default=os.cpu_count(), help="at a time [cores]")
     parser.add_argument("--keep", action="store_true", help="mutants/ of a run before")
+    parser.add_argument("--count", action="store_true", help="what is there, and run nothing")
     parser.add_argument("--out", type=Path, help="write the counts and who survives there")
     args = parser.parse_args()
-    if not args.keep:
+    if not args.keep and not args.count:
         shutil.rmtree(MUTANTS, ignore_errors=True)
-    names = drawn(made(args.children), args.patterns, args.sample, args.seed)
+    names = known() if args.count else made(args.children)
+    names = drawn(names, args.patterns, args.sample, args.seed)
     if not names:
         parser.error(f"{' '.join(args.patterns)}: no mutant has such a name; mutants/ has them all")
-    mutmut("run", "--max-children", str(args.children), *names)
+    if not args.count:
+        mutmut("run", "--max-children", str(args.children), *names)
     report = {
         "command": "python -m tests.mutants " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -101,11 +107,12 @@ def counted(names: list[str], became: dict[str, str]) -> dict[str, Any]:
     for name, kind in kinds.items():
         place = name.split(".")[1]
         rooms["the package itself" if place.startswith("x_") else place][kind] += 1
-    noticed = sum(room["noticed"] for room in rooms.values())
+    noticed = sum(room["noticed"] + room[BY_TIME] for room in rooms.values())
     return {
         "run": len(names),
         "noticed": noticed,
         "noticed_percent": round(100 * noticed / len(names), 1),
+        "of_these_by_time": sum(room[BY_TIME] for room in rooms.values()),
         "rooms": dict(sorted(rooms.items())),
         "survived": [name for name, kind in kinds.items() if kind == SURVIVED],
         "reached_by_no_test": [name for name, kind in kinds.items() if kind == UNREACHED],
