@@ -12,7 +12,7 @@ By hand:
     kernel = load_kernel("cpu")    or "triton"; a SortKernel of your own: CONTRIBUTING.md
     coverage = Coverage.up_to(SortingShape(256, 8, 7168), max_tokens=4096)
     table = calibrate(kernel, coverage, Plan(budget_s=10.0))
-    table.candidate(24)            who sorts a batch of 24 tokens
+    table.candidate(24)            the sort for a batch of 24 tokens
 
 docs/api.md has all of it. The names are imported on first use, so that importing the package costs
 a serving process neither torch nor numpy.
@@ -21,7 +21,7 @@ a serving process neither torch nor numpy.
 import sys
 
 TYPE_CHECKING = False  # what type checkers take for true; importing typing would cost milliseconds
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the names of _NAMES once more, as type checkers read no mapping
     from adaptive_moe.engines.counters import Counts as Counts
     from adaptive_moe.engines.key import Key as Key
     from adaptive_moe.engines.process import counts as counts
@@ -62,80 +62,33 @@ __version__ = "0.1.0"
 if sys.version_info < (3, 10):  # noqa: UP036  run from a checkout
     raise ImportError("adaptive_moe needs Python 3.10 or newer, not " + sys.version.split()[0])
 
-_HOME = {
-    "Bucket": "adaptive_moe.policy.evidence",
-    "BudgetError": "adaptive_moe.tuning.calibrator",
-    "Calibration": "adaptive_moe.policy.evidence",
-    "CalibrationFailedError": "adaptive_moe.tuning.calibrator",
-    "CalibrationRefusedError": "adaptive_moe.tuning.calibrator",
-    "Candidate": "adaptive_moe.kernels",
-    "Counts": "adaptive_moe.engines.counters",
-    "Clock": "adaptive_moe.tuning.clocks",
-    "Coverage": "adaptive_moe.policy.coverage",
-    "Environment": "adaptive_moe.policy.environment",
-    "Fill": "adaptive_moe.policy.evidence",
-    "KernelUnavailableError": "adaptive_moe.kernels",
-    "Key": "adaptive_moe.engines.key",
-    "LogDetail": "adaptive_moe.settings",
-    "Mode": "adaptive_moe.settings",
-    "Plan": "adaptive_moe.tuning.calibrator",
-    "PolicyTable": "adaptive_moe.policy.table",
-    "Result": "adaptive_moe.policy.decision",
-    "Rule": "adaptive_moe.policy.decision",
-    "Settings": "adaptive_moe.settings",
-    "SettingsError": "adaptive_moe.settings",
-    "Situation": "adaptive_moe.policy.situation",
-    "SortKernel": "adaptive_moe.kernels",
-    "SortingShape": "adaptive_moe.shape",
-    "Standing": "adaptive_moe.policy.decision",
-    "Verdict": "adaptive_moe.policy.decision",
-    "WarmUp": "adaptive_moe.engines.warm_up",
-    "calibrate": "adaptive_moe.tuning.calibrator",
-    "counts": "adaptive_moe.engines.process",
-    "install": "adaptive_moe.engines.process",
-    "load_kernel": "adaptive_moe.kernels",
-    "read_settings": "adaptive_moe.settings",
-    "uninstall": "adaptive_moe.engines.process",
-    "warm_up": "adaptive_moe.engines.process",
-}
+# The variables that turn the plugins on: vLLM's own, and all that begin with the second. They stand
+# here because the plugins look for them in every process, before they import anything else.
+ENGINE_VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
+PREFIX = "ADAPTIVE_MOE_"
 
-__all__ = [
-    "Bucket",
-    "BudgetError",
-    "Calibration",
-    "CalibrationFailedError",
-    "CalibrationRefusedError",
-    "Candidate",
-    "Clock",
-    "Counts",
-    "Coverage",
-    "Environment",
-    "Fill",
-    "KernelUnavailableError",
-    "Key",
-    "LogDetail",
-    "Mode",
-    "Plan",
-    "PolicyTable",
-    "Result",
-    "Rule",
-    "Settings",
-    "SettingsError",
-    "Situation",
-    "SortKernel",
-    "SortingShape",
-    "Standing",
-    "Verdict",
-    "WarmUp",
-    "__version__",
-    "calibrate",
-    "counts",
-    "install",
-    "load_kernel",
-    "read_settings",
-    "uninstall",
-    "warm_up",
-]
+# Every public name, by the module that has it.
+_NAMES = {
+    "engines.counters": "Counts",
+    "engines.key": "Key",
+    "engines.process": "counts install uninstall warm_up",
+    "engines.warm_up": "WarmUp",
+    "kernels": "Candidate KernelUnavailableError SortKernel load_kernel",
+    "policy.coverage": "Coverage",
+    "policy.decision": "Result Rule Standing Verdict",
+    "policy.environment": "Environment",
+    "policy.evidence": "Bucket Calibration Fill",
+    "policy.situation": "Situation",
+    "policy.table": "PolicyTable",
+    "settings": "LogDetail Mode Settings SettingsError read_settings",
+    "shape": "SortingShape",
+    "tuning.calibrator": "BudgetError CalibrationFailedError "
+    "CalibrationRefusedError Plan calibrate",
+    "tuning.clocks": "Clock",
+}
+_HOME = {name: f"adaptive_moe.{home}" for home, names in _NAMES.items() for name in names.split()}
+
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> object:

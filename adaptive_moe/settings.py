@@ -4,7 +4,6 @@
 an error (`read_settings`). A server starts whatever the environment holds (`read_for_serving`).
 """
 
-import difflib
 import enum
 import os
 from collections.abc import Callable, Mapping
@@ -12,11 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-ENGINE_VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
-NEUTRAL_VARIABLE = "ADAPTIVE_MOE_DISPATCH_POLICY"
-PREFIX = "ADAPTIVE_MOE_"
+from adaptive_moe import ENGINE_VARIABLE, PREFIX
+from adaptive_moe.policy.coverage import MAX_TOKENS
+
+NEUTRAL_VARIABLE = f"{PREFIX}DISPATCH_POLICY"
 MAX_POLICY = 255
-MAX_TOKENS = 1 << 20
 
 OFF = ("off", "none", "false")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -239,6 +238,8 @@ def read_for_serving(environ: Mapping[str, str] = os.environ) -> tuple[Settings,
 
 def misspelt(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """A sentence for each variable that is named like one of ours and is none."""
+    import difflib
+
     known = [variable.name for variable in VARIABLES]
     found = []
     for name in sorted(environ):

@@ -80,7 +80,7 @@ def test_a_known_model_is_what_its_entry_says():
     assert mixtral.shape() == SortingShape(8, 2, 4096, "bfloat16", 32)
     assert mixtral.shape(64).block_size == 64
     deepseek = find_model("deepseek-v3")
-    assert (deepseek.shared_experts, deepseek.quant) == (1, "fp8-block")
+    assert deepseek.shared_experts == 1
     fused = replace(deepseek, name="deepseek-v3-fused", num_experts=257, topk=9, shared_experts=0)
     assert find_model("deepseek-v3-fused") == fused
 
@@ -161,10 +161,9 @@ def test_a_config_s_facts_are_all_read(tmp_path):
         "intermediate_size": 512,
         "n_shared_experts": 3,
         "torch_dtype": "float16",
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     }
     path = written(tmp_path, PLAIN | facts)
-    model = Model("sorter", 8, 2, 64, str(path), "float16", 3, 96, (), "fp8-block")
+    model = Model("sorter", 8, 2, 64, str(path), "float16", 3, 96, ())
     assert model_from_config(path) == model
     assert model_from_config(path, fuse_shared=True) == replace(
         model, name="sorter-fused", num_experts=11, topk=5, shared_experts=0
@@ -182,26 +181,6 @@ def test_a_config_without_a_model_type_is_named_by_its_folder_or_itself(tmp_path
     assert model_from_config(written(folder, PLAIN)).name == "Sorter-8x"
     monkeypatch.chdir(folder)
     assert model_from_config(Path("config.json")).name == "config"
-
-
-@pytest.mark.parametrize(
-    ("said", "quant"),
-    [
-        ({"quant_method": "FP8"}, "fp8"),
-        ({"quant_method": "fp8", "weight_block_size": None}, "fp8"),
-        ({"quant_method": "mxfp4", "weight_block_size": [1, 32]}, "mxfp4"),
-        ({"quant_method": "awq"}, ""),
-        ({"weight_block_size": [128, 128]}, ""),
-        ("fp8", ""),
-    ],
-)
-def test_quantised_weights_are_named_where_it_matters(tmp_path, said, quant):
-    for config in (
-        {"quantization_config": said, **PLAIN},
-        {"quantization_config": said, "text_config": PLAIN},
-        {"text_config": {"quantization_config": said, **PLAIN}},
-    ):
-        assert model_from_config(written(tmp_path, config)).quant == quant
 
 
 def test_two_experts_are_a_mixture(tmp_path):

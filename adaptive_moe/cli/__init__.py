@@ -1,32 +1,27 @@
-"""adaptive-moe: finds the module of a command, runs it, and ends cleanly whatever happens.
+"""adaptive-moe: runs the module of a command, and ends with one line whatever happens.
 
-A command is one module with `add_options(parser)` and `run(args) -> int`. Only the module of the
-command that was asked for is imported, so that --help and --version cost an interpreter's start.
+A command NAME is two functions of one module, `options_of_NAME(parser)` and `run_NAME(args)`,
+which returns an exit code. Only the module of the command that was given is imported.
 """
 
-import argparse
 import os
 import sys
 from importlib import import_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from argparse import Namespace
-    from collections.abc import Callable, Sequence
-    from typing import Any, NoReturn
+    import argparse
+    from collections.abc import Sequence
 
 # command -> its module here, and what it does.
 COMMANDS = {
     "calibrate": ("calibrate", "measure one model's sort, decide, and keep the result"),
-    "list": ("listing", "everything that is kept, whoever measured it"),
-    "show": ("show", "print a calibration's table"),
-    "explain": ("explain", "say why a token count gets what it gets"),
-    "plot": ("plot", "draw time against tokens, .svg or .png"),
-    "page": ("page", "write everything of a start to one HTML page"),
-    "status": ("status", "what the servers on this machine run right now"),
+    "list": ("tables", "every table that is kept, one line of facts each"),
+    "show": ("tables", "print a table"),
+    "explain": ("tables", "say why a token count gets what it gets"),
+    "plot": ("tables", "draw time against tokens, .svg or .png"),
+    "page": ("tables", "write everything of a start to one HTML page"),
     "doctor": ("doctor", "what is here, and whether what was asked for will happen"),
-    "cache": ("cache", "remove, export or import what is kept"),
-    "bench": ("bench", "judge this machine: measurements of tables, as JSON"),
 }
 
 INTERRUPTED = 130  # as a shell reports it: 128 and the signal's number
@@ -38,13 +33,13 @@ def main(argv: "Sequence[str] | None" = None) -> int:
 
     Returns:
         0 where it did what was asked, 2 for input that is not accepted, 1 for a failure, 130 where
-        it was interrupted, 141 where nobody reads its output any more.
+        it was interrupted, 141 where its output has no reader any more.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    name = next((word for word in words if word in COMMANDS), None)
+    name = words[0] if words and words[0] in COMMANDS else ""
     _print_any_path()
     try:
-        code = _run(words)
+        code = _run(name, words[1:]) if name else _without_command(words)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -53,83 +48,53 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         return _end(name, "", BROKEN_PIPE)
     except OSError as error:
         return _end(name, _os_problem(error), 2 if isinstance(error, FileNotFoundError) else 1)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         # Every error text of ours is written for the person at the terminal.
-        return _end(name, str(error), 2)
-    except RuntimeError as error:
-        return _end(name, str(error), 1)
+        return _end(name, str(error), 2 if isinstance(error, ValueError) else 1)
 
 
-class Help(argparse.HelpFormatter):
-    """As wide as the terminal; argparse would import shutil to find that out."""
+def parser_of(name: str) -> "argparse.ArgumentParser":
+    """The parser of one command."""
+    from adaptive_moe.cli.options import Parser
 
-    def __init__(self, prog: str) -> None:
-        try:
-            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
-        except (OSError, ValueError):
-            columns = 80
-        super().__init__(prog, width=columns - 2)
-
-
-class LazyParser(argparse.ArgumentParser):
-    """A parser that adds its options when it is asked to parse, and not before."""
-
-    fill: "Callable[[LazyParser], None] | None" = None
-
-    def __init__(self, **options: "Any") -> None:
-        super().__init__(formatter_class=Help, **options)
-
-    def error(self, message: str) -> "NoReturn":
-        self.exit(2, f"{self.prog}: {message}: `{self.prog} --help` says what is accepted\n")
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        if self.fill is not None:
-            fill, self.fill = self.fill, None
-            fill(self)
-        return super().parse_known_args(args, namespace)
-
-
-def _parser() -> LazyParser:
-    parser = LazyParser(
-        prog="adaptive-moe",
-        description="Measures which MoE sorting dispatch policy is fastest for each token count.",
-        epilog="adaptive-moe COMMAND --help says more. Begin with: adaptive-moe doctor",
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (module, what) in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=what)
-        command.fill = _filler(module)
+    module, what = COMMANDS[name]
+    parser = Parser(prog=f"adaptive-moe {name}", description=f"{name}: {what}.")
+    getattr(import_module(f"adaptive_moe.cli.{module}"), f"options_of_{name}")(parser)
     return parser
 
 
-def _filler(module: str) -> "Callable[[LazyParser], None]":
-    def fill(parser: LazyParser) -> None:
-        found = import_module(f"adaptive_moe.cli.{module}")
-        found.add_options(parser)
-        parser.set_defaults(run=found.run)
+def _run(name: str, words: "list[str]") -> int:
+    import logging
 
-    return fill
+    args = parser_of(name).parse_args(words)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    module = import_module(f"adaptive_moe.cli.{COMMANDS[name][0]}")
+    return int(getattr(module, f"run_{name}")(args))
 
 
-def _run(words: "list[str]") -> int:
-    parser = _parser()
-    args: Namespace = parser.parse_args(words)
-    if args.version:
+def _without_command(words: "list[str]") -> int:
+    if words[:1] == ["--version"]:
         from adaptive_moe import __version__
 
         print(f"adaptive-moe {__version__}")
         return 0
-    if args.command is None:
-        parser.print_help(sys.stderr)
-        return 2
-    import logging
+    if words and words[0] not in ("-h", "--help"):
+        known = ", ".join(COMMANDS)
+        raise ValueError(f"{words[0]!r} is no command: give one of {known}")
+    lines = [
+        "usage: adaptive-moe COMMAND ...",
+        "",
+        "Measures which MoE sorting dispatch policy is fastest for each token count.",
+        "",
+        *(f"  {name:11}{what}" for name, (_, what) in COMMANDS.items()),
+        "",
+        "adaptive-moe COMMAND --help says more. Begin with: adaptive-moe doctor",
+    ]
+    print("\n".join(lines), file=sys.stdout if words else sys.stderr)
+    return 0 if words else 2
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    return int(args.run(args))
 
-
-def _end(name: str | None, text: str, code: int) -> int:
+def _end(name: str, text: str, code: int) -> int:
     """One line, and an output that cannot fail again while the interpreter ends."""
     try:
         sys.stdout.flush()

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +15,13 @@ if TYPE_CHECKING:
     from adaptive_moe.disk.file import Stored
     from adaptive_moe.policy.table import PolicyTable
 
-# What the store says of who asked, where no engine did.
+# What the store names in place of an engine.
 ENGINE = "no engine"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def options_of_calibrate(parser: argparse.ArgumentParser) -> None:
     options.add_shape_options(parser)
     options.add_kernel_options(parser)
-    options.add_engine_options(parser)
     measuring = parser.add_argument_group("how")
     options.add_budget(measuring)
     measuring.add_argument("--margin", help="what the baseline must be beaten by [0.01]")
@@ -38,29 +36,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="also print every sample")
 
 
-def run(args: argparse.Namespace) -> int:
+def run_calibrate(args: argparse.Namespace) -> int:
     if args.verbose:
         logging.getLogger("adaptive_moe").setLevel(logging.DEBUG)
     settings = _settings(args)
     if args.output is not None:
         output.check_place(args.output)
     name, why = kernel.choose(args.kernel)
-    if name != "aiter" and (given := options.for_aiter_alone(args)):
-        raise options.UsageError(
-            f"{', '.join(given)} would change nothing {why}: leave it out, or give --kernel aiter"
-        )
     quiet = args.json or args.output == output.STDOUT
-    if name != "aiter":
-        on_cpu = name == "cpu"
-        if on_cpu and args.budget is None and not os.environ.get("ADAPTIVE_MOE_BUDGET_S"):
-            settings = replace(settings, budget_s=options.CPU_BUDGET_S)
-        _say(quiet, f"calibrating {why}")
-        return _finish(args, settings, [_on_kernel(args, name, settings, quiet=quiet)])
-    from adaptive_moe.cli.live import calibrate_live
-
+    if name == "cpu" and args.budget is None and not os.environ.get("ADAPTIVE_MOE_BUDGET_S"):
+        settings = replace(settings, budget_s=options.CPU_BUDGET_S)
     _say(quiet, f"calibrating {why}")
-    with Progress(settings.budget_s, quiet=quiet) as progress:
-        return _finish(args, settings, calibrate_live(args, settings, progress))
+    return _finish(args, settings, _measure(args, name, settings, quiet=quiet))
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -75,8 +62,12 @@ def _settings(args: argparse.Namespace) -> Settings:
     return replace(settings, recalibrate=settings.recalibrate or args.again)
 
 
-def _on_kernel(args: argparse.Namespace, name: str, settings: Settings, *, quiet: bool) -> "Stored":
-    """Measure one of our own kernels: a rehearsal on the CPU, or what a GPU has without AITER."""
+def _measure(args: argparse.Namespace, name: str, settings: Settings, *, quiet: bool) -> "Stored":
+    """The table of one shape on one kernel; what is kept of it and settled is not measured again.
+
+    It is kept under no engine's name: an engine calls AITER with arguments that only its own start
+    shows, so its start measures for itself.
+    """
     from adaptive_moe.disk.file import Stored, key_for
     from adaptive_moe.disk.folder import open_store
     from adaptive_moe.policy.decision import Rule
@@ -84,7 +75,8 @@ def _on_kernel(args: argparse.Namespace, name: str, settings: Settings, *, quiet
     from adaptive_moe.tuning.calibrator import Plan, calibrate
 
     coverage = options.coverage_from(args, on_cpu=name == "cpu")
-    sorts = kernel.load(name)
+    on_aiter = name == "aiter"
+    sorts = kernel.load_aiter(coverage, settings.sorts) if on_aiter else kernel.load(name)
     plan = Plan(settings.buckets, settings.budget_s, Rule(margin=settings.margin))
     _say(quiet, calls_words(coverage))
     key = key_for(sorts, coverage, plan, ENGINE)
@@ -98,31 +90,30 @@ def _on_kernel(args: argparse.Namespace, name: str, settings: Settings, *, quiet
     return Stored(key.request, table)
 
 
-def _finish(args: argparse.Namespace, settings: Settings, made: "Sequence[Stored]") -> int:
+def _finish(args: argparse.Namespace, settings: Settings, made: "Stored") -> int:
     """Print first, then keep: what was measured is not lost to a full disk."""
     from adaptive_moe.disk.folder import cache_folder
 
-    tables = [stored.table for stored in made]
-    text = _as_json(tables) + "\n"
+    text = made.table.to_json() + "\n"
     if args.json:
         print(text, end="")
     elif args.output != output.STDOUT:
-        print("\n".join(line for table in tables for line in _lines(table)))
+        print("\n".join(_lines(made.table)))
     try:
-        kept = [_keep(stored, cache_folder(settings)) for stored in made]
+        kept = _keep(made, cache_folder(settings))
     finally:  # a disk that is full here may have room there
         if args.output is not None:
             output.write(args.output, text.encode("utf-8"))
     if not args.json and args.output != output.STDOUT:
-        files = [*kept, *([args.output] if args.output else [])]
+        files = [kept, *([args.output] if args.output else [])]
         print("\n".join(f"written to {path}" for path in files))
         print("next: adaptive-moe explain --tokens 24, plot --output times.svg, page start.html")
     return 0
 
 
 def _keep(stored: "Stored", folder: Path) -> Path:
-    """In the store's folder, where an engine that asks the same question finds it. OSError naming
-    the file; ValueError where a candidate failed: such a table is measured again."""
+    """Write it to the store's folder. OSError naming the file; RuntimeError where a candidate
+    failed: such a table is measured again."""
     from adaptive_moe.disk.folder import write_file
 
     path = folder / stored.key.file_name()
@@ -142,12 +133,6 @@ def _lines(table: "PolicyTable") -> list[str]:
     from adaptive_moe.report.text import advice, bucket_table, headline
 
     return [headline(table), *bucket_table(table), *advice(table)]
-
-
-def _as_json(tables: "Sequence[PolicyTable]") -> str:
-    """One table is itself, several are a report."""
-    texts = [table.to_json() for table in tables]
-    return texts[0] if len(texts) == 1 else "[" + ",\n".join(texts) + "]"
 
 
 def _say(quiet: bool, line: str) -> None:

@@ -56,11 +56,11 @@ class Finding:
         )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def options_of_doctor(parser: argparse.ArgumentParser) -> None:
     output.add_json(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run_doctor(args: argparse.Namespace) -> int:
     findings = diagnose(os.environ)
     width = max(len(finding.topic) for finding in findings) + 2
     # On a terminal in columns; elsewhere a line a finding.

@@ -1,9 +1,10 @@
-"""Who sorts: --kernel auto, or what was asked for, and why that one in words."""
+"""The kernel that sorts: --kernel auto, or the one that was given, and why that one in words."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adaptive_moe.kernels import SortKernel
+    from adaptive_moe.policy.coverage import Coverage
 
 # Our own kernels, best first, and what it means to calibrate one.
 WHY = {
@@ -12,6 +13,8 @@ WHY = {
         "on the CPU kernel: this is a rehearsal that tunes nothing, since no engine sorts with it"
     ),
 }
+# Tokens of the call of AITER's sort that shows how it returns its results.
+_FIRST_TOKENS = 8
 
 
 def choose(asked: str) -> tuple[str, str]:
@@ -48,6 +51,44 @@ def load(name: str) -> "SortKernel":
     if name == "cpu":
         torch.set_num_threads(1)
     return load_kernel(name)
+
+
+def load_aiter(coverage: "Coverage", sorts: tuple[str, ...]) -> "SortKernel":
+    """AITER's sort as it is installed, called with no argument beyond the ninth, and the other
+    sorts of these names. It runs once, with a few tokens: what it returns says which other sorts
+    can answer for it.
+
+    Raises KernelUnavailableError where AITER cannot be imported or is not one we know.
+    """
+    from importlib import import_module
+
+    import torch
+
+    from adaptive_moe.kernels import KernelUnavailableError
+    from adaptive_moe.kernels.aiter import MODULE, SEAM, seam_problem
+    from adaptive_moe.kernels.call import Live, is_rounded
+    from adaptive_moe.kernels.live import live_kernel
+    from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
+
+    try:
+        module = import_module(MODULE)
+    # AITER raises anything at import: no GPU, no compiler, a missing library.
+    except Exception as error:
+        raise KernelUnavailableError(f"{MODULE} cannot be imported: {error}") from error
+    if (problem := seam_problem(module)) is not None:
+        raise KernelUnavailableError(problem)
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    if not gpu:
+        torch.set_num_threads(1)  # as engines' workers have it
+    shape, seam = coverage.shape, getattr(module, SEAM)
+    tokens = route(shape, _FIRST_TOKENS, Routing.UNIFORM, 0, device)
+    inputs = sorting_inputs(shape, tokens, _FIRST_TOKENS, default_mask(shape, device))
+    outputs = seam(*inputs.arguments(0))
+    rounded = is_rounded(outputs, _FIRST_TOKENS, shape.topk, shape.num_experts, shape.block_size)
+    live = Live(module, seam, device, 0, {}, rounded, len(outputs))
+    kernel, _ = live_kernel(live, coverage, sorts)
+    return kernel
 
 
 def _has_triton() -> bool:

@@ -5,18 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptive_moe.cli.engines import ENGINES
 from adaptive_moe.cli.kernel import WHY
-from adaptive_moe.settings import MAX_TOKENS, Settings, parse_buckets, read_for_serving
+from adaptive_moe.policy.coverage import MAX_TOKENS
+from adaptive_moe.settings import Settings, parse_buckets, read_for_serving
 from adaptive_moe.shape import DTYPES, SortingShape
 
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from adaptive_moe.models import Model
     from adaptive_moe.policy.coverage import Coverage
 
 KERNELS = ("auto", "aiter", *WHY)
-PLAIN = "plain"
-QUANTS = ("none", "fp8", "fp8-block", "mxfp4")
 # What the CPU kernel is given where nothing is said: it is a thousand times slower than a GPU.
 CPU_BUDGET_S, CPU_MAX_TOKENS, GPU_MAX_TOKENS = 30.0, 4096, 16384
 # vLLM's default capture sizes up to 512, which SGLang's resemble.
@@ -25,6 +25,13 @@ CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 
 class UsageError(ValueError):
     """An option cannot be served; the text names it and what would work."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line."""
+
+    def error(self, message: str) -> "NoReturn":
+        self.exit(2, f"{self.prog}: {message}: `{self.prog} --help` says what is accepted\n")
 
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +46,7 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--topk", type=int, help="experts a token")
     model.add_argument("--hidden", type=int, help="hidden size")
     model.add_argument("--dtype", choices=DTYPES, help="of the output buffer [the model's]")
-    model.add_argument("--block-size", type=int, help="rows of a GEMM tile [32; AITER's choice]")
+    model.add_argument("--block-size", type=int, default=32, help="rows of a GEMM tile [32]")
     model.add_argument(
         "--local-experts", type=int, metavar="N", help="expert parallelism: experts on this rank"
     )
@@ -49,17 +56,16 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_kernel_options(parser: argparse.ArgumentParser, names: tuple[str, ...] = KERNELS) -> None:
-    """The options that say who sorts, and for which calls."""
+    """The options that say which kernel sorts, and for which calls."""
     calls = parser.add_argument_group("which calls")
     calls.add_argument(
         "--kernel",
         choices=names,
         default="auto",
-        help="who sorts [auto: the first that is usable, the CPU last]",
+        help="the kernel that sorts [auto: the first that is usable, the CPU last]",
     )
     calls.add_argument(
         "--max-tokens",
-        "--max-batched-tokens",
         type=int,
         metavar="N",
         help=f"largest batch [{CPU_MAX_TOKENS} on the CPU, else {GPU_MAX_TOKENS}]",
@@ -76,40 +82,6 @@ def add_budget(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--budget", metavar="S", help=f"seconds a table [{usual}]")
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say which engine's calls are meant, with --kernel aiter."""
-    engine = parser.add_argument_group("which engine's calls, on AITER")
-    engine.add_argument(
-        "--for",
-        dest="engine",
-        choices=(PLAIN, *(engine.name for engine in ENGINES)),
-        default=PLAIN,
-        help="whose start is to find the table [plain: adaptive_moe.warm_up]",
-    )
-    engine.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="tensor parallelism: ranks a layer [1]"
-    )
-    engine.add_argument(
-        "--inter", type=int, metavar="N", help="hidden columns of an expert [the model's]"
-    )
-    engine.add_argument(
-        "--quant",
-        choices=QUANTS,
-        help="the experts' weights, which AITER's block sizes depend on [the config's]",
-    )
-
-
-def for_aiter_alone(args: argparse.Namespace) -> list[str]:
-    """The options given that no other kernel than AITER looks at."""
-    given = {
-        "--for": args.engine != PLAIN,
-        "--tp": args.tp != 1,
-        "--inter": args.inter is not None,
-        "--quant": args.quant is not None,
-    }
-    return [name for name, is_given in given.items() if is_given]
-
-
 def shape_from(args: argparse.Namespace) -> SortingShape:
     """The one shape that the options name; UsageError where they name none or several."""
     numbers = (args.experts, args.topk, args.hidden)
@@ -119,17 +91,16 @@ def shape_from(args: argparse.Namespace) -> SortingShape:
             "say which sort is meant, one way: --model NAME, --config PATH, "
             "or --experts, --topk and --hidden"
         )
-    block_size = 32 if args.block_size is None else args.block_size
     model = model_from(args)
     if model is not None:
-        shape = model.shape(block_size, args.dtype)
+        shape = model.shape(args.block_size, args.dtype)
     elif None in numbers:
         raise UsageError("--experts, --topk and --hidden belong together: give all three")
     elif args.fuse_shared:
         raise UsageError("--fuse-shared needs --model or --config: numbers name no shared experts")
     else:
         dtype = args.dtype or "bfloat16"
-        shape = SortingShape(args.experts, args.topk, args.hidden, dtype, block_size)
+        shape = SortingShape(args.experts, args.topk, args.hidden, dtype, args.block_size)
     return replace(shape, local_experts=args.local_experts, num_local_tokens=args.padded)
 
 

@@ -1,10 +1,9 @@
-"""Whatever holds tables, for people to look at: a file of the store, an exported file, a report.
+"""Whatever holds tables, for people to look at: a file of the store, or a report.
 
 A store's own loading (folder.py) is stricter: what it returns serves.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ from adaptive_moe.disk.file import Stored
 from adaptive_moe.disk.folder import MAX_FILE_BYTES, stored_files
 from adaptive_moe.policy.table import PolicyTable
 
-EXPORT_FORMAT = 1
-# An export or a report holds a few tables for each model.
+# A report holds a few tables for each model.
 MAX_BYTES = 64 * MAX_FILE_BYTES
 
 
 def read_any(path: Path) -> list[Stored | PolicyTable]:
-    """The tables in a file of the store, an exported file, an ADAPTIVE_MOE_REPORT or a table's own
-    JSON, in its order. OSError, or ValueError saying what is wrong with which of them."""
+    """The tables of a file of the store, of an ADAPTIVE_MOE_REPORT or of a table's own JSON, in
+    order. OSError, or ValueError saying what is wrong with which of them."""
     with open(path, "rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -31,27 +29,14 @@ def read_any(path: Path) -> list[Stored | PolicyTable]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if isinstance(plain, dict) and "sha256" in plain:
         return [_read(path, 1, Stored.from_text, text)]
-    if isinstance(plain, dict) and "adaptive_moe_export" in plain:
-        return [_read(path, n, Stored.from_text, text) for n, text in _exported(path, plain)]
     tables = plain if isinstance(plain, list) else [plain]
     if not all(isinstance(table, dict) and "coverage" in table for table in tables):
         raise ValueError(
-            f"{path} holds no tables: give a file of the cache folder, one that `cache export` "
-            "wrote, or one that ADAPTIVE_MOE_REPORT or `calibrate --output` named"
+            f"{path} holds no tables: give a file of the cache folder, or one that "
+            "ADAPTIVE_MOE_REPORT or `calibrate --output` named"
         )
     texts = [json.dumps(table) for table in tables]
     return [_read(path, n, PolicyTable.from_json, text) for n, text in enumerate(texts, start=1)]
-
-
-def export_text(stored: Sequence[Stored], exported: str) -> str:
-    """All of them as the content of one file, for `read_any` elsewhere; exported: when, in ISO
-    8601."""
-    bundle = {
-        "adaptive_moe_export": EXPORT_FORMAT,
-        "exported": exported,
-        "calibrations": [one.to_text() for one in stored],
-    }
-    return json.dumps(bundle, indent=1) + "\n"
 
 
 def find(folder: Path, part_of_name: str) -> list[Path]:
@@ -70,15 +55,6 @@ def _written(path: Path) -> float:
         return path.lstat().st_mtime
     except FileNotFoundError:  # removed meanwhile
         return 0.0
-
-
-def _exported(path: Path, bundle: dict[str, Any]) -> list[tuple[int, str]]:
-    texts = bundle.get("calibrations")
-    if bundle["adaptive_moe_export"] != EXPORT_FORMAT:
-        raise ValueError(f"{path} was written by another version: export it again with this one")
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{path} is not what `adaptive-moe cache export` writes")
-    return list(enumerate(texts, start=1))
 
 
 def _read(path: Path, number: int, read: Any, text: str) -> Any:

@@ -22,7 +22,5 @@ A warm-up, once per start:
 A process:
 
     process   the one hook it has: install(), warm_up(), counts(), uninstall()
-    telling   what it says of itself, in the log and in its status file
     plugin    what the plugins are made of; vllm and sglang are those there are
-    rehearsal an engine's first forward without the engine, for calibrating ahead of its start
 """

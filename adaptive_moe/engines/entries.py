@@ -1,6 +1,5 @@
 """What the hot path reads, and how it is made from a table."""
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -93,37 +92,6 @@ def grown(entry: Entry, num_tokens: int) -> Entry:
     length = 2 * num_tokens + 1
     both = (_stretched(entry.both[0], length), _stretched(entry.both[1], length))
     return entry._replace(array=_stretched(entry.array, length), both=both)
-
-
-def watched(entry: Entry, table: PolicyTable, counts: "Counter[str]") -> Entry:
-    """The same answers, from an entry of that table which asks at each call whether it is captured,
-    and then counts which candidate it takes. That costs a call something."""
-    eager, graph = entry.both
-    counting: Any = _Counting(graph, table, counts)
-    return entry._replace(array=bytes((ASK,)) * len(graph), both=(eager, counting))
-
-
-class _Counting:
-    """In place of the array of captured calls, as far as the hook uses it: a count is looked up,
-    and the last choice may be stretched over more counts."""
-
-    def __init__(self, array: bytes, table: PolicyTable, counts: "Counter[str]") -> None:
-        self._array, self._table, self._counts = array, table, counts
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    def __getitem__(self, place: Any) -> Any:
-        found = self._array[place]
-        if isinstance(place, int):
-            names = self._table.evidence.candidates
-            # Index 0 is the baseline, also in place of a candidate that is off.
-            name = self._table.candidate(place, captured=True) if found else names[0]
-            self._counts[name] += 1
-        return found
-
-    def ljust(self, length: int, fill: bytes) -> "_Counting":
-        return _Counting(self._array.ljust(length, fill), self._table, self._counts)
 
 
 def _stretched(array: bytes, length: int) -> bytes:

@@ -13,13 +13,12 @@ answers in its place. What each call costs is in wrapper.py, what happens rarely
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 from adaptive_moe.engines.counters import Counters, Counts
-from adaptive_moe.engines.entries import Entries, Entry, entry_for, unanswered, watched
+from adaptive_moe.engines.entries import Entries, Entry, entry_for, unanswered
 from adaptive_moe.engines.key import Key
 from adaptive_moe.engines.rare import RareCalls
 from adaptive_moe.engines.seam import Layer
@@ -62,8 +61,6 @@ class AiterHook:
         self._tables: Mapping[Key, PolicyTable] = {}
         self._sorts: dict[Key, Mapping[str, Callable[..., Any]]] = {}
         self._off: set[str] = set()
-        self._captured: Counter[str] = Counter()
-        self._watches_captures = False
 
     def install(self, module: ModuleType) -> bool:
         """Wrap the seam of `module`; False, with one warning, where it is not the seam we know.
@@ -172,17 +169,6 @@ class AiterHook:
         """What happened to the calls so far."""
         return self._counters.read()
 
-    def watch_captures(self, watch: bool) -> None:
-        """Count which candidates captured calls take, until told otherwise: while an engine starts,
-        as it costs calls something. Replays never come by."""
-        with self._lock:
-            self._watches_captures = watch
-            self._renew()
-
-    def captured(self) -> dict[str, int]:
-        """Captured calls that were watched, by candidate, the most frequent first."""
-        return dict(self._captured.most_common())
-
     def _renew(self) -> None:
         """Give the layer the entries of the tables; those of other keys are made when called."""
         layer = self._layer
@@ -190,8 +176,7 @@ class AiterHook:
             return
         found: dict[tuple[Any, ...], Entry] = {}
         for key, table in self._tables.items() if layer.active else ():
-            entry = entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
-            found[key] = watched(entry, table, self._captured) if self._watches_captures else entry
+            found[key] = entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
         layer.entries = Entries(found)
 
     def _broke(self, sort: Any, error: Exception) -> None:

@@ -19,11 +19,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-logger = logging.getLogger("adaptive_moe")
+from adaptive_moe import ENGINE_VARIABLE, PREFIX
 
-# As in settings.py, which is only imported when something is set.
-VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
-PREFIX = "ADAPTIVE_MOE_"
+logger = logging.getLogger("adaptive_moe")
 
 Action = Callable[[ModuleType], None]
 Function = Callable[..., Any]
@@ -32,7 +30,7 @@ Function = Callable[..., Any]
 def start(register: Callable[[], None], engine: str) -> None:
     """Run it where any variable of ours is set. Never raises: without us the engine starts as it
     would have."""
-    if not any(os.environ[n] for n in os.environ if n == VARIABLE or n.startswith(PREFIX)):
+    if not any(os.environ[n] for n in os.environ if n == ENGINE_VARIABLE or n.startswith(PREFIX)):
         return
     try:
         register()

@@ -5,14 +5,12 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from adaptive_moe.engines import telling
 from adaptive_moe.engines.choosers import Chooser
 from adaptive_moe.engines.counters import Counters, Counts
 from adaptive_moe.engines.hook import AiterHook
@@ -41,7 +39,6 @@ _lock = threading.RLock()
 _hook: AiterHook | None = None
 _engine = PLAIN
 _wanted = False
-_starting = False
 _said: set[str] = set()
 
 
@@ -123,7 +120,7 @@ def warm_up(
         connect = functools.partial(open_channel, None if agree is True else agree)
     # Without install() there is nothing to measure, but other ranks may wait.
     hook = current() or AiterHook(Settings())
-    made = warm_up_hook(
+    return warm_up_hook(
         hook,
         max_tokens,
         capture_sizes,
@@ -134,25 +131,6 @@ def warm_up(
         engine=_engine,
         connect=connect,
     )
-    if hook is current():
-        telling.after_warm_up(hook, _engine, made, captures_next=_starting)
-    return made
-
-
-@contextmanager
-def starting() -> Iterator[None]:
-    """Around the part of an engine's start that warms up and then captures: after it, it is said
-    which candidates the captured calls took."""
-    global _starting  # noqa: PLW0603
-    _starting = True
-    try:
-        yield
-    finally:
-        _starting = False
-        try:
-            telling.after_capture()
-        except Exception:
-            logger.exception("what was captured could not be told")
 
 
 def counts() -> Counts:

@@ -19,8 +19,9 @@ from adaptive_moe.engines.counters import Counters
 from adaptive_moe.engines.entries import Entries, Entry, grown, left_alone
 from adaptive_moe.engines.key import Key, OddCallError, read_key
 from adaptive_moe.engines.seam import Layer
-from adaptive_moe.engines.seen import SeenCall, is_rounded
+from adaptive_moe.engines.seen import SeenCall
 from adaptive_moe.kernels.aiter import LEADING
+from adaptive_moe.kernels.call import is_rounded
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -127,7 +128,7 @@ class RareCalls:
 
     def _note_outputs(self, key: Key, num_tokens: int, outputs: Any) -> None:
         if isinstance(outputs, tuple | list) and outputs:
-            rounded = is_rounded(outputs, num_tokens, key)
+            rounded = is_rounded(outputs, num_tokens, key.topk, key.num_experts, key.block_size)
             with self._lock:
                 known = self.seen[key]
                 self.seen[key] = replace(known, rounded=rounded, num_outputs=len(outputs))

@@ -3,7 +3,7 @@
 import contextvars
 import enum
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -123,14 +123,3 @@ def _default(variable: "contextvars.ContextVar[Any]") -> Any:
         return contextvars.Context().run(variable.get)
     except LookupError:
         return None
-
-
-def is_rounded(outputs: Sequence[Any], num_tokens: int, key: Key) -> bool | None:
-    """Is sorted_ids rounded up to whole blocks? None where this batch cannot tell, or it has
-    another length."""
-    from adaptive_moe.kernels.contract import buffer_length  # imports torch
-
-    call = (num_tokens, key.topk, key.num_experts, key.block_size)
-    exact, rounded = (buffer_length(*call, rounded=whole) for whole in (False, True))
-    length: int = outputs[0].shape[0]
-    return {exact: False, rounded: True}.get(length) if exact != rounded else None

@@ -24,7 +24,6 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 from weakref import WeakSet
@@ -68,7 +67,7 @@ def _register() -> None:
         )
         return
     engine = process.named("sglang")
-    if not process.install(settings, engine_policy=engine_policy(), engine=engine):
+    if not process.install(settings, engine_policy=_engine_policy(), engine=engine):
         return
     if settings.mode is Mode.AUTO:
         for module, name in BACKENDS.items():
@@ -76,7 +75,7 @@ def _register() -> None:
         when_imported(MODEL_RUNNER, _wrap_model_runner)
 
 
-def engine_policy() -> int:
+def _engine_policy() -> int:
     """What SGLang passes when its user chose nothing; versions without the variable pass none."""
     from sglang.srt.environ import envs
 
@@ -145,10 +144,7 @@ def _wrap_model_runner(module: ModuleType) -> None:
 
 def _warm_up_after_it(original: Callable[..., Any]) -> Callable[..., Any]:
     def init_cuda_graphs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from adaptive_moe.engines import process
-
-        with process.starting():
-            result = original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
         safely(_after_graphs, self)
         return result
 
@@ -197,7 +193,7 @@ def _warm_up(group: Any, capture_sizes: tuple[int, ...]) -> None:
         capture_sizes=capture_sizes,
         agree=False if group is None else group,
         pooled=_pooled(),
-        padding_rows=has_padding_rows(),
+        padding_rows=_has_padding_rows(),
     )
 
 
@@ -226,19 +222,9 @@ def _pooled() -> int:
     return int(parallel.dp_size if ranks is None else ranks)
 
 
-def has_padding_rows() -> bool:
+def _has_padding_rows() -> bool:
     """On ROCm SGLang gives rows of padding the id 0, but for one router that writes -1."""
     return any(name.endswith(".dsv41.vl_routing") for name in sys.modules)
-
-
-def patch_small_sort() -> None:
-    """Put SGLang's sort for small batches below the seam, as its start does: on gfx950; elsewhere
-    this does nothing."""
-    try:
-        patch = import_module("sglang.kernels.ops.moe.moe_sorting_small")
-    except ImportError:
-        return  # a SGLang without it
-    patch.apply_aiter_small_moe_sort_patch()
 
 
 def _tensor_parallel() -> Any:

@@ -19,15 +19,12 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from adaptive_moe.engines.plugin import VARIABLE, safely, start, when_imported, wrap
+from adaptive_moe import ENGINE_VARIABLE
+from adaptive_moe.engines.plugin import safely, start, when_imported, wrap
 
 logger = logging.getLogger("adaptive_moe")
 
-# Ours, as in settings.py.
-WORDS = ("auto", "off", "none", "false", "")
-PLUGIN = "adaptive_moe"
 KERNEL_WARMUP = "vllm.model_executor.warmup.kernel_warmup"
-WORKER = "vllm.v1.worker.gpu_worker"
 INT4 = "vllm.model_executor.layers.fused_moe.fused_flydsl_moe"
 
 
@@ -36,26 +33,13 @@ def register() -> None:
     start(_register, "vLLM")
 
 
-def plugin_problem(environ: Mapping[str, str]) -> str | None:
-    """Why vLLM would not load this plugin although its variable holds a word of ours; or None."""
-    allowed = environ.get("VLLM_PLUGINS")
-    asked = environ.get(VARIABLE)
-    if allowed is None or PLUGIN in allowed.split(",") or asked is None or not _is_ours(asked):
-        return None
-    return (
-        f"VLLM_PLUGINS={allowed!r} leaves {PLUGIN} out, and vLLM alone cannot read "
-        f"{VARIABLE}={asked!r} (ValueError: invalid literal for int()): add {PLUGIN} to "
-        "VLLM_PLUGINS, or unset the variable"
-    )
-
-
 def _register() -> None:
     from adaptive_moe.engines import process
     from adaptive_moe.kernels.aiter import find_aiter
     from adaptive_moe.settings import Mode
 
     _log_as_vllm()
-    if VARIABLE in os.environ and _is_ours(os.environ[VARIABLE]):
+    if ENGINE_VARIABLE in os.environ and _is_ours(os.environ[ENGINE_VARIABLE]):
         _teach_envs()
     settings = process.asked_for()
     if settings is None:
@@ -69,12 +53,13 @@ def _register() -> None:
     process.install(settings, engine=process.named("vllm"))
     if settings.mode is Mode.AUTO:
         when_imported(KERNEL_WARMUP, _wrap_kernel_warmup)
-        when_imported(WORKER, _wrap_worker)
         when_imported(INT4, _watch_int4)
 
 
 def _is_ours(text: str) -> bool:
-    return text.strip().lower() in WORDS
+    from adaptive_moe.settings import OFF
+
+    return text.strip().lower() in ("auto", *OFF, "")
 
 
 def _teach_envs() -> None:
@@ -87,20 +72,20 @@ def _teach_envs() -> None:
         logger.warning(
             "this vLLM has no vllm.envs.environment_variables, so it cannot be taught the word "
             "auto: set ADAPTIVE_MOE_DISPATCH_POLICY=auto instead of %s",
-            VARIABLE,
+            ENGINE_VARIABLE,
         )
         return
-    original = parsers.get(VARIABLE)
+    original = parsers.get(ENGINE_VARIABLE)
     if hasattr(original, "reads_adaptive_moe"):  # plugins may be loaded twice
         return
 
     def parse() -> Any:
-        if _is_ours(os.environ.get(VARIABLE, "")) or original is None:
+        if _is_ours(os.environ.get(ENGINE_VARIABLE, "")) or original is None:
             return 0  # AITER's own choice, where nothing was measured
         return original()
 
     parse.reads_adaptive_moe = True  # type: ignore[attr-defined]
-    parsers[VARIABLE] = parse
+    parsers[ENGINE_VARIABLE] = parse
 
 
 def _wrap_kernel_warmup(module: ModuleType) -> None:
@@ -132,21 +117,6 @@ def _then_warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
     return kernel_warmup
 
 
-def _wrap_worker(module: ModuleType) -> None:
-    """Around what calls kernel_warmup, and then captures."""
-    wrap(getattr(module, "Worker", None), "compile_or_warm_up_model", _as_a_start)
-
-
-def _as_a_start(original: Callable[..., Any]) -> Callable[..., Any]:
-    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from adaptive_moe.engines import process
-
-        with process.starting():
-            return original(self, *args, **kwargs)
-
-    return compile_or_warm_up_model
-
-
 _int4: list[Any] = []
 
 
@@ -165,7 +135,7 @@ def _warm_up(worker: Any) -> None:
         capture_sizes=config.compilation_config.cudagraph_capture_sizes or (),
         agree=True,
         pooled=_pooled(config.parallel_config),
-        padding_rows=has_padding_rows(),
+        padding_rows=_has_padding_rows(),
         choosers=_int4,
     )
 
@@ -180,7 +150,7 @@ def _pooled(config: Any) -> int:
     return 1
 
 
-def has_padding_rows() -> bool:
+def _has_padding_rows() -> bool:
     """vLLM marks rows of padding by ids of -1 in some routings, where this is on. Which routing a
     layer has cannot be told at the sort."""
     from vllm import envs

@@ -122,6 +122,8 @@ def warm_up(
             _report(hook, tables, origins)
         if own.kept is not None:
             own.kept.publish(_worth_keeping(own, tables))
+            if speaks:
+                _name_files(own, tables)
     return WarmUp(tables, (*problems, *refusals), time.monotonic() - begun, origins)
 
 
@@ -173,6 +175,14 @@ def _worth_keeping(
         if one.measured or table != one.table:
             keep[one.place] = table
     return keep
+
+
+def _name_files(own: OwnTables, tables: Mapping[Key, PolicyTable]) -> None:
+    """A line for each table that is set and kept on disk."""
+    for key, one in own.tables.items():
+        path = own.kept.folder / one.place.file_name() if own.kept else None
+        if key in tables and path is not None and path.exists():
+            logger.info("%s: kept in %s", key.describe(), path)
 
 
 def _calibrate(*args: Any, **kwargs: Any) -> PolicyTable:

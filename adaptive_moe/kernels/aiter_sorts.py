@@ -55,10 +55,12 @@ def _ck_and_opus(live: "Live") -> Iterator[OtherSort]:
     # Without that parameter it always accumulates, as then does whoever calls it.
     call = functools.partial(_implementation, implementation, takes_accumulate)
     if not live.local_ids and has_ck(Path(live.module.__file__ or "").parent):
-        yield OtherSort("ck", functools.partial(call, False, options), "ck", backend="ck")
+        ck = functools.partial(call, False, options)
+        yield OtherSort("ck", ck, "ck", takes_padding=False)
     # Where nobody stands in its place, Opus under policy 0 is AITER's default already.
     if live.backend(0) != "opus" or standing is not implementation:
-        yield OtherSort("opus", functools.partial(call, True, options), "opus", backend="opus")
+        opus = functools.partial(call, True, options)
+        yield OtherSort("opus", opus, "opus", takes_padding=False)
 
 
 def _implementation(
@@ -101,7 +103,7 @@ def _flydsl(live: "Live", shape: "SortingShape") -> Iterator[OtherSort]:
         return
     call = functools.partial(_sort_by_flydsl, kernels.moe_sorting_flydsl, live.rounded)
     source = digest([file]) if file.is_file() else ""
-    yield OtherSort("flydsl", call, f"flydsl {source}", backend="flydsl")
+    yield OtherSort("flydsl", call, f"flydsl {source}", takes_padding=False)
 
 
 def _sort_by_flydsl(

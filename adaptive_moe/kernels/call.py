@@ -1,6 +1,6 @@
 """How a call reached AITER's seam: all of it but its batch and its shape."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -67,3 +67,16 @@ class Live:
         if asked and not self.local_ids and available is not None and available():
             return "flydsl"
         return "opus"
+
+
+def is_rounded(
+    outputs: Sequence[Any], num_tokens: int, topk: int, num_experts: int, block_size: int
+) -> bool | None:
+    """Is sorted_ids, the first output, rounded up to whole blocks? None where this batch cannot
+    tell, or it has another length."""
+    from adaptive_moe.kernels.contract import buffer_length  # imports torch
+
+    call = (num_tokens, topk, num_experts, block_size)
+    exact, rounded = (buffer_length(*call, rounded=whole) for whole in (False, True))
+    length: int = outputs[0].shape[0]
+    return {exact: False, rounded: True}.get(length) if exact != rounded else None

@@ -2,49 +2,40 @@
 
 import contextvars
 import functools
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adaptive_moe.kernels import POLICIES, Candidate, SortKernel, policy_name
 from adaptive_moe.kernels.aiter import installed_version
-from adaptive_moe.kernels.aiter_padding import (
-    Kernel,
-    kernels_for,
-    one_shot_rows,
-    refusal,
-    unguarded,
-)
 from adaptive_moe.kernels.call import Buffer, Live
 from adaptive_moe.kernels.identity import content, digest, strangers
-from adaptive_moe.kernels.sorts import POLICIES as POLICIES_WORD
-from adaptive_moe.kernels.sorts import OtherSort, offered, say_once
+from adaptive_moe.kernels.sorts import POLICIES_WORD, OtherSort, offered, say_once
 from adaptive_moe.policy.coverage import Coverage
 
 if TYPE_CHECKING:
     from adaptive_moe.kernels import Call
     from adaptive_moe.kernels.contract import SortingInputs
 
+# With so many experts policy 1 never returns. AITER's one-shot kernel has 8,192 integers of LDS for
+# a table of one column per expert and at least ten rows: two for counts, and tokens in steps of
+# eight. 8,192 // (819 + 1) is nine, so its loop over tokens has a step of 0. Policy 0 does not
+# choose the kernel there. Source: moe_sorting_get_smem_row_col in AITER's moe_sorting_opus.h.
+ONE_SHOT_NEVER_RETURNS_FROM = 819
+
 
 def live_kernel(
     live: Live, coverage: Coverage, sorts: Sequence[str] = (POLICIES_WORD,)
 ) -> tuple[SortKernel, dict[str, Callable[..., Any]]]:
-    """Who may answer such calls, the baseline first; and what serves by the names of other sorts.
-
-    sorts: names of sorts.py. Left out, with one line each that says why, is whose kernel takes ids
-    of -1 for indices where rows of padding occur, unless the baseline runs that very kernel.
-    """
+    """The candidates for such calls, the baseline first; and the functions that serve under the
+    names of other sorts. sorts: names of kernels/sorts.py."""
     shape = coverage.shape
-    policies = list(_policies(live, shape.num_experts)) if POLICIES_WORD in sorts else []
+    policies = _policies(live, coverage) if POLICIES_WORD in sorts else []
     others = offered(live, shape, sorts)
     if coverage.padding_rows:
-        policies = [p for p in policies if _takes_padding(live, coverage, p, live.backend(p))]
-        others = [
-            sort
-            for sort in others
-            if sort.backend is None or _takes_padding(live, coverage, sort.name, sort.backend)
-        ]
+        for sort in others:
+            if not sort.takes_padding:
+                _not_offered(sort.name, coverage, "it may use such an id as an index")
+        others = [sort for sort in others if sort.takes_padding]
     candidates = (
         *(Candidate(policy_name(p), _seam(live, p)) for p in (live.baseline, *policies)),
         *(Candidate(sort.name, _other(live, sort)) for sort in others),
@@ -66,13 +57,32 @@ def name(live: Live, others: Sequence[OtherSort] = ()) -> str:
     return found
 
 
-def _policies(live: Live, num_experts: int) -> Iterator[int]:
-    """The policies to try beside the baseline."""
-    for policy in POLICIES:
-        # With so many experts the one-shot kernel never returns; policy 0 does not choose it.
-        never_returns = policy == 1 and one_shot_rows(num_experts) == 0
-        if policy != live.baseline and not never_returns:
-            yield policy
+def _policies(live: Live, coverage: Coverage) -> list[int]:
+    """The policies to try beside the baseline.
+
+    Rows of padding have expert ids of -1 (docs/engines.md), and some of AITER's kernels use such an
+    id as an index. Multi-phase compares ids below 2,048 tokens in every version read, and from
+    there on it is what policy 0 runs itself: so beside policy 0 only policy 2 is safe, and beside
+    any other baseline none is.
+    """
+    policies = [p for p in POLICIES if p != live.baseline]
+    if coverage.shape.num_experts >= ONE_SHOT_NEVER_RETURNS_FROM:
+        policies = [p for p in policies if p != 1]
+    if not coverage.padding_rows:
+        return policies
+    safe = [2] if live.baseline == 0 else []
+    for policy in policies:
+        if policy not in safe:
+            why = f"its kernel may use such an id as an index where {coverage.baseline} does not"
+            _not_offered(policy_name(policy), coverage, why)
+    return [p for p in policies if p in safe]
+
+
+def _not_offered(candidate: str, coverage: Coverage, why: str) -> None:
+    say_once(
+        f"{candidate} is not offered for {coverage.shape.describe()}: rows of padding have expert "
+        f"ids of -1, and {why}"
+    )
 
 
 def _seam(live: Live, policy: object) -> Callable[["SortingInputs"], "Call"]:
@@ -116,34 +126,3 @@ def _other(live: Live, sort: OtherSort) -> Callable[["SortingInputs"], "Call"]:
         return _without_smaller_batches(call, inputs.topk_ids.shape[0])
 
     return bind
-
-
-def _takes_padding(live: Live, coverage: Coverage, candidate: object, backend: str) -> bool:
-    """May that candidate be given rows of -1, at every count that there is?"""
-    shape = coverage.shape
-    unsafe = _unguarded(Path(live.module.__file__ or "").parent, installed_version())
-    policy = candidate if isinstance(candidate, int) else 0
-    for count in _telling_counts(coverage):
-        at = (count, shape.num_experts, shape.topk)
-        runs = kernels_for(backend, policy, *at)
-        baseline = kernels_for(live.backend(live.baseline), int(live.baseline), *at)
-        why = refusal(unsafe, runs, baseline)
-        if why is not None:
-            word = candidate if isinstance(candidate, str) else policy_name(candidate)
-            say_once(f"{word} is not offered for {shape.describe()}: {why}")
-            return False
-    return True
-
-
-def _telling_counts(coverage: Coverage) -> list[int]:
-    """Counts among which each kernel occurs that occurs at any: kernels change at few counts."""
-    rows = one_shot_rows(coverage.shape.num_experts)
-    edges = {1, *(edge + one for edge in (*range(16, 257), rows, 2047, 2048) for one in (0, 1))}
-    spans = (*coverage.eager, *((count, count) for count in coverage.captured))
-    edges |= {count for span in spans for count in span}
-    return sorted(e for e in edges if any(first <= e <= last for first, last in spans))
-
-
-@functools.lru_cache(maxsize=4)
-def _unguarded(package: Path, version: str) -> Mapping[Kernel, str]:
-    return unguarded(package, version, os.environ)

@@ -28,11 +28,11 @@ REGISTRY: dict[str, str] = {
 }
 
 # What a user may say for several of them, `policies` being those of AITER's configured backend.
-POLICIES = "policies"
+POLICIES_WORD = "policies"
 GROUPS: dict[str, tuple[str, ...]] = {
-    POLICIES: (POLICIES,),
-    "aiter": (POLICIES, *(name for name, module in REGISTRY.items() if module == _AITERS)),
-    "all": (POLICIES, *REGISTRY),
+    POLICIES_WORD: (POLICIES_WORD,),
+    "aiter": (POLICIES_WORD, *(name for name, module in REGISTRY.items() if module == _AITERS)),
+    "all": (POLICIES_WORD, *REGISTRY),
 }
 
 # With one of these a user has chosen among AITER's backends.
@@ -52,13 +52,14 @@ class OtherSort:
               raise, and must neither wait for the device nor keep anything between calls, so that
               it can be captured into a graph
     identity  changes when the sort may answer otherwise or take another time: version and content
-    backend   whose kernels of AITER's run, where some of them index with ids of -1; else None
+    takes_padding  True where it skips rows whose expert ids are -1. Where such rows can occur,
+              a sort that does not is not offered
     """
 
     name: str
     call: Callable[..., Any]
     identity: str
-    backend: str | None = None
+    takes_padding: bool = True
 
 
 def offered(

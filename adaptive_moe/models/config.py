@@ -62,7 +62,6 @@ def model_from_config(path: Path, *, fuse_shared: bool = False) -> Model:
         next((d for level in (config, inner) if (d := _dtype(level))), "bfloat16"),
         _shared_experts(inner),
         moe_intermediate_size=_present(inner, INTERMEDIATE) or 0,
-        quant=_quant(config) or _quant(inner),
     )
     return model.fused() if fuse_shared else model
 
@@ -133,14 +132,3 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
     """The config's dtype where it is one that moe_buf can have."""
     dtype = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
     return dtype if dtype in DTYPES else None
-
-
-def _quant(config: Mapping[str, Any]) -> str:
-    """How the weights are quantised, where it is a way that AITER's chooser tells apart."""
-    said = config.get("quantization_config")
-    if not isinstance(said, dict):
-        return ""
-    method = str(said.get("quant_method")).lower()
-    if method == "fp8" and said.get("weight_block_size"):
-        return "fp8-block"
-    return method if method in ("fp8", "mxfp4") else ""

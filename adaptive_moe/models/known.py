@@ -97,7 +97,6 @@ def _model(name: str, facts: Mapping[str, Any]) -> Model:
         shared_experts=facts.get("fused_shared_experts", 0),
         moe_intermediate_size=facts["moe_intermediate_size"],
         attention=tuple(facts["attention"]),
-        quant=facts.get("quant", ""),
     )
 
 

@@ -16,10 +16,9 @@ class ModelError(ValueError):
 class Model:
     """One public model's sort; `source` is where its numbers were read, dtype that of moe_buf.
 
-    For a model-like step (`bench step`), and 0 or empty where that is not known:
+    For a model-like step (calibration/), and 0 or empty where that is not known:
     moe_intermediate_size  columns of one expert's hidden activations
     attention  width of the query, key and value projections together, and of what is projected back
-    quant  of the experts' weights as published: fp8, fp8-block or mxfp4
     """
 
     name: str
@@ -31,7 +30,6 @@ class Model:
     shared_experts: int = 0
     moe_intermediate_size: int = 0
     attention: tuple[int, ...] = ()
-    quant: str = ""
 
     def shape(self, block_size: int = 32, dtype: str | None = None) -> SortingShape:
         return SortingShape(

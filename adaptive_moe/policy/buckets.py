@@ -55,11 +55,3 @@ def between(domain: Sequence[int], low: int, high: int) -> int | None:
     # Halving the ratio, not the difference, finds a crossover anywhere in log2 steps.
     middle = bisect_left(domain, round((low * high) ** 0.5))
     return domain[min(middle, last - 1)]
-
-
-def check_domain(name: str, counts: Sequence[int]) -> tuple[int, ...]:
-    """The counts, sorted and unique; ValueError naming `name` where one is not a count."""
-    for count in counts:
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{name}: {count!r} is not a token count: give integers of 1 or more")
-    return tuple(sorted(set(counts)))

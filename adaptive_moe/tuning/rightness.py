@@ -1,7 +1,6 @@
 """Is a candidate right: does it return what the baseline returns, in everything a consumer reads?
 
-The baseline defines right. The contract checker (kernels/contract.py), which proves our own
-kernels, only gives a warning where a live baseline breaks our reading of it; two counts show that.
+The baseline defines right.
 """
 
 import logging
@@ -12,7 +11,6 @@ from adaptive_moe.kernels import Candidate, SortKernel
 from adaptive_moe.kernels.contract import (
     Expected,
     SortingInputs,
-    check_contract,
     differences_from,
     expected,
     poisoned_memory,
@@ -48,7 +46,6 @@ class Rightness:
         self.seconds = 0.0
         self.excluded: dict[str, Exclusion] = {}
         self._checked: set[tuple[int, float]] = set()
-        self._surprised = False
 
     def check(self, situation: Situation, num_tokens: int) -> None:
         """Check every candidate at that count, as it will be filled; once for each filling."""
@@ -62,23 +59,14 @@ class Rightness:
     def _check(self, num_tokens: int, fill: float) -> None:
         inputs = self.inputs.one(num_tokens, num_tokens, fill)
         still_in = [c for c in self.kernel.candidates if c.name not in self.excluded]
-        read = len(self._checked) == 1 or num_tokens == self.inputs.rows
-        accumulate = self.coverage.shape.accumulate
         try:
-            found, surprises = check_candidates(still_in, inputs, accumulate, read=read)
+            found = check_candidates(still_in, inputs)
         # Whatever the baseline raises: without it nothing can be said.
         except Exception as error:
             why = f"at {num_tokens} tokens {self.coverage.baseline} raised {short(error)}"
             raise CalibrationFailedError(why) from error
         for name, exclusion in found.items():
             self.exclude(name, exclusion, num_tokens)
-        if surprises and not self._surprised:
-            self._surprised = True
-            logger.warning(
-                "%s is newer than this adaptive_moe knows: at %d tokens the baseline's %s; it "
-                "still defines what is right",
-                *(self.kernel.name, num_tokens, "; ".join(surprises)),
-            )
 
     def exclude(self, candidate: str, why: Exclusion, num_tokens: int) -> None:
         """From here on, and in every bucket measured before, it is no candidate."""
@@ -103,18 +91,16 @@ class Rightness:
 
 
 def check_candidates(
-    candidates: Sequence[Candidate], inputs: SortingInputs, accumulate: bool, *, read: bool
-) -> tuple[dict[str, Exclusion], list[str]]:
+    candidates: Sequence[Candidate], inputs: SortingInputs
+) -> dict[str, Exclusion]:
     """Run each candidate once on poisoned memory and compare it with the baseline, the first.
 
-    Returns what is excluded by name, and where asked to `read` the baseline's outputs by our
-    reading of the contract, how they break it. This is also each candidate's first call, in which
-    kernels may compile: never timed. An exception of the baseline passes through.
+    Returns what is excluded by name. This is also each candidate's first call, in which kernels may
+    compile: never timed. An exception of the baseline passes through.
     """
     baseline, *others = candidates
     with poisoned_memory():
         outputs = baseline.bind(inputs)()
-    surprises = check_contract(inputs, outputs, accumulate=accumulate) if read else []
     right = expected(outputs)
     del outputs  # moe_buf is as large as the batch's activations
     found: dict[str, Exclusion] = {}
@@ -127,7 +113,7 @@ def check_candidates(
             continue
         if problems:
             found[candidate.name] = Exclusion(Standing.WRONG, "; ".join(problems))
-    return found, surprises
+    return found
 
 
 def _compare(candidate: Candidate, inputs: SortingInputs, right: Expected) -> list[str]:

@@ -20,7 +20,7 @@ def ends(monkeypatch, capsys, error, code):
     def command(args):
         raise error
 
-    monkeypatch.setattr("adaptive_moe.cli.listing.run", command)
+    monkeypatch.setattr("adaptive_moe.cli.tables.run_list", command)
     assert cli.main(["list"]) == code
     said = capsys.readouterr()
     assert said.out == ""
@@ -139,7 +139,7 @@ def test_help_and_version_import_little_more_than_the_parser():
 
 @pytest.mark.parametrize(
     "command",
-    ["calibrate", "list", "show", "explain", "plot", "page", "status", "doctor", "cache", "bench"],
+    list(cli.COMMANDS),
 )
 def test_help_of_a_command_does_without_torch(command):
     code = (
@@ -160,9 +160,8 @@ def test_help_of_a_command_does_without_torch(command):
 
 def test_every_command_has_json(capsys):
     for command in cli.COMMANDS:
-        names = {"cache": ["clear"], "bench": ["regret"]}.get(command, [])
         with pytest.raises(SystemExit):
-            cli.main([command, *names, "--help"])
+            cli.main([command, "--help"])
         assert "--json" in capsys.readouterr().out, command
 
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -127,7 +126,6 @@ def start_rank(sglang, rank, size, port, folder):
     import aiter.sort
     from sglang.srt.distributed import parallel_state
 
-    from adaptive_moe.disk import status
     from adaptive_moe.engines import process
 
     parallel_state.init_distributed_environment(
@@ -140,11 +138,9 @@ def start_rank(sglang, rank, size, port, folder):
     before, forwards = len(aiter.sort.calls), 2
     capture_one(full, lambda: forward(sglang.runner, LARGEST_CAPTURE), group)
     tables = process.current().tables.values()
-    told = [one for one in status.read_all(Path(folder) / "adaptive_moe") if one.pid == os.getpid()]
     result = {
         "group": group.ranks,
         "measured": len(aiter.sort.calls) - before - forwards,
-        "origins": [table.origin for one in told for table in one.tables],
         "tables": [hashlib.sha256(table.to_json().encode()).hexdigest() for table in tables],
         "policy": int(forward(sglang.runner, 8).policy),
     }

@@ -4,6 +4,7 @@ AITER's Python runs as it is, from fused_moe down to where it calls what it comp
 its GEMMs, in whose place compiled/ has a sort on the CPU and stages that only read what it wrote.
 """
 
+import shutil
 import sys
 from importlib.metadata import packages_distributions
 from types import SimpleNamespace
@@ -226,38 +227,30 @@ def test_a_masked_and_padded_call_keeps_its_arguments(aiter):
     assert torch.equal(after[2][: valid // 32], before[2][: valid // 32])
 
 
-def test_what_was_calibrated_before_is_what_the_next_start_finds(
-    aiter, tmp_path, monkeypatch, capsys, caplog
-):
-    """`adaptive-moe calibrate` on AMD's AITER, block sizes by its own chooser; then a start, and
-    one with another machine's cache folder, through an export."""
-    from adaptive_moe.cli import main
-
-    def run(*command):
-        assert main([*command]) == 0
-        return capsys.readouterr().out
-
-    def keep_in(name):
-        monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", str(tmp_path / name))
-
-    # Of both: a start that has more goes on with what a smaller one left open.
+def test_a_copied_cache_folder_is_what_the_next_start_finds(aiter, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("ADAPTIVE_MOE_BUDGET_S", "0.5")
     caplog.set_level("INFO", "adaptive_moe")
-    layer = f"--experts {EXPERTS} --topk {TOPK} --hidden 768 --inter {INTER}"
-    calls = f"--max-batched-tokens {MAX_TOKENS} --capture-sizes 1,8,64"
-    file = str(tmp_path / "fleet.json")
-    keep_in("a")
-    assert "written to" in run("calibrate", "--kernel", "aiter", *layer.split(), *calls.split())
-    assert "3 calibrations written" in run("cache", "export", file)
-    keep_in("b")
-    assert "3 imported into" in run("cache", "import", file)
-    for name in ("a", "b"):
-        keep_in(name)
+    for name, origin in (("a", "measured"), ("b", "stored")):
+        monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", str(tmp_path / name))
         assert adaptive_moe.install()
         forward(aiter, MAX_TOKENS, dim=768)
         before = len(aiter.sort.calls)
         made = adaptive_moe.warm_up(MAX_TOKENS, CAPTURE_SIZES)
-        assert set(made.origins.values()) == {"stored"}
+        assert set(made.origins.values()) == {origin}
         assert {key.block_size for key in made.tables} == set(BLOCK_SIZES.values())
-        assert len(aiter.sort.calls) == before
-        assert caplog.text.count(f"table from {tmp_path / name}") == 3
+        assert (len(aiter.sort.calls) == before) is (origin == "stored")
+        assert caplog.text.count(f": kept in {tmp_path / name}") == 3
+        if name == "a":
+            shutil.copytree(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_command_line_measures_amds_aiter(aiter, tmp_path, monkeypatch, capsys):
+    from adaptive_moe.cli import main
+
+    monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", str(tmp_path))
+    layer = f"--experts {EXPERTS} --topk {TOPK} --hidden 768 --block-size 64"
+    words = f"calibrate --kernel aiter {layer} --max-tokens 64 --capture-sizes none --budget 1"
+    assert main(words.split()) == 0
+    assert "block 64" in capsys.readouterr().out
+    (file,) = tmp_path.glob("*.json")
+    assert "no-engine" in file.name

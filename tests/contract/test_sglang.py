@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -221,7 +222,7 @@ def test_the_sorts_that_were_asked_for_compete_serve_and_are_named(sglang, sorts
     def warm_up():
         capture_one(sglang.backends[0], lambda: layer(LARGEST_CAPTURE))
 
-    engine = Engine(f"policy {BASELINE}", frozenset(), load_plugins, warm_up, layer)
+    engine = Engine(f"policy {BASELINE}", False, load_plugins, warm_up, layer)
     check_start(engine, sorts, tmp_path / "cache")
 
 
@@ -287,20 +288,18 @@ def test_what_is_measured_is_sglangs_small_sort_as_it_serves(sglang, small_sort)
     assert {emits for _, emits in measured} == {True}
 
 
-def test_what_was_calibrated_before_is_what_the_next_start_finds(tmp_path):
-    """`adaptive-moe calibrate --for sglang`, then SGLang's start: from the store, nothing measured.
-    The same on another rank, which has another machine's cache folder, through an export."""
-    here, elsewhere = tmp_path / "a", tmp_path / "b"
-    layer = "--experts 16 --topk 4 --hidden 64 --inter 16"
-    calls = f"--for sglang --max-batched-tokens {PREFILL} --capture-sizes 1,8,64"
-    calibrate = f"calibrate --kernel aiter {layer} {calls} --budget 30"
-    for folder, command in (
-        (here, calibrate),
-        (here, f"cache export {tmp_path / 'fleet.json'}"),
-        (elsewhere, f"cache import {tmp_path / 'fleet.json'}"),
-    ):
-        run(f"-m adaptive_moe {command}", ADAPTIVE_MOE_CACHE_DIR=str(folder / "adaptive_moe"))
-    log = run(f"sglang_worker.py {here} {elsewhere}", **{VARIABLE: "auto"})
-    for ranks in json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1)):
+def test_a_copied_cache_folder_is_what_the_next_start_finds(tmp_path):
+    """Two ranks measure once; then both, and one with a copied cache folder, measure nothing."""
+    here, there, copied = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "30"}
+
+    def starts(*folders):
+        log = run(f"sglang_worker.py {' '.join(map(str, folders))}", **environ)
+        return json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
+
+    first, again = starts(here, there)
+    assert first[0]["measured"] > 0
+    shutil.copytree(here, copied)
+    for ranks in (again, *starts(copied, there)):
         assert [rank["measured"] for rank in ranks] == [0, 0]
-        assert [rank["origins"] for rank in ranks] == [["stored"]] * 2
+        assert [rank["tables"] for rank in ranks] == [rank["tables"] for rank in first]

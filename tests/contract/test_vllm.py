@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -274,9 +275,9 @@ def test_the_sorts_that_were_asked_for_compete_serve_and_are_named(envs, sorts, 
         layer(worker.MAX_TOKENS)
         gpu_worker.kernel_warmup(worker.make_worker(gpu_worker))
 
-    # Newer ones pad with rows of -1, and not every CK there is takes them.
-    unsafe = frozenset({"ck"} if "VLLM_MOE_SKIP_PADDING" in envs.environment_variables else ())
-    engine = Engine("policy 0", unsafe, load_plugins, warm_up, layer)
+    # Newer ones pad with rows of -1.
+    padding_rows = "VLLM_MOE_SKIP_PADDING" in envs.environment_variables
+    engine = Engine("policy 0", padding_rows, load_plugins, warm_up, layer)
     check_start(engine, sorts, tmp_path / "cache")
 
 
@@ -362,31 +363,23 @@ def test_filtered_out_vllm_itself_refuses_the_word_and_we_can_say_why():
         assert refused == "REFUSED invalid literal for int() with base 10: 'auto'"
     assert refused.startswith("REFUSED")
     assert read == "READ 0"
-    from adaptive_moe.engines.vllm import plugin_problem
-
-    text = plugin_problem({VARIABLE: "auto", "VLLM_PLUGINS": "some_other_plugin"})
-    assert "add adaptive_moe to VLLM_PLUGINS" in text
-    allowed = {VARIABLE: "auto", "VLLM_PLUGINS": "some_other_plugin,adaptive_moe"}
-    assert plugin_problem(allowed) is None
 
 
-def test_what_was_calibrated_before_is_what_the_next_start_finds(tmp_path):
-    """`adaptive-moe calibrate --for vllm`, then vLLM's start: from the store, nothing measured. The
-    same on another machine's cache folder, through an export."""
-    cache, elsewhere, file = (str(tmp_path / name) for name in ("a", "b", "fleet.json"))
-    sizes = ",".join(map(str, worker.CAPTURE_SIZES))
-    layer = "--experts 256 --topk 8 --hidden 7168 --inter 16 --quant fp8-block"
-    calls = f"--for vllm --max-batched-tokens {worker.MAX_TOKENS} --capture-sizes {sizes}"
-    command = f"-m adaptive_moe calibrate --kernel aiter {layer} {calls} --budget 3"
-    done = run(command, ADAPTIVE_MOE_CACHE_DIR=cache)
-    assert done.stdout.count("written to") == 2  # two block sizes
-    run(f"-m adaptive_moe cache export {file}", ADAPTIVE_MOE_CACHE_DIR=cache)
-    run(f"-m adaptive_moe cache import {file}", ADAPTIVE_MOE_CACHE_DIR=elsewhere)
-    for folder in (cache, elsewhere):
-        environ = {VARIABLE: "auto", "ADAPTIVE_MOE_CACHE_DIR": folder}
-        done = run(f"worker.py tensor:{tmp_path}", **environ)
+def test_a_copied_cache_folder_is_what_the_next_start_finds(tmp_path):
+    """Tune once, ship the folder: a start on another machine of the same kind measures nothing."""
+    here, copied = tmp_path / "a", tmp_path / "b"
+
+    def start(folder):
+        done = run(f"worker.py tensor:{folder}", **{VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "3"})
         log = done.stdout + done.stderr
         ((rank,),) = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
         assert sorted(rank["tables"]) == ["16", "64"]
-        assert rank["sorts"] == 0
-        assert log.count(f"table from {folder}") == 2
+        assert log.count(f": kept in {folder}") == 2
+        return rank, log
+
+    first, _ = start(here)
+    assert first["sorts"] > 0
+    shutil.copytree(here, copied)
+    second, log = start(copied)
+    assert (second["sorts"], second["tables"]) == (0, first["tables"])
+    assert log.count(f"table from {copied}") == 2

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from adaptive_moe.disk.folder import Store
-from adaptive_moe.disk.reader import export_text, find, newest, read_any
+from adaptive_moe.disk.reader import find, newest, read_any
 from adaptive_moe.disk.write import remove, remove_stale, replace_file
 from adaptive_moe.policy.table import PolicyTable
 from tests.faults.made_up import SHAPE, key_of, made_up_table, stored_of
@@ -23,20 +23,6 @@ def test_a_file_of_the_store(tmp_path):
     store.publish({key_of(TABLES[0]): TABLES[0]})
     (path,) = find(tmp_path, "")
     assert read_any(path) == [stored_of(TABLES[0])]
-
-
-def test_an_exported_file(tmp_path):
-    stored = [stored_of(table) for table in TABLES]
-    text = export_text(stored, "2026-01-01T00:00:00+00:00")
-    (tmp_path / "all.json").write_text(text)
-    assert read_any(tmp_path / "all.json") == stored
-    assert text.startswith('{\n "adaptive_moe_export": 1,\n')
-    assert text.endswith("\n}\n")
-    assert json.loads(text) == {
-        "adaptive_moe_export": 1,
-        "exported": "2026-01-01T00:00:00+00:00",
-        "calibrations": [one.to_text() for one in stored],
-    }
 
 
 def test_a_report_and_a_table_alone(tmp_path):
@@ -60,20 +46,12 @@ def spoilt(text):
         ("[" * 100_000, "is not JSON"),
         (
             "{}",
-            "holds no tables: give a file of the cache folder, one that `cache export` wrote, or "
-            "one that ADAPTIVE_MOE_REPORT or `calibrate --output` named$",
+            "holds no tables: give a file of the cache folder, or one that ADAPTIVE_MOE_REPORT or "
+            "`calibrate --output` named$",
         ),
         ("[7]", "holds no tables"),
         ('{"sha256": "0"}', "table 1 of .* is not whole: .* hash"),
         (f"[{TABLES[0].to_json()}, {spoilt(TABLES[0].to_json())}]", "table 2 of .* 'policy 9'"),
-        ('{"adaptive_moe_export": 99, "calibrations": []}', "another version"),
-        ('{"adaptive_moe_export": 1, "calibrations": [7]}', "not what `adaptive-moe cache export`"),
-        ('{"adaptive_moe_export": 1, "calibrations": ["x"]}', "table 1 of .* is not whole"),
-        (
-            # Half of a character.
-            r'{"adaptive_moe_export": 1, "calibrations": ["x\n\ud800"]}',
-            "not whole: its content is not what was written there",
-        ),
     ],
 )
 def test_what_is_none_of_these_is_named(tmp_path, text, what):

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from adaptive_moe.engines import plugin, process, sglang, telling, vllm
+from adaptive_moe.engines import plugin, process, sglang, vllm
 from adaptive_moe.settings import VARIABLES
 from tests.aiter_standin.load import VERSIONS, forget_aiter, load_aiter
 
@@ -60,12 +60,10 @@ def fresh_process(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setattr(vllm, "KERNEL_WARMUP", "vllm.kernels")
-    monkeypatch.setattr(vllm, "WORKER", "vllm.gpu_worker")
     for module, name, value in (
         (process, "_hook", None),
         (process, "_engine", process.PLAIN),
         (process, "_said", set()),
-        (telling, "_told", None),
         (sglang, "_seen_before", 0),
         (vllm, "_int4", []),
     ):

@@ -14,7 +14,7 @@ from adaptive_moe.engines.plugin import safely, when_imported, wrap
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
-@pytest.mark.parametrize("name", [plugin.VARIABLE, f"{plugin.PREFIX}BUDGET_S"])
+@pytest.mark.parametrize("name", [plugin.ENGINE_VARIABLE, f"{plugin.PREFIX}BUDGET_S"])
 def test_a_plugin_starts_where_a_variable_of_ours_is_set_and_says_what_fails(
     monkeypatch, caplog, name
 ):

@@ -1,17 +1,12 @@
-"""The one hook of a process, as `adaptive_moe.install()` has it, and what the process tells."""
+"""The one hook of a process, as `adaptive_moe.install()` has it."""
 
-import logging
 import sys
-from dataclasses import replace
 
 import pytest
 
-from adaptive_moe.disk import status
 from adaptive_moe.engines import process
 from adaptive_moe.engines.warm_up import warm_up
 from adaptive_moe.kernels.aiter import find_aiter
-from adaptive_moe.policy.environment import describe_environment
-from adaptive_moe.policy.table import PolicyTable
 from tests.aiter_standin.load import ROOT, forget_aiter, load_aiter
 from tests.engines.plugging import NAME, NEUTRAL, sort
 from tests.tables import measure_as
@@ -123,100 +118,3 @@ def test_a_missing_aiter_is_said_and_changes_nothing(monkeypatch, caplog):
 def test_warm_up_for_no_tokens_is_refused(max_tokens):
     with pytest.raises(ValueError, match=f"max_tokens={max_tokens}"):
         process.warm_up(max_tokens)
-
-
-# What a process tells
-
-
-def measured_here(kernel, *arguments, **options):
-    table = measure_as({1: 2, 64: 2})(kernel, *arguments, **options)
-    here = describe_environment(kernel.device)
-    return PolicyTable(replace(table.evidence, environment=here))
-
-
-def warmed_up(monkeypatch):
-    """A plain process with one table, on which two calls were sorted since."""
-    aiter = load_aiter()
-    process.install()
-    sort(aiter)
-    monkeypatch.setattr("adaptive_moe.engines.warm_up._calibrate", measured_here)
-    made = process.warm_up(64)
-    sort(aiter)
-    sort(aiter)
-    return made
-
-
-def test_a_warm_up_writes_the_status_file(monkeypatch, cache):
-    made = warmed_up(monkeypatch)
-    (found,) = status.read_all(cache)
-    assert (found.engine, found.rank, found.ranks, found.mode) == ("plain", 0, 1, "auto")
-    assert found.moment == "warm-up"
-    ((key, table),) = made.tables.items()
-    assert made.origins == {key: "measured"}
-    assert found.tables == (
-        status.TableStatus(
-            calls="16 experts, topk 4, dim 64, bfloat16, block 32",
-            kernel=table.evidence.kernel,
-            device=table.evidence.environment.device,
-            origin="measured",
-            measured="2026-01-01T00:00:00+00:00",
-            decided="policy 2 (multi-phase) at every token count",
-            settled=True,
-        ),
-    )
-    assert dict(found.calls)["unknown"] == 1
-
-
-def test_a_second_start_says_that_its_table_was_stored(monkeypatch, cache):
-    warmed_up(monkeypatch)
-    process.uninstall()
-    monkeypatch.setattr(process, "_hook", None)
-    forget_aiter()
-    warmed_up(monkeypatch)
-    (found,) = status.read_all(cache)
-    assert [table.origin for table in found.tables] == ["stored"]
-
-
-def test_what_happened_to_the_calls_is_written_at_exit(monkeypatch, cache):
-    registered = []
-    monkeypatch.setattr("atexit.register", lambda *call: registered.append(call))
-    warmed_up(monkeypatch)
-    warmed_up(monkeypatch)
-    ((write, moment),) = registered  # once
-    write(moment)
-    (found,) = status.read_all(cache)
-    assert found.ended
-    assert dict(found.calls)["chosen"] > 0
-
-
-def test_a_shape_without_a_table_is_in_the_status_with_why(monkeypatch, cache):
-    process.install()
-    sort(load_aiter())
-
-    def fails(*arguments, **options):
-        raise RuntimeError("no memory left")
-
-    monkeypatch.setattr("adaptive_moe.engines.warm_up._calibrate", fails)
-    process.warm_up(64)
-    (found,) = status.read_all(cache)
-    assert found.tables == ()
-    assert "no memory left" in found.problems[0]
-
-
-def test_while_an_engine_starts_captured_calls_are_counted_and_told(monkeypatch, caplog, cache):
-    monkeypatch.setattr("adaptive_moe.engines.seam.capture_query", lambda: lambda: True)
-    with caplog.at_level(logging.INFO, logger="adaptive_moe"), process.starting():
-        warmed_up(monkeypatch)
-    assert caplog.messages[-1] == "the graphs hold 2 calls of policy 2"
-    (found,) = status.read_all(cache)
-    assert (found.moment, found.captured) == ("capture", (("policy 2", 2),))
-    before = found.captured
-    sort(sys.modules["aiter.fused_moe"])
-    process.telling._write("exit")
-    assert status.read_all(cache)[0].captured == before  # nothing is counted any more
-
-
-def test_a_start_that_fails_fails_as_it_would(monkeypatch):
-    with pytest.raises(KeyError, match="theirs"), process.starting():
-        raise KeyError("theirs")
-    assert process._starting is False

@@ -12,11 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from adaptive_moe.engines import process, vllm
-from adaptive_moe.engines.vllm import plugin_problem
 from adaptive_moe.settings import Mode
 from tests.aiter_standin.load import ROOT, forget_aiter, load_aiter
 from tests.engines.plugging import NAME, NEUTRAL, sort
-from tests.tables import measure_as
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
@@ -196,27 +194,6 @@ def test_nothing_of_ours_makes_vllm_raise(package, monkeypatch, caplog, name, va
     assert "is not" in line
 
 
-@pytest.mark.parametrize(
-    ("environ", "problem"),
-    [
-        ({}, False),
-        ({NAME: "auto"}, False),
-        ({NAME: "auto", "VLLM_PLUGINS": "adaptive_moe,other"}, False),
-        ({NAME: "auto", "VLLM_PLUGINS": "other"}, True),
-        ({NAME: "off", "VLLM_PLUGINS": ""}, True),
-        ({NAME: "2", "VLLM_PLUGINS": ""}, False),
-        ({NEUTRAL: "auto", "VLLM_PLUGINS": ""}, False),
-    ],
-)
-def test_a_plugin_that_vllm_leaves_out_is_told(environ, problem):
-    told = (
-        f"VLLM_PLUGINS={environ.get('VLLM_PLUGINS')!r} leaves adaptive_moe out, and vLLM alone "
-        f"cannot read {NAME}={environ.get(NAME)!r} (ValueError: invalid literal for int()): add "
-        "adaptive_moe to VLLM_PLUGINS, or unset the variable"
-    )
-    assert plugin_problem(environ) == (told if problem else None)
-
-
 @pytest.mark.parametrize("is_first_process", [True, False])
 def test_without_aiter_vllm_reads_the_word_and_one_process_says_so(
     package, monkeypatch, caplog, is_first_process
@@ -346,24 +323,6 @@ def test_the_key_names_the_engine_and_its_version(package, monkeypatch):
     load_aiter()
     assert process._engine == "vllm 0.33.0"
     assert process.current().settings.mode is Mode.AUTO
-
-
-def test_after_capture_the_log_says_what_the_graphs_hold(package, monkeypatch, caplog):
-    start_vllm(package, monkeypatch)
-    gpu_worker = importlib.import_module("vllm.gpu_worker")
-    aiter = load_aiter()
-    sort(aiter)
-    monkeypatch.setattr("adaptive_moe.engines.warm_up._calibrate", measure_as({1: 2, 64: 2}))
-    monkeypatch.setattr("adaptive_moe.engines.seam.capture_query", lambda: lambda: True)
-    process.uninstall()
-    process.install(process.current().settings, engine=process._engine)  # asks anew
-    one = gpu_worker.Worker()
-    one.vllm_config = worker(64).vllm_config
-    one.capture = lambda number, more: [sort(aiter) for _ in range(number + more)]
-    with caplog.at_level(logging.INFO, logger="adaptive_moe"):
-        assert one.compile_or_warm_up_model(2, more=1) == [2, 2, 2]
-    (line,) = [r.message for r in caplog.records if "the graphs hold" in r.message]
-    assert line == "the graphs hold 3 calls of policy 2"
 
 
 def test_a_rank_that_sorted_nothing_comes_to_the_exchange_all_the_same(

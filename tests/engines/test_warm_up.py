@@ -289,9 +289,19 @@ def test_a_table_is_logged_as_far_as_is_asked_and_with_when(tmp_path, caplog, de
         (table,) = rank.warm_up(None).tables.values()
         expected = [text.headline(table, measured_now=measured_now)]
         expected += ["\n".join(text.bucket_table(table))] if table_too else []
-        assert caplog.messages[-len(expected) :] == expected
+        (file,) = tmp_path.glob("*.json")
+        *said, last = caplog.messages[-len(expected) - 1 :]
+        assert said == expected
+        assert last.endswith(f": kept in {file}")
     # Twice all of it, and once where the table was found.
-    assert len(caplog.messages) == 2 * len(expected) + 1
+    assert len(caplog.messages) == 2 * len(expected) + 3
+
+
+def test_a_table_that_could_not_be_written_has_no_file_in_the_log(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "adaptive_moe")
+    (tmp_path / "cache").write_text("in the way")
+    assert len(Rank(tmp_path / "cache", 1).warm_up(None).tables) == 1
+    assert "kept in" not in caplog.text
 
 
 def test_a_process_in_which_nothing_was_sorted_is_told_why_that_may_be(tmp_path, caplog):

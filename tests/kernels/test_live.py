@@ -1,4 +1,4 @@
-"""What a calibration of the live AITER is valid for, and whom rows of padding leave out."""
+"""What a calibration of the live AITER is valid for, and what rows of padding leave out."""
 
 import contextvars
 from dataclasses import replace
@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adaptive_moe.kernels import live as live_module
 from adaptive_moe.kernels.live import live_kernel, name
 from adaptive_moe.kernels.sorts import GROUPS, OtherSort, say_once
 from adaptive_moe.policy.coverage import Coverage
@@ -119,54 +118,64 @@ def test_a_batch_in_the_context_is_not_given_to_more_tokens_than_it_has(made, ad
         assert found[1] is scales
 
 
-# Rows of padding
+# Rows of padding, whose expert ids are -1
 
 
-def padded(max_tokens=4096, baseline="policy 0"):
-    return Coverage.up_to(SHAPE, max_tokens, (8,), padding_rows=True, baseline=baseline)
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    say_once.cache_clear()
 
 
-UNGUARDED = """
-struct MoeSortingKernel { eid = topk_id[i]; smem_tokens(curr_token_id, eid) = 1; };
-struct MoeSortingMultiPhaseKernel_P0_v2 { if (x == eid) {} };
-struct MoeSortingMultiPhaseKernel_P0_v1 { eid = r.x[j]; p_expert_mesh[eid * s] = 1; };
-"""
-GUARDED = UNGUARDED.replace("smem_tokens", "if (eid >= 0) smem_tokens").replace(
-    "p_expert_mesh", "if (eid >= 0) p_expert_mesh"
-)
+def padded(baseline="policy 0"):
+    return Coverage.up_to(SHAPE, 4096, (8,), padding_rows=True, baseline=baseline)
 
 
-@pytest.fixture
-def opus_source(made, tmp_path):
-    file = tmp_path / "csrc" / "include" / "moe_sorting_opus.h"
-    file.parent.mkdir(parents=True)
-
-    def write(text):
-        file.write_text(text)
-        live_module._unguarded.cache_clear()
-        say_once.cache_clear()
-
-    return write
+@pytest.mark.parametrize("baseline", [0, False])
+def test_with_rows_of_padding_baseline_0_is_offered_policy_2_only(made, baseline):
+    found = candidates(live(made, baseline=baseline), ("policies",), padded())
+    assert found == [f"policy {baseline}", "policy 2"]
 
 
-def test_who_takes_minus_one_for_an_index_is_not_offered_rows_of_padding(made, opus_source, caplog):
-    opus_source(UNGUARDED)
-    assert candidates(live(made), ("policies",), padded()) == ["policy 0", "policy 2"]
-    assert candidates(live(made), ("policies",), padded()) == ["policy 0", "policy 2"]
-    (line,) = [r.message for r in caplog.records]
-    assert line.startswith("policy 1 is not offered for 256 experts, topk 8")
-    assert "update AITER" in line
-    opus_source(GUARDED)
-    every = ["policy 0", "policy 1", "policy 2"]
-    assert candidates(live(made), ("policies",), padded()) == every
-    opus_source(UNGUARDED)
-    assert candidates(live(made), ("policies",), Coverage.up_to(SHAPE, 4096, (8,))) == every
+@pytest.mark.parametrize("baseline", [2, True])
+def test_with_rows_of_padding_another_baseline_is_offered_no_policy(made, baseline):
+    coverage = padded(f"policy {baseline}")
+    found = candidates(live(made, baseline=baseline), ("policies",), coverage)
+    assert found == [f"policy {baseline}"]
 
 
-def test_a_sort_without_guard_is_left_out_and_ours_stays(made, opus_source):
+def test_with_rows_of_padding_aiters_other_backends_are_not_offered(with_flydsl):
+    with_flydsl._USE_CK_MOE_SORTING = True  # so that Opus is another backend
+    words = ("ck", "opus", "flydsl")
+    without = Coverage.up_to(SHAPE, 64)
+    assert candidates(live(with_flydsl), words, without) == ["policy 0", *words]
+    assert candidates(live(with_flydsl), words, padded()) == ["policy 0"]
+
+
+def test_with_rows_of_padding_our_own_sorts_are_offered(made):
     pytest.importorskip("triton")
-    opus_source(GUARDED)  # CK's own source is not there, so nothing says that it looks
-    found = candidates(live(made), GROUPS["all"], padded())
-    assert "ck" not in found
-    assert "triton one-shot" in found
-    assert "ck" in candidates(live(made), GROUPS["all"], Coverage.up_to(SHAPE, 64))
+    for baseline in (0, 2, True):
+        coverage = padded(f"policy {baseline}")
+        found = candidates(live(made, baseline=baseline), GROUPS["all"], coverage)
+        assert found[-2:] == ["triton one-shot", "triton multi-phase"]
+
+
+def test_with_rows_of_padding_a_registered_sort_says_for_itself(made, added):
+    for takes, offered in ((True, ["policy 0", "bitonic"]), (False, ["policy 0"])):
+        sort = OtherSort("bitonic", print, "bitonic 1.0", takes_padding=takes)
+        added.sorts = lambda live, shape, sort=sort: iter([sort])
+        assert candidates(live(made), ("bitonic",), padded()) == offered
+
+
+def test_what_is_not_offered_is_said_once_with_the_reason(made, caplog):
+    for _ in range(2):
+        candidates(live(made), ("policies", "ck"), padded())
+    policy, ck = caplog.messages
+    assert policy.startswith("policy 1 is not offered for 256 experts, topk 8")
+    assert ck.startswith("ck is not offered for 256 experts, topk 8")
+    assert all("rows of padding have expert ids of -1" in line for line in (policy, ck))
+
+
+def test_without_rows_of_padding_every_policy_is_offered(made, caplog):
+    found = candidates(live(made), ("policies",), Coverage.up_to(SHAPE, 4096, (8,)))
+    assert found == ["policy 0", "policy 1", "policy 2"]
+    assert caplog.messages == []

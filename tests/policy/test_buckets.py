@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_moe.policy.buckets import between, bucket_of, check_domain, first_buckets, spread
+from adaptive_moe.policy.buckets import between, bucket_of, first_buckets, spread
 from adaptive_moe.policy.situation import Situation
 from tests.tables import make_table
 
@@ -93,14 +93,3 @@ def test_between_is_strictly_inside_and_none_only_for_neighbours(
 def test_between_halves_the_ratio() -> None:
     assert between(range(1, 10_000), 16, 4096) == 256
     assert between((1, 16, 200, 300, 4096), 16, 4096) == 300
-
-
-def test_a_domain_is_sorted_and_unique_whatever_order_it_came_in() -> None:
-    assert check_domain("capture_sizes", [8, 1, 8, 2]) == (1, 2, 8)
-    assert check_domain("capture_sizes", []) == ()
-
-
-@pytest.mark.parametrize("odd", [0, -4, True, 1.0, "8", None])
-def test_a_count_that_is_none_is_refused_under_its_list_s_name(odd: object) -> None:
-    with pytest.raises(ValueError, match=f"capture_sizes: {odd!r} is not a token count"):
-        check_domain("capture_sizes", [1, odd])  # type: ignore[list-item]

@@ -144,57 +144,18 @@ def test_without_the_baseline_nothing_can_be_said(caplog: pytest.LogCaptureFixtu
     assert str(raised.value) == "at 4 tokens policy 0 raised RuntimeError: no kernel"
 
 
-@pytest.mark.parametrize(
-    ("counts", "broken_at", "told_at"),
-    [
-        ((4, 8, 16), (4, 8, 16), 4),  # once
-        ((4, 8, 16), (8, 16), 16),  # the largest
-        ((4, 8, 2), (8, 2), None),  # not read
-        ((16, 4), (4,), None),
-    ],
-)
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_a_baseline_that_breaks_our_reading_still_defines_what_is_right(
-    caplog: pytest.LogCaptureFixture,
-    counts: tuple[int, ...],
-    broken_at: tuple[int, ...],
-    told_at: int | None,
-    accumulate: bool,
+    caplog: pytest.LogCaptureFixture, accumulate: bool
 ) -> None:
-    """All policies sort in another order. The first count that is checked is read, and the
-    largest."""
+    """All policies sort in another order than the contract of our own kernels says."""
 
     def spoil(policy: int, rows: int, outputs: Outputs) -> None:
-        if rows in broken_at:
-            total = int(outputs[3][0])
-            outputs[1][:total] = 7.0
-            outputs[4] = torch.zeros((1,), dtype=torch.bfloat16)
+        total = int(outputs[3][0])
+        outputs[1][:total] = 7.0
+        outputs[4] = torch.zeros((1,), dtype=torch.bfloat16)
 
     shape = SortingShape(8, 2, 4, block_size=4, accumulate=accumulate)
     one = Checked(caplog, spoil, shape)
-    assert one.check(*counts) == {}
-    buffer = (
-        f"moe_buf is torch.bfloat16 [1], not torch.bfloat16 [{told_at}, 4]"
-        if accumulate
-        else "moe_buf is not an empty placeholder"
-    )
-    assert one.warned == (
-        []
-        if told_at is None
-        else [
-            f"made up is newer than this adaptive_moe knows: at {told_at} tokens the baseline's "
-            f"{buffer}; it still defines what is right"
-        ]
-    )
-
-
-def test_several_surprises_are_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    def spoil(policy: int, rows: int, outputs: Outputs) -> None:
-        outputs[2] = outputs[2].long()
-        outputs[3] = outputs[3].long()
-
-    one = Checked(caplog, spoil)
-    one.check(16)
-    (line,) = one.warned
-    assert "the baseline's sorted_expert_ids is torch.int64" in line
-    assert "or more; num_valid_ids is torch.int64 [2], not" in line
+    assert one.check(4, 8, 16) == {}
+    assert one.warned == []

@@ -1,0 +1,297 @@
+"""adaptive-moe list, show, explain, plot and page: tables that are kept or were written to a file.
+
+`--table` names them: a folder such as the cache folder, a file of it, an ADAPTIVE_MOE_REPORT, what
+`calibrate --output` wrote, part of the name of a stored file, or a model.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptive_moe.cli import output
+from adaptive_moe.cli.options import UsageError, cache_folder_here
+from adaptive_moe.disk.file import Stored
+from adaptive_moe.disk.folder import read_file, stored_files
+from adaptive_moe.disk.reader import find, newest, read_any
+from adaptive_moe.models import ModelError, find_model
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.report.explain import explain, is_for
+from adaptive_moe.report.page import page
+from adaptive_moe.report.plot import draw, inline_svg, plot_format
+from adaptive_moe.report.text import advice, bucket_table, headline, summary
+from adaptive_moe.report.words import calls_words, plural
+
+
+@dataclass(frozen=True)
+class Found:
+    """A table, the file it was read from, and the engine it was measured for, where the file says
+    so."""
+
+    table: PolicyTable
+    path: Path
+    engine: str = ""
+
+    def describe(self) -> str:
+        """One line: what the table is for, and on what it was measured."""
+        found = self.table.evidence
+        engine = f" for {self.engine}" if self.engine else ""
+        device = found.environment.device
+        return f"{calls_words(found.coverage)}, on {found.kernel}{engine} ({device})"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Tables, and in words where they come from. unusable: files without one, and why."""
+
+    tables: tuple[Found, ...]
+    where: str
+    unusable: tuple[tuple[Path, str], ...] = ()
+
+
+# list
+
+
+def options_of_list(parser: argparse.ArgumentParser) -> None:
+    _add_table_and_json(parser, "all")
+
+
+def run_list(args: argparse.Namespace) -> int:
+    folder = cache_folder_here()
+    selection = _all_in(folder) if args.table is None else select(args.table)
+    lines = []
+    for found in selection.tables:
+        measured = f"measured {found.table.evidence.created}: {summary(found.table)}"
+        lines += [found.path.name, f"  {found.describe()}", f"  {measured}"]
+    lines += [f"{path.name}: not usable, {why}" for path, why in selection.unusable]
+    entries = [_entry(found) for found in selection.tables]
+    entries += [
+        {"file": str(path), "usable": False, "problem": why} for path, why in selection.unusable
+    ]
+    plain = {"folder": str(folder), "entries": entries}
+    output.report(args, lines or [f"nothing is kept in {folder}"], plain)
+    return 0
+
+
+def _entry(found: Found) -> dict[str, Any]:
+    evidence = found.table.evidence
+    return {
+        "file": str(found.path),
+        "usable": True,
+        "engine": found.engine,
+        "coverage": asdict(evidence.coverage),
+        "kernel": evidence.kernel,
+        "environment": asdict(evidence.environment),
+        "candidates": evidence.candidates,
+        "measured": evidence.created,
+        "settled": found.table.settled,
+        "summary": summary(found.table),
+    }
+
+
+# show
+
+
+def options_of_show(parser: argparse.ArgumentParser) -> None:
+    _add_table_and_json(parser)
+
+
+def run_show(args: argparse.Namespace) -> int:
+    selection = select(args.table)
+    lines = [selection.where]
+    for found in selection.tables:
+        lines += [headline(found.table, measured_now=False), *bucket_table(found.table)]
+        lines += [*advice(found.table), ""]
+    # One table is itself, so that its JSON can be read again; several are a report.
+    plain = [json.loads(found.table.to_json()) for found in selection.tables]
+    output.report(args, lines[:-1], plain[0] if len(plain) == 1 else plain)
+    return 0
+
+
+# explain
+
+
+def options_of_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, required=True, help="num_tokens of the batch")
+    parser.add_argument("--graph", action="store_true", help="for a call captured into a graph")
+    _add_table_and_json(parser)
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    if args.tokens < 1:
+        raise UsageError(f"--tokens={args.tokens} is not accepted: give a token count of 1 or more")
+    selection = select(args.table)
+    lines, plain = [selection.where], []
+    # Of the tables of one model each block size has its own counts.
+    fitting = [found for found in selection.tables if is_for(found.table, args.tokens)]
+    for found in fitting or selection.tables:
+        why = explain(found.table, args.tokens, captured=args.graph)
+        lines += [found.describe(), *why]
+        plain.append(
+            {
+                "file": str(found.path),
+                "num_tokens": args.tokens,
+                "captured": args.graph,
+                "candidate": found.table.candidate(args.tokens, captured=args.graph),
+                "why": why,
+            }
+        )
+    output.report(args, lines, plain[0] if len(plain) == 1 else plain)
+    return 0
+
+
+# plot
+
+
+def options_of_plot(parser: argparse.ArgumentParser) -> None:
+    output.add_output(parser, "the .svg or .png to write", required=True)
+    _add_table_and_json(parser)
+
+
+def run_plot(args: argparse.Namespace) -> int:
+    image_format = plot_format(args.output)
+    output.check_place(args.output)
+    selection = select(args.table)
+    paths = _plot_paths(args.output, len(selection.tables))
+    for path, found in zip(paths, selection.tables, strict=True):
+        output.write(path, draw(found.table, image_format))
+    if args.output == output.STDOUT:
+        return 0
+    lines = [selection.where, *(f"written to {path}" for path in paths)]
+    output.report(args, lines, {"source": selection.where, "written": paths})
+    return 0
+
+
+def _plot_paths(path: str, number: int) -> list[str]:
+    """A file for each table: times.svg, or times-1.svg and so on."""
+    if number == 1:
+        return [path]
+    if path == output.STDOUT:
+        raise UsageError(f"{number} plots do not fit one output: give a file, or one --table")
+    place = Path(path)
+    return [str(place.with_stem(f"{place.stem}-{n}")) for n in range(1, number + 1)]
+
+
+# page
+
+
+def options_of_page(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", metavar="FILE", help="the .html to write; - is standard output")
+    _add_table_and_json(parser, "all of the newest start")
+
+
+def run_page(args: argparse.Namespace) -> int:
+    output.check_place(args.output)
+    selection = select(args.table)
+    if args.table is None:
+        selection = _start_of(selection.tables[0])
+    tables = [found.table for found in selection.tables]
+    plots, missing = [], None
+    try:
+        plots = [inline_svg(table, f"plot{number}-") for number, table in enumerate(tables)]
+    except ValueError as error:
+        missing = str(error)  # the page is worth having without them
+    source = f"read from {selection.where}" + (f"; without plots: {missing}" if missing else "")
+    output.write(args.output, page(tables, source, plots).encode("utf-8"))
+    if args.output != output.STDOUT:
+        lines = [source, f"{plural(len(tables), 'table')} written to {args.output}"]
+        plain = {"source": selection.where, "written": args.output, "tables": len(tables)}
+        output.report(args, lines, {**plain, "plots": len(plots)})
+    return 0
+
+
+# which tables
+
+
+def select(table: str | None) -> Selection:
+    """The tables that --table names; without it, those of the newest file of the cache folder.
+
+    Raises ValueError saying what to do where that is nothing.
+    """
+    folder = cache_folder_here()
+    if table is None:
+        path = newest(folder)
+        if path is None:
+            raise UsageError(
+                f"nothing is kept in {folder}: run `adaptive-moe calibrate`, or give --table FILE"
+            )
+        return Selection(tuple(_read(path)), f"{path}, the newest")
+    path = Path(table)
+    if path.is_dir():
+        selection = _all_in(path)
+        if not selection.tables:
+            raise UsageError(f"{path} holds no usable table: give another folder, or a file")
+        return selection
+    if path.is_file():
+        return Selection(tuple(_read(path)), str(path))
+    if path.is_absolute() or (path.suffix == ".json" and path.parent != Path(".")):
+        raise UsageError(f"{path} does not exist: give a file, or part of a name in {folder}")
+    paths = find(folder, table) or _of_model(folder, table)
+    if not paths:
+        raise UsageError(
+            f"--table={table!r} is no file, no part of a name in {folder} and no model with a "
+            "table there: `adaptive-moe list` prints what is kept"
+        )
+    tables = tuple(found for path in paths for found in _read(path))
+    where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files of {folder}"
+    return Selection(tables, where)
+
+
+def _add_table_and_json(parser: argparse.ArgumentParser, default: str = "the newest") -> None:
+    parser.add_argument(
+        "--table",
+        metavar="WHICH",
+        help=f"a folder, a stored or report file, part of a stored name, or a model [{default}]",
+    )
+    output.add_json(parser)
+
+
+def _all_in(folder: Path) -> Selection:
+    """Every stored file of a folder, by name."""
+    tables, unusable = [], []
+    for path in stored_files(folder):
+        try:
+            stored = read_file(path)
+        except (OSError, ValueError) as error:
+            unusable.append((path, str(error)))
+            continue
+        name = stored.key.file_name()
+        if name == path.name:
+            tables.append(Found(stored.table, path, stored.request.engine))
+        else:
+            unusable.append((path, f"its content belongs into {name}"))
+    return Selection(tuple(tables), str(folder), tuple(unusable))
+
+
+def _start_of(latest: Found) -> Selection:
+    """The tables that were kept for the same engine, kernel and machine as this one."""
+
+    def origin(found: Found) -> tuple[Any, ...]:
+        return found.engine, found.table.evidence.kernel, found.table.evidence.environment
+
+    folder = latest.path.parent
+    tables = tuple(f for f in _all_in(folder).tables if origin(f) == origin(latest))
+    return Selection(tables, f"{folder}, {latest.engine or 'the newest'}")
+
+
+def _read(path: Path) -> Iterator[Found]:
+    """The tables of one file."""
+    for content in read_any(path):
+        if isinstance(content, Stored):
+            yield Found(content.table, path, content.request.engine)
+        else:
+            yield Found(content, path)
+
+
+def _of_model(folder: Path, name: str) -> list[Path]:
+    """Stored tables of a known model's sort, with and without its shared experts."""
+    try:
+        models = [find_model(name)]
+    except ModelError:
+        return []
+    if models[0].shared_experts:
+        models.append(models[0].fused())
+    wanted = [f"{m.num_experts}x{m.topk}-{m.model_dim}-" for m in models]
+    return [path for path in stored_files(folder) if path.name.startswith(tuple(wanted))]
