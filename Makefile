@@ -33,10 +33,12 @@ contract-aiter: $(VENV)/dev.stamp
 faults: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.faults --out calibration/results/faults.json $(ARGS)
 
-# Each small change to the package that a test should notice: hours, or ARGS="--sample 500".
+# A thermometer: small changes of the deciding code that no test notices. ARGS='"adaptive_moe.policy.table*"'
+mutants: export OMP_NUM_THREADS := 1
 mutants: $(VENV)/dev.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[mutants]"
-	$(BIN)/python -m tests.mutants $(ARGS)
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
 
 # What pip install takes elsewhere: dist/adaptive_moe-*.whl.
 wheel: $(VENV)/run.stamp

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Tune before serving, on one machine of a fleet, and ship the result to the others.
+# Tune before serving, on one machine of a fleet, and ship the result to the others of its kind.
 #
-#   examples/tune_and_ship.sh fleet.json        on the one
-#   adaptive-moe cache import fleet.json        on each of the others, before they serve
+#   examples/tune_and_ship.sh tables vllm bench latency --model MODEL --num-iters 1     on one
+#   ADAPTIVE_MOE_CACHE_DIR=tables vllm serve MODEL         on the others, with a copy of the folder
+#
+# Any command will do that starts the engine and ends. It measures each shape of the model and keeps
+# its table in the folder. A start with the same parallelism, batches and captured sizes finds it.
 set -euo pipefail
-file=${1:?say where the tables go, such as fleet.json}
-
-# As `vllm serve` will ask: the same model, parallelism, batches and captured sizes.
-adaptive-moe calibrate --kernel "${KERNEL:-aiter}" --for "${ENGINE:-vllm}" \
-    --model "${MODEL:-deepseek-v3}" --tp "${TP:-8}" \
-    --max-batched-tokens "${MAX_TOKENS:-8192}" --capture-sizes "${SIZES:-1,2,4,8,16,32,64}" \
-    --budget "${BUDGET:-3}"
-adaptive-moe cache export "$file"
+export ADAPTIVE_MOE_CACHE_DIR=${1:?say which folder the tables go to, such as tables}
+export ADAPTIVE_MOE_DISPATCH_POLICY=auto
+shift
+"$@"
 adaptive-moe list
+tar -czf "$ADAPTIVE_MOE_CACHE_DIR.tar.gz" -C "$(dirname "$ADAPTIVE_MOE_CACHE_DIR")" \
+    "$(basename "$ADAPTIVE_MOE_CACHE_DIR")"
