@@ -182,7 +182,7 @@ def _name_files(own: OwnTables, tables: Mapping[Key, PolicyTable]) -> None:
     for key, one in own.tables.items():
         path = own.kept.folder / one.place.file_name() if own.kept else None
         if key in tables and path is not None and path.exists():
-            logger.info("%s: kept in %s", key.describe(), path)
+            logger.info("table kept in %s: %s", path, key.describe())
 
 
 def _calibrate(*args: Any, **kwargs: Any) -> PolicyTable:

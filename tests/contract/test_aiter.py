@@ -239,7 +239,7 @@ def test_a_copied_cache_folder_is_what_the_next_start_finds(aiter, tmp_path, mon
         assert set(made.origins.values()) == {origin}
         assert {key.block_size for key in made.tables} == set(BLOCK_SIZES.values())
         assert (len(aiter.sort.calls) == before) is (origin == "stored")
-        assert caplog.text.count(f": kept in {tmp_path / name}") == 3
+        assert caplog.text.count(f"table kept in {tmp_path / name}") == 3
         if name == "a":
             shutil.copytree(tmp_path / "a", tmp_path / "b")
 

@@ -374,7 +374,7 @@ def test_a_copied_cache_folder_is_what_the_next_start_finds(tmp_path):
         log = done.stdout + done.stderr
         ((rank,),) = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
         assert sorted(rank["tables"]) == ["16", "64"]
-        assert log.count(f": kept in {folder}") == 2
+        assert log.count(f"table kept in {folder}") == 2
         return rank, log
 
     first, _ = start(here)

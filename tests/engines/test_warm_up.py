@@ -292,7 +292,7 @@ def test_a_table_is_logged_as_far_as_is_asked_and_with_when(tmp_path, caplog, de
         (file,) = tmp_path.glob("*.json")
         *said, last = caplog.messages[-len(expected) - 1 :]
         assert said == expected
-        assert last.endswith(f": kept in {file}")
+        assert last.startswith(f"table kept in {file}: 16 experts, topk 4")
     # Twice all of it, and once where the table was found.
     assert len(caplog.messages) == 2 * len(expected) + 3
 
