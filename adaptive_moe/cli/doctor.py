@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from adaptive_moe import __version__
+from adaptive_moe import ENGINE_VARIABLE, __version__
 from adaptive_moe.cli import output
 from adaptive_moe.cli.engines import ENGINES, PLUGIN, Engine
 from adaptive_moe.kernels import POLICIES
 from adaptive_moe.kernels.aiter import AiterInstall, find_aiter, meaning_of
 from adaptive_moe.report.words import plural
 from adaptive_moe.settings import (
-    ENGINE_VARIABLE,
     NEUTRAL_VARIABLE,
     VARIABLES,
     Mode,

@@ -11,6 +11,7 @@ from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from adaptive_moe import ENGINE_VARIABLE
 from adaptive_moe.engines.choosers import Chooser
 from adaptive_moe.engines.counters import Counters, Counts
 from adaptive_moe.engines.hook import AiterHook
@@ -20,7 +21,6 @@ from adaptive_moe.engines.warm_up import warm_up as warm_up_hook
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
 from adaptive_moe.ranks.agreement import open_channel
 from adaptive_moe.settings import (
-    ENGINE_VARIABLE,
     NEUTRAL_VARIABLE,
     OFF,
     Mode,
