@@ -50,35 +50,28 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 
 # Figures that need no GPU; their JSON is committed. docs/benchmarks.md has the GPU ones.
-bench: $(VENV)/dev.stamp
-	$(BIN)/python calibration/bench_decision.py --out calibration/results/decision.json
-	$(BIN)/python calibration/bench_lookup.py --out calibration/results/lookup.json
-	$(BIN)/adaptive-moe bench regret --kernel cpu --model $(MODEL) --per-octave 6 --oracle-passes 2 \
-		--out calibration/results/regret_cpu.json
-	$(BIN)/python calibration/bench_hook.py --out calibration/results/hook.json
-
-# The same on a GPU (recorded on an NVIDIA H200), with the python that has torch and triton there.
-GPU_PYTHON ?= python3
-GPU_MODELS := deepseek-v3,deepseek-v3-fused,kimi-k2,qwen3-235b,qwen3-next-80b,gpt-oss-120b,glm-4.5,llama-4-maverick,mixtral-8x7b
 RESULTS := calibration/results
 
-bench-gpu: export PYTHONPATH := .
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m calibration.decision --out $(RESULTS)/decision.json
+	$(BIN)/python -m calibration.hook --kernel cpu --out $(RESULTS)/hook_cpu.json
+
+# Those that need one, in about six minutes on an NVIDIA H200, with the python that has torch and
+# triton there.
+GPU_PYTHON ?= python3
+
 bench-gpu:
-	$(GPU_PYTHON) -m adaptive_moe bench regret --kernel triton --models $(GPU_MODELS) \
-		--out $(RESULTS)/regret_triton.json --plot $(RESULTS)/regret_triton.png
-	$(GPU_PYTHON) -m adaptive_moe bench step --kernel triton --models $(GPU_MODELS) \
-		--out $(RESULTS)/step_triton.json
-	$(GPU_PYTHON) -m adaptive_moe bench sorts --kernel triton \
-		--against calibration/recorded/sort_implementations_h100.csv \
-		--out $(RESULTS)/sorts_triton.json --plot $(RESULTS)/sorts_triton.png
-	$(GPU_PYTHON) calibration/bench_startup.py --out $(RESULTS)/startup_triton.json
-	$(GPU_PYTHON) calibration/bench_noise.py --kernel triton --out $(RESULTS)/noise_triton.json
+	$(GPU_PYTHON) -m calibration.step --seconds 0.12 --out $(RESULTS)/step.json
+	$(GPU_PYTHON) -m calibration.sorts --out $(RESULTS)/sorts.json \
+		--against calibration/recorded/sort_implementations_h100.csv
+	$(GPU_PYTHON) -m calibration.noise --repeats 3 --out $(RESULTS)/noise.json
+	$(GPU_PYTHON) -m calibration.startup --repeats 2 --out $(RESULTS)/startup.json
+	$(GPU_PYTHON) -m calibration.hook --out $(RESULTS)/hook.json
 
 # One JSON file from an MI300X or MI355X to send back, with the python that has torch and AITER
 # there. docs/bench-amd.md
-bench-amd: export PYTHONPATH := .:$(PYTHONPATH)
 bench-amd:
-	$(GPU_PYTHON) calibration/bench_amd.py $(ARGS)
+	$(GPU_PYTHON) -m calibration.bench_amd $(ARGS)
 
 $(VENV)/run.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("adaptive_moe needs Python 3.10 or newer, and $(PYTHON) is older: make PYTHON=python3.12 ...")'

@@ -3,10 +3,10 @@
     make bench-amd                        # or, where torch and AITER live in another Python:
     make bench-amd GPU_PYTHON=/opt/venv/bin/python
 
-What is here, calibrations of a few models on the live AITER, and the three benches: each in a
-process of its own, so that a kernel that faults costs its own part alone. The file is named after
-the GPU and the day, and calibration/results/ can hold it as it is. docs/bench-amd.md says what is
-in it, and how long it takes.
+What is here, calibrations of a few models on the live AITER, and the benches: each in a process of
+its own, so that a kernel that faults costs its own part alone. The file is named after the GPU and
+the day, and calibration/results/ can hold it as it is. docs/bench-amd.md says what is in it, and
+how long it takes.
 """
 
 import argparse
@@ -67,37 +67,36 @@ def main() -> int:
 
 
 def parts(kernel: str, models: str, *, quick: bool) -> Iterator[tuple[str, list[str]]]:
-    """name -> the words after `adaptive-moe` that print its figures as JSON."""
-    yield "doctor", ["doctor", "--json"]
+    """name -> the words after `python -m` that print its figures as JSON."""
+    yield "doctor", ["adaptive_moe", "doctor", "--json"]
     small = ["--max-tokens", "64", "--budget", "0.3"] if quick else []
     for model in models.split(","):
-        yield (
-            f"calibrate {model}",
-            [*words("calibrate", kernel), "--model", model, "--again", *small],
-        )
-    bench = ["--models", models]
-    small = [*small, "--per-octave", "1", "--oracle-passes", "1"] if quick else []
-    yield "regret", [*words("bench regret", kernel), *bench, *small]
-    small = ["--eager", "1,16", "--captured", "1,16", "--seconds", "0.02"] if quick else []
-    small += ["--layers", "1", "--budget", "0.3"] if quick else []
-    for sorts in ("policies", "all"):
-        yield f"step {sorts}", [*words("bench step", kernel), *bench, "--sorts", sorts, *small]
-    small = ["--counts", "1,16", "--seconds", "0.01"] if quick else []
-    yield "sorts", [*words("bench sorts", kernel), *bench, *small]
+        words = ["--kernel", kernel, "--json", "--model", model, "--again", *small]
+        yield f"calibrate {model}", ["adaptive_moe", "calibrate", *words]
+    small = ["--eager", "1,16", "--captured", "1,16", "--layers", "1", "--budget", "0.3"]
+    yield "step", bench("step", kernel, "--models", models, quick=quick, small=small)
+    small = ["--counts", "1,16"]
+    yield "sorts", bench("sorts", kernel, "--models", models, quick=quick, small=small)
+    first = models.split(",", 1)[0]
+    small = ["--buckets", "5", "--repeats", "2", "--max-tokens", "16", "--budget", "0.3"]
+    yield "noise", bench("noise", kernel, "--models", first, quick=quick, small=small)
+    small = ["--counts", "4", "--layers", "1", "--calls", "50"]
+    yield "hook", bench("hook", kernel, "--model", first, quick=quick, small=small)
 
 
-def words(command: str, kernel: str) -> list[str]:
-    return [*command.split(), "--kernel", kernel, "--json"]
+def bench(name: str, kernel: str, *words: str, quick: bool, small: list[str]) -> list[str]:
+    some = [*small, "--seconds", "0.02"] if quick else []
+    return [f"calibration.{name}", "--kernel", kernel, *words, *some]
 
 
 def run(words: list[str], variables: dict[str, str]) -> dict[str, Any]:
     """One command in a process of its own: its JSON as `result`, or what it `said`."""
     begun = time.monotonic()
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    part: dict[str, Any] = {"command": " ".join(["adaptive-moe", *words])}
+    part: dict[str, Any] = {"command": " ".join(["python -m", *words])}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "adaptive_moe", *words],
+            [sys.executable, "-m", *words],
             env={**os.environ, "PYTHONPATH": path, **variables},
             capture_output=True,
             text=True,
@@ -106,13 +105,17 @@ def run(words: list[str], variables: dict[str, str]) -> dict[str, Any]:
         )
         part["exit"], text, said = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
-        part["exit"], text, said = None, "", f"{late.stderr or ''}\nstill running: {late}"
+        part["exit"], text, said = None, "", f"{_text(late.stderr)}\nstill running: {late}"
     part["seconds"] = round(time.monotonic() - begun, 1)
     try:
         part["result"] = json.loads(text)
     except ValueError:
         part["said"] = (said + text).strip()[-SAID:]
     return part
+
+
+def _text(output: str | bytes | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
 def slug(device: str) -> str:

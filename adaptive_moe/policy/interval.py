@@ -8,7 +8,7 @@ others are pulled in to a fence first.
 That is for independent rounds. Rounds that resemble the ones before them count for less: the
 interval is wider by what their correlation says (`memory`). It cannot be complete, as few rounds
 say little about it, but takes away half of the false switches on a clock that drifts one candidate
-at a time (calibration/bench_decision.py), for 5% more rounds.
+at a time (calibration/decision.py), for 5% more rounds.
 """
 
 import math

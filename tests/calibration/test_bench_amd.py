@@ -21,7 +21,8 @@ def sent_back(tmp_path_factory):
     done = subprocess.run(
         [
             sys.executable,
-            "calibration/bench_amd.py",
+            "-m",
+            "calibration.bench_amd",
             "--quick",
             "--models",
             "qwen3-30b",
@@ -41,29 +42,35 @@ def sent_back(tmp_path_factory):
 
 def test_every_part_has_its_figures(sent_back):
     assert list(sent_back["parts"]) == [
-        *("doctor", "calibrate qwen3-30b", "regret", "step policies", "step all", "sorts")
+        *("doctor", "calibrate qwen3-30b", "step", "sorts", "noise", "hook")
     ]
     results = {name: part["result"] for name, part in sent_back["parts"].items()}
     assert results["doctor"]["findings"]["aiter"]
     assert results["calibrate qwen3-30b"]["kernel"].startswith("aiter ")
-    for name in ("regret", "step policies", "step all", "sorts"):
+    for name in ("step", "sorts", "noise", "hook"):
         assert results[name]["kernel"] == "aiter"
-        assert "failed" not in results[name]["shapes"]["qwen3-30b"]
-    alone = results["step all"]["shapes"]["qwen3-30b"]["situations"]["as_it_comes"]["alone"]
-    assert list(alone) == ["policy 0", "policy 1", "policy 2", "ck", "flydsl"]
+    step = results["step"]["shapes"]["qwen3-30b"]["situations"]["eager, as it comes"]
+    every = ["policy 0", "policy 1", "policy 2", "ck", "flydsl"]
+    assert list(step["sets"]["all"]) == ["table", "table of policies", *every]
+    assert list(results["sorts"]["shapes"]["qwen3-30b"]["situations"])
     assert {"device", "arch", "torch"} <= sent_back["environment"].keys()
 
 
 def test_a_part_that_fails_is_told_and_the_file_is_whole(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        bench_amd, "parts", lambda *_, **__: [("good", ["doctor", "--json"]), ("bad", ["bench"])]
+        bench_amd,
+        "parts",
+        lambda *_, **__: [
+            ("good", ["adaptive_moe", "doctor", "--json"]),
+            ("bad", ["adaptive_moe", "show"]),
+        ],
     )
     out = tmp_path / "amd.json"
     monkeypatch.setattr(sys, "argv", ["bench_amd.py", "--kernel", "cpu", "--out", str(out)])
     assert bench_amd.main() == 1
     found = json.loads(out.read_text())["parts"]
     assert found["good"]["result"]["findings"]
-    assert (found["bad"]["exit"], "required" in found["bad"]["said"]) == (2, True)
+    assert (found["bad"]["exit"], "nothing is kept" in found["bad"]["said"]) == (2, True)
     assert "bad: FAILED" in capsys.readouterr().err
 
 
@@ -77,7 +84,7 @@ def test_without_aiter_it_says_so_and_writes_nothing(tmp_path, monkeypatch, caps
 
 def test_a_part_that_hangs_does_not_hold_up_the_others(monkeypatch):
     monkeypatch.setattr(bench_amd, "LIMIT_S", 0.01)
-    part = bench_amd.run(["doctor", "--json"], {})
+    part = bench_amd.run(["adaptive_moe", "doctor", "--json"], {})
     assert part["exit"] is None
     assert "still running" in part["said"]
 

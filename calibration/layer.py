@@ -66,7 +66,7 @@ class Step:
             return found.normal_(0.0, dims[-1] ** -0.5, generator=generator)
 
         def of_experts(*dims: int) -> Tensor:
-            # On the CPU nobody multiplies by these: one number stands for all of them.
+            # On the CPU nothing multiplies by these: one number stands for all of them.
             on_cpu = device.type == "cpu"
             return torch.zeros(1, dtype=dtype).expand(dims) if on_cpu else random(*dims)
 
