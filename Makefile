@@ -66,7 +66,7 @@ bench-gpu:
 		--against calibration/recorded/sort_implementations_h100.csv
 	$(GPU_PYTHON) -m calibration.noise --repeats 3 --out $(RESULTS)/noise.json
 	$(GPU_PYTHON) -m calibration.startup --repeats 2 --out $(RESULTS)/startup.json
-	$(GPU_PYTHON) -m calibration.hook --out $(RESULTS)/hook.json
+	$(GPU_PYTHON) -m calibration.hook --seconds 0.7 --out $(RESULTS)/hook.json
 
 # One JSON file from an MI300X or MI355X to send back, with the python that has torch and AITER
 # there. docs/bench-amd.md

@@ -77,7 +77,7 @@ def open_seam(kernel: str) -> Seam:
         torch.set_num_threads(1)
     module = ModuleType("seam")
     sort = import_module(f"adaptive_moe.kernels.{kernel}_sort").moe_sorting
-    module.moe_sorting = _as_seam(sort)  # type: ignore[attr-defined]
+    module.moe_sorting = as_seam(sort)  # type: ignore[attr-defined]
     # Accumulating in bfloat16 needs atomics that not every GPU has; the bytes are the same.
     dtype = "float16" if kernel == "triton" else "float32"
     return Seam(kernel, module, device, dtype, lambda shape, p: _sorted(module, shape, p))
@@ -190,8 +190,8 @@ class Switch:
         return self.use.bind(inputs)()
 
 
-def _as_seam(sort: Callable[..., Any]) -> Callable[..., Any]:
-    """A sort of ours behind the parameters of AITER's seam, as of August 2026."""
+def as_seam(sort: Callable[..., Any]) -> Callable[..., Any]:
+    """A sort of nine arguments behind the parameters of AITER's seam, as of August 2026."""
 
     def moe_sorting(
         topk_ids: Any,

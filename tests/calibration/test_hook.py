@@ -53,7 +53,7 @@ def test_a_rehearsal_on_the_cpu_has_every_case():
     hook.add_options(parser)
     words = ["--kernel", "cpu", "--model", "qwen3-30b", "--counts", "2", "--layers", "1"]
     found = hook.run(parser.parse_args([*words, "--seconds", "0", "--calls", "20"]))
-    assert set(found["step"]) == {"stays", "chooses"}
+    assert set(found["step"]) == {"stays", "chooses", "asks"}
     assert list(found["step"]["stays"]["2"]) == [AS_IT_COMES]
     assert set(found["loop"]["calls"]) == {"stays", "chooses", "asks"}
     assert set(found["loop"]["nothing to choose"]) == {"flat", "output_aux", "empty"}
