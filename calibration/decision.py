@@ -86,7 +86,7 @@ def figures(number: int, seed: int, name: str) -> dict[str, Any]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--buckets", type=int, default=300, help="simulated buckets a case [300]")
+    parser.add_argument("--buckets", type=int, default=200, help="simulated buckets a case [200]")
     parser.add_argument("--clocks", nargs="+", choices=DEVICES, default=list(DEVICES))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)

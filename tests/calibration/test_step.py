@@ -11,8 +11,8 @@ from adaptive_moe.models import find_model
 from adaptive_moe.shape import SortingShape
 from calibration import noise, seams, step
 from calibration.layer import layer_sizes
+from calibration.losses import Point, figures, overall
 from calibration.noise import Difference, dense, differences
-from calibration.step import Point, figures, overall
 from calibration.timing import AS_IT_COMES
 from tests.tables import make_table
 
@@ -165,6 +165,23 @@ def test_a_difference_counts_unless_it_is_a_tie(monkeypatch):
         found[False]["counts"] - found[True]["same"],
     )
     assert found[True]["differ"] == []
+
+
+@pytest.mark.parametrize(
+    ("alone", "in_step", "tie"),
+    [(1.005, 1.5, True), (1.2, 1.0, True), (1.2, 1.1, False)],
+    ids=["within the margin alone", "the step cannot tell", "the step tells them apart"],
+)
+def test_a_tie_is_one_alone_or_in_the_step(monkeypatch, alone, in_step, tie):
+    seam = seams.open_seam("cpu")
+    monkeypatch.setattr(noise, "interleave", lambda *_: {P0: [1.0] * 9, P1: [alone] * 9})
+    times = {P0: [1.0] * 9, P1: [in_step] * 9}
+    monkeypatch.setattr(step.Judge, "times", lambda *_: times)
+    sizes = layer_sizes(find_model("qwen3-30b"), 8, 32, seam.dtype)
+    judge = step.Judge(seam, sizes, 4, 1, 0)
+    (seen,) = seams.see(seam, sizes.shape, seams.sort_calls(seam, sizes.shape), (2, 4), ())
+    one = Difference((2, 3, 4), (P0, P1))
+    assert noise.is_tie(seam, judge, seen.kernel, one, 0.0, captured=False) is tie
 
 
 def test_identical_candidates_are_counted_by_buckets(monkeypatch):
