@@ -56,8 +56,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m calibration.decision --out $(RESULTS)/decision.json
 	$(BIN)/python -m calibration.hook --kernel cpu --out $(RESULTS)/hook_cpu.json
 
-# Those that need one, in about six minutes on an NVIDIA H200, with the python that has torch and
-# triton there.
+# Those that need one, with the python that has torch and triton there: minutes.
 GPU_PYTHON ?= python3
 
 bench-gpu:

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,10 @@ def stamp(device: Any = None) -> dict[str, Any]:
     import torch
 
     from adaptive_moe.policy.environment import describe_environment
-    from adaptive_moe.policy.plain import to_plain
 
     return {
         "command": " ".join([f"python -m calibration.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "adaptive_moe": __version__,
-        "environment": to_plain(describe_environment(device or torch.device("cpu"))),
+        "environment": asdict(describe_environment(device or torch.device("cpu"))),
     }
