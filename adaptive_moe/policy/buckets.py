@@ -1,8 +1,7 @@
-"""Token counts to measure, and the ONE mapper from a token count to a measured bucket.
+"""Token counts to measure, and the one mapper from a token count to a measured bucket.
 
 Tuning and lookup must agree on that mapping, or the table applies a winner that was measured for
-another count (flashinfer#5450); so nothing else maps: `bucket_of` does for one count, and `spread`
-for all of them at once.
+another count (flashinfer#5450). So exploring, tables and reports all map through `bucket_of`.
 
 A *domain* is the rising sequence of token counts that can occur: `range(1, max + 1)` for eager
 calls, the engine's capture sizes for graph-captured ones.
@@ -23,18 +22,6 @@ def bucket_of(num_tokens: int, buckets: Sequence[int]) -> int:
     return min(bisect_left(buckets, num_tokens), len(buckets) - 1)
 
 
-def spread(indices: Sequence[int], buckets: Sequence[int], last: int) -> bytes:
-    """One byte a token count, `indices[bucket_of(n, buckets)]` at n, up to last >= buckets[-1].
-
-    Index 0 holds 0. Built run by run, because a warm start waits for it.
-    """
-    runs, begun = [bytes(1)], 1
-    for index, end in zip(indices, (*buckets[:-1], last), strict=True):
-        runs.append(bytes((index,)) * (end + 1 - begun))
-        begun = end + 1
-    return b"".join(runs)
-
-
 def first_buckets(domain: Sequence[int], wanted: Sequence[int] = ()) -> tuple[int, ...]:
     """The coarse grid: `wanted` (or powers of two) moved up to counts of the domain, and its ends.
 
@@ -47,7 +34,7 @@ def first_buckets(domain: Sequence[int], wanted: Sequence[int] = ()) -> tuple[in
     return tuple(sorted(inside | {domain[0], domain[-1]}))
 
 
-def between(domain: Sequence[int], low: int, high: int) -> int | None:
+def halfway(domain: Sequence[int], low: int, high: int) -> int | None:
     """The count of the domain halfway (in ratio) between two of its counts, or None if adjacent."""
     first, last = bisect_left(domain, low), bisect_left(domain, high)
     if last - first < 2:

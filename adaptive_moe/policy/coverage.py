@@ -1,14 +1,15 @@
-"""Coverage: which calls one table is for. Everything that decides, stores or serves a table agrees
-on it by this one type.
+"""Coverage: which calls one table is for, and in which situations they come.
+
+Everything that decides, stores or serves a table agrees on it by this one type.
 """
 
+import enum
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import overload
 
-from adaptive_moe.policy.situation import Situation
 from adaptive_moe.shape import SortingShape
 
 MAX_TOKENS = 1 << 20
@@ -19,7 +20,14 @@ BUSY_FROM = 2048
 Span = tuple[int, int]
 
 
-class Counts(Sequence[int]):
+class Situation(enum.Enum):
+    """How a call reaches the device; what is fastest in one may be slowest in the other."""
+
+    GRAPH = "graph"  # replayed from a captured graph
+    EAGER = "eager"  # launched by the host
+
+
+class TokenCounts(Sequence[int]):
     """A rising sequence of token counts, kept as spans of (first, last), both inclusive."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
@@ -50,7 +58,7 @@ class Counts(Sequence[int]):
             yield from range(first, last + 1)
 
     def __repr__(self) -> str:
-        return f"Counts({', '.join(f'{a}' if a == b else f'{a}-{b}' for a, b in self.spans)})"
+        return f"TokenCounts({', '.join(f'{a}' if a == b else f'{a}-{b}' for a, b in self.spans)})"
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,9 @@ class Coverage:
     eager         spans (first, last) of the token counts of eager calls, rising
     captured      token counts captured into graphs, rising
     padding_rows  True where rows of -1 fill a captured batch up to its size
-    busy_from     eager calls of at least so many tokens meet a device that is busy
-    context       what the caller's ContextVars say, such as `mxfp4=True`; empty for nothing
+    busy_from     eager calls of at least so many tokens meet a device that is busy: device time
+                  decides. Below, the host may be the slower one, and its time counts as well
+    extras        arguments beyond the shape, such as `return_local_topk_ids=True`; empty for none
 
     Raises ValueError naming the field, its value and what is accepted.
     """
@@ -74,7 +83,7 @@ class Coverage:
     captured: tuple[int, ...] = ()
     padding_rows: bool = False
     busy_from: int = BUSY_FROM
-    context: str = ""
+    extras: str = ""
 
     def __post_init__(self) -> None:
         if not self.eager:
@@ -106,8 +115,8 @@ class Coverage:
         return cls(shape, baseline, ((1, max_tokens),), sizes, padding_rows, busy_from)
 
     def on(self, device_type: str) -> "Coverage":
-        """The same as it is met on that kind of device: a CPU captures nothing, and its calls run
-        when they are made, so that one situation is all there is."""
+        """The same on that kind of device: a CPU captures nothing, and its calls run when they are
+        made, so one measured time decides."""
         return replace(self, captured=(), busy_from=1) if device_type == "cpu" else self
 
     @property
@@ -115,23 +124,17 @@ class Coverage:
         """The largest batch of an eager call."""
         return self.eager[-1][1]
 
-    def counts(self, situation: Situation) -> Counts:
-        """The token counts to explore in that situation.
-
-        The busy device is met at any count; whether the idle one is, is only asked below busy_from.
-        """
+    def counts(self, situation: Situation) -> TokenCounts:
+        """The token counts that occur in that situation."""
         if situation is Situation.GRAPH:
-            return Counts([(count, count) for count in self.captured])
-        if situation is Situation.BUSY:
-            return Counts(self.eager)
-        below = self.busy_from - 1
-        return Counts([(a, min(b, below)) for a, b in self.eager if a <= below])
+            return TokenCounts([(count, count) for count in self.captured])
+        return TokenCounts(self.eager)
 
     def describe(self) -> str:
         """One short phrase for logs."""
         words = [self.shape.describe()]
-        if self.context:
-            words.append(self.context)
+        if self.extras:
+            words.append(self.extras)
         return ", ".join(words)
 
 

@@ -5,20 +5,25 @@ sequences for Gaussian means with unknown variance", 2024): it may be looked at 
 without spending confidence, so the stopping rule is simply "stop when settled". Rounds far off the
 others are pulled in to a fence first.
 
-That is for independent rounds. Rounds that resemble the ones before them count for less: the
-interval is wider by what their correlation says (`memory`). It cannot be complete, as few rounds
-say little about it, but takes away half of the false switches on a clock that drifts one candidate
-at a time (calibration/decision.py), for 5% more rounds.
+That holds for independent rounds. Rounds that resemble the ones before them count for less: the
+interval widens by what their correlation says (`memory`). Few rounds say little about it, but it
+takes away half of the false switches on a clock that drifts one candidate at a time, for 5% more
+rounds (calibration/decision.py).
 """
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from adaptive_moe.policy.evidence import Ratios
+
 # Weight of the interval's prior on effect sizes, in rounds: small favours early decisions.
 PRIOR_ROUNDS = 0.3
-# The largest correlation of neighbouring rounds that is taken at its word.
+# The largest correlation of neighbouring rounds that the width allows for.
 MOST_MEMORY = 0.8
+# The largest log ratio that is told from larger ones: a stalled machine makes ratios that no float
+# holds.
+MOST_LOG_RATIO = 20.0
 
 
 def half_width(n: int, spread: float, alpha: float) -> float:
@@ -36,23 +41,32 @@ def half_width(n: int, spread: float, alpha: float) -> float:
     return math.sqrt((k - 1.0) / (1.0 - k * r) * spread / n)
 
 
-def moments(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, sum of squared deviations and memory, with outliers pulled in to the fences.
+def summarize(log_ratios: Sequence[float]) -> Ratios:
+    """Rounds, mean, spread and memory of one or more log ratios, outliers pulled in to the fences.
 
     The fences lie one inter-decile width outside the inner 80% of the values, some 3.8 standard
     deviations if they are normal. (A median absolute deviation would do with half of the values,
     but is 0 where a coarse clock makes half of them equal, and would then clip away all doubt.)
     """
-    ordered = sorted(values)
+    bounded = [min(max(v, -MOST_LOG_RATIO), MOST_LOG_RATIO) for v in log_ratios]
+    ordered = sorted(bounded)
     tail = len(ordered) // 10
     low, high = ordered[tail], ordered[-1 - tail]
     width = high - low
     least, most = low - width, high + width
-    clipped = [min(max(v, least), most) for v in values]
+    clipped = [min(max(v, least), most) for v in bounded]
     mean = math.fsum(clipped) / len(clipped)
     deviations = [v - mean for v in clipped]
     spread = math.fsum(d * d for d in deviations)
-    return mean, spread, memory(deviations, spread)
+    return Ratios(len(clipped), mean, spread, memory(deviations, spread))
+
+
+def pool(parts: Sequence[Ratios]) -> Ratios:
+    """One or more sets of rounds as one: what their means differ by adds to the spread."""
+    rounds = sum(part.rounds for part in parts)
+    mean = math.fsum(part.rounds * part.mean for part in parts) / rounds
+    spread = math.fsum(p.spread + p.rounds * (p.mean - mean) ** 2 for p in parts)
+    return Ratios(rounds, mean, spread, max(part.memory for part in parts))
 
 
 def memory(deviations: Sequence[float], spread: float) -> float:

@@ -1,168 +1,149 @@
-"""PolicyTable: one byte a token count, for graph-captured and for eager calls, and the evidence.
+"""PolicyTable: one byte for each token count, for captured and for eager calls, from the evidence.
 
 The hot path holds one of the two arrays and indexes it: `table.eager[num_tokens]`. A byte is an
-index into the evidence's candidates, so that 0 is the baseline: the call stays as it came. Arrays
-are plain `bytes`, so that is the whole cost. Index 0 is never used (an empty batch is not sorted);
-a count past the end takes the last byte, which the caller reads when the index raises IndexError.
+index into the evidence's candidates, so 0 is the baseline: the call stays as it came. Arrays are
+plain `bytes`, so that is the whole cost. Index 0 is never used (an empty batch is not sorted), and
+a count past the end has no byte: nothing was measured there, and the baseline serves.
 
 The arrays are always derived from the evidence, also on load: a table cannot contradict its own
 measurements.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from typing import Any
 
-from adaptive_moe.policy.buckets import bucket_of, spread
-from adaptive_moe.policy.coverage import MAX_TOKENS
-from adaptive_moe.policy.decision import Standing
-from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration
-from adaptive_moe.policy.losses import combine
-from adaptive_moe.policy.plain import from_plain, to_plain
-from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.buckets import bucket_of
+from adaptive_moe.policy.coverage import Situation
+from adaptive_moe.policy.evidence import SCHEMA, Bucket, Evidence
+from adaptive_moe.policy.verdict import Choice, between, choices
 
 MAX_CANDIDATES = 256
+# First and last token count, and the candidate of all of them.
 Run = tuple[int, int, str]
 
 
 @dataclass(frozen=True)
 class PolicyTable:
-    """Dense arrays over num_tokens, from a calibration.
+    """Dense arrays over num_tokens, and the choice of each measured bucket.
 
-    Raises ValueError where the evidence is not whole: no bucket, counts that do not rise or are out
-    of bounds, or a candidate that was not among those offered.
+    Raises ValueError where the evidence is not whole: no eager bucket, counts that do not rise or
+    are outside the coverage, or results of other candidates than those offered.
     """
 
-    evidence: Calibration
+    evidence: Evidence
     eager: bytes = field(init=False)
     graph: bytes = field(init=False)
+    eager_choices: tuple[Choice, ...] = field(init=False)
+    graph_choices: tuple[Choice, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        found = self.evidence
-        if found.schema != SCHEMA:
-            raise ValueError(f"schema {found.schema!r} is not {SCHEMA}: calibrate again")
-        if found.candidates[:1] != (found.coverage.baseline,):
-            raise ValueError(
-                f"the first of {found.candidates} is not the baseline, {found.coverage.baseline}"
-            )
-        different = len(set(found.candidates))
-        if not different == len(found.candidates) <= MAX_CANDIDATES:
-            raise ValueError(f"{found.candidates} are not at most {MAX_CANDIDATES} different names")
+        _check(self.evidence)
         for situation in Situation:
-            _check(found.section(situation), found.candidates)
-        eager = _eager(found)
-        graph = eager
-        if found.graph:
-            graph = _spread(found, [(b.num_tokens, b.candidate) for b in found.graph])
-        # The dataclass is frozen; these two are derived, once.
-        object.__setattr__(self, "eager", eager)
-        object.__setattr__(self, "graph", graph)
+            found = tuple(choices(self.evidence, situation))
+            # The dataclass is frozen; these are derived, once.
+            object.__setattr__(self, f"{situation.value}_choices", found)
+            object.__setattr__(self, situation.value, _array(self.evidence, situation, found))
 
     def __repr__(self) -> str:
         return f"PolicyTable({self.evidence.coverage.describe()}, {self.evidence.kernel})"
 
     @property
-    def sound(self) -> bool:
-        """Did every candidate run and return what the baseline returns, wherever it was tried?
-
-        What did not may be a failure of the moment: such a table may serve, and is not kept.
-        """
-        return not any(
-            result.standing in (Standing.FAILED, Standing.WRONG)
-            for bucket in self.evidence.buckets
-            for fill in bucket.fills
-            for result in fill.verdict.results
-        )
+    def open_counts(self) -> int:
+        """Buckets whose candidate more rounds may still change."""
+        return sum(not choice.settled for choice in (*self.graph_choices, *self.eager_choices))
 
     @property
-    def settled(self) -> bool:
-        """Would more rounds change nothing?"""
-        return all(f.verdict.settled for b in self.evidence.buckets for f in b.fills)
+    def failed(self) -> bool:
+        """Did a candidate raise? What was wrong stays wrong; what raised may pass."""
+        return any(not exclusion.wrong for exclusion in self.evidence.excluded)
+
+    def choices(self, situation: Situation) -> tuple[Choice, ...]:
+        """The choice of each bucket of one situation, by token count."""
+        return self.graph_choices if situation is Situation.GRAPH else self.eager_choices
 
     def candidate(self, num_tokens: int, *, captured: bool = False) -> str:
-        """Who sorts such a batch; ValueError for anything but an integer of 1 or more."""
+        """The candidate for such a batch; ValueError for anything but an integer of 1 or more."""
         if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 1:
             raise ValueError(f"num_tokens={num_tokens!r} is not accepted: give an integer >= 1")
         array = self.graph if captured else self.eager
-        return self.evidence.candidates[array[min(num_tokens, len(array) - 1)]]
+        return self.evidence.candidates[array[num_tokens] if num_tokens < len(array) else 0]
 
-    def bucket(self, num_tokens: int, situation: Situation) -> Bucket | None:
-        """The measured bucket that speaks for that count in that situation, if one does."""
-        buckets = self.evidence.section(situation)
-        if not buckets:
+    def choice_at(self, num_tokens: int, situation: Situation) -> Choice | None:
+        """The choice of the bucket at or above that count; None where none was measured."""
+        found = self.choices(situation)
+        if not found or num_tokens > found[-1].num_tokens:
             return None
-        return buckets[bucket_of(num_tokens, [b.num_tokens for b in buckets])]
+        return found[bucket_of(num_tokens, [choice.num_tokens for choice in found])]
 
     def runs(self, *, captured: bool = False) -> list[Run]:
-        """(first, last, candidate) for each run of equal candidates over num_tokens >= 1."""
+        """(first, last, candidate) for each run of equal candidates over the counts that occur."""
+        situation = Situation.GRAPH if captured else Situation.EAGER
         found: list[Run] = []
-        first = 1
-        for index, group in groupby((self.graph if captured else self.eager)[1:]):
-            length = sum(1 for _ in group)
-            found.append((first, first + length - 1, self.evidence.candidates[index]))
-            first += length
+        counts = self.evidence.coverage.counts(situation)
+        for name, group in groupby(counts, lambda n: self.candidate(n, captured=captured)):
+            run = list(group)
+            found.append((run[0], run[-1], name))
         return found
 
-    def to_json(self) -> str:
-        """The evidence as JSON, with the arrays run-length encoded beside it for readers."""
-        plain = to_plain(self.evidence)
-        plain["applied"] = {"eager": self.runs(), "graph": self.runs(captured=True)}
-        return json.dumps(plain, indent=1)
 
-    @classmethod
-    def from_json(cls, text: str) -> "PolicyTable":
-        """Rebuild a table; ValueError saying what is wrong where the text is not a whole one."""
-        try:
-            plain: Any = json.loads(text)
-        except RecursionError:
-            raise ValueError("the JSON is nested too deeply") from None
-        if isinstance(plain, dict):
-            plain.pop("applied", None)
-        return cls(from_plain(Calibration, plain))
-
-
-def _eager(found: Calibration) -> bytes:
-    """By the busy verdicts from busy_from on; below, by what loses in neither situation, and where
-    graphs are captured of as many tokens is the choice for them, too."""
-    last, busy_from = found.coverage.max_tokens, found.coverage.busy_from
-    busy_counts = [b.num_tokens for b in found.busy]
-    idle_counts = [b.num_tokens for b in found.idle]
-    graph_counts = [b.num_tokens for b in found.graph]
-    if not busy_counts:
-        raise ValueError("a calibration without busy buckets has no table: calibrate again")
-    below = [count for count in graph_counts if count < busy_from and count <= last]
-    edges = {*busy_counts, *idle_counts, *below, min(busy_from - 1, last)} - {0}
-    chosen = []
-    for count in sorted(edges):
-        busy = found.busy[bucket_of(count, busy_counts)]
-        name = found.coverage.baseline
-        if count >= busy_from:
-            name = busy.candidate
-        elif idle_counts:
-            idle = found.idle[bucket_of(count, idle_counts)]
-            name = combine([*busy.verdicts, *idle.verdicts], found.rule.margin)[0]
-            if graph_counts and count <= graph_counts[-1]:
-                captured = found.graph[bucket_of(count, graph_counts)].candidate
-                name = name if name == captured else found.coverage.baseline
-        chosen.append((count, name))
-    return _spread(found, chosen, last)
+def _array(evidence: Evidence, situation: Situation, found: Sequence[Choice]) -> bytes:
+    """A byte for each count up to the last that occurs; 0 where nothing was measured."""
+    coverage = evidence.coverage
+    domain = coverage.counts(situation)
+    if not domain or not found:
+        return b""
+    index = {name: place for place, name in enumerate(evidence.candidates)}
+    array = bytearray(domain[-1] + 1)
+    below: Choice | None = None
+    for choice in found:
+        count, name = choice.num_tokens, choice.candidate
+        array[count] = index[name]
+        first = 1
+        if below is not None:
+            first, name = below.num_tokens + 1, between(below, choice, evidence.rule)
+        if situation is Situation.EAGER and count >= coverage.busy_from:
+            # Below busy_from the host's time decides as well, and it was not read here.
+            first = min(max(first, coverage.busy_from), count)
+        array[first:count] = bytes((index[name],)) * (count - first)
+        below = choice
+    occurring = bytearray(len(array))
+    for first, last in domain.spans:
+        occurring[first : last + 1] = array[first : last + 1]
+    return bytes(occurring)
 
 
-def _spread(found: Calibration, chosen: Sequence[tuple[int, str]], last: int = 0) -> bytes:
-    counts = [count for count, _ in chosen]
-    last = last or counts[-1]
-    if not counts[-1] <= last <= MAX_TOKENS:
-        raise ValueError(f"max_tokens={last} is not from {counts[-1]} to {MAX_TOKENS}")
-    index = {name: i for i, name in enumerate(found.candidates)}
-    return spread([index[name] for _, name in chosen], counts, last)
+def _check(evidence: Evidence) -> None:
+    if evidence.schema != SCHEMA:
+        raise ValueError(f"schema {evidence.schema!r} is not {SCHEMA}: calibrate again")
+    names, baseline = evidence.candidates, evidence.coverage.baseline
+    if names[:1] != (baseline,):
+        raise ValueError(f"the first of {names} is not the baseline, {baseline}")
+    if not len(set(names)) == len(names) <= MAX_CANDIDATES:
+        raise ValueError(f"{names} are not at most {MAX_CANDIDATES} different names")
+    if not evidence.eager:
+        raise ValueError("a calibration without eager buckets has no table: calibrate again")
+    for situation in Situation:
+        buckets = evidence.buckets(situation)
+        counts = [bucket.num_tokens for bucket in buckets]
+        if any(low >= high for low, high in pairwise(counts)):
+            raise ValueError(f"bucket token counts must rise: {counts[:8]}")
+        domain = evidence.coverage.counts(situation)
+        for bucket in buckets:
+            if bucket.num_tokens not in domain:
+                raise ValueError(
+                    f"{bucket.num_tokens} tokens ({situation.value}) are not in the coverage"
+                )
+            _check_results(bucket, names)
+        if len({len(bucket.fills) for bucket in buckets}) > 1:
+            raise ValueError(f"the {situation.value} buckets have different numbers of fills")
 
 
-def _check(buckets: Sequence[Bucket], candidates: Sequence[str]) -> None:
-    counts = [b.num_tokens for b in buckets]
-    if counts and (counts[0] < 1 or any(low >= high for low, high in pairwise(counts))):
-        raise ValueError(f"bucket token counts must rise from 1: {counts[:8]}")
-    for bucket in buckets:
-        if bucket.candidate not in candidates:
-            raise ValueError(f"{bucket.candidate!r} is not one of those offered, {candidates}")
+def _check_results(bucket: Bucket, names: Sequence[str]) -> None:
+    if not bucket.fills:
+        raise ValueError(f"no results at {bucket.num_tokens} tokens")
+    for fill in bucket.fills:
+        if tuple(result.candidate for result in fill.results) != tuple(names):
+            raise ValueError(
+                f"the results at {bucket.num_tokens} tokens are not of the candidates {names}"
+            )
