@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # the names of _NAMES once more, as type checkers read no map
     from adaptive_moe.policy.evidence import Bucket as Bucket
     from adaptive_moe.policy.evidence import Calibration as Calibration
     from adaptive_moe.policy.evidence import Fill as Fill
-    from adaptive_moe.policy.situation import Situation as Situation
+    from adaptive_moe.policy.coverage import Situation as Situation
     from adaptive_moe.policy.table import PolicyTable as PolicyTable
     from adaptive_moe.settings import LogDetail as LogDetail
     from adaptive_moe.settings import Mode as Mode

@@ -18,10 +18,9 @@ import torch
 from adaptive_moe.kernels.contract import SortingInputs
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
-from adaptive_moe.tuning.calibrator import Plan, calibrate
-from adaptive_moe.tuning.clocks import WallClock
-from adaptive_moe.tuning.device import Graphs, Neutral, Spin, gpu_event
-from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
+from adaptive_moe.tuning.calibrate import Plan, calibrate
+from adaptive_moe.tuning.clocks import Graphs, Neutral, Spin, WallClock, gpu_event
+from adaptive_moe.tuning.inputs import Routing, default_mask, route, sorting_inputs
 from calibration.interleaved import Sample
 
 __all__ = ["CAPTURED", "EAGER", "Plan", "Timer", "WallClock", "buckets", "calibrate", "inputs_of"]
@@ -142,4 +141,5 @@ def inputs_of(
 
 def buckets(table: PolicyTable) -> list[tuple[int, str]]:
     """(token count, chosen candidate) of everything that was measured for a table."""
-    return [(bucket.num_tokens, bucket.candidate) for bucket in table.evidence.buckets]
+    found = (*table.graph_choices, *table.eager_choices)
+    return [(choice.num_tokens, choice.candidate) for choice in found]

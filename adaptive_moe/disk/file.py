@@ -17,7 +17,7 @@ from adaptive_moe.policy.environment import Environment, describe_environment
 from adaptive_moe.policy.evidence import DECISION_VERSION, SCHEMA, Calibration
 from adaptive_moe.policy.losses import combine
 from adaptive_moe.policy.plain import differences, from_plain, to_plain
-from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.table import PolicyTable
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from adaptive_moe.kernels import POLICIES, Candidate, SortKernel, policy_name
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule
 from adaptive_moe.policy.evidence import Calibration
-from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import Settings
 

@@ -155,8 +155,23 @@ def choose(
 ) -> Choice:
     """The choice by device time alone. presume_confirmed: as it will be if the second pass agrees
     with the first, which is what exploring goes by."""
-    views = [_device_view(fill, rule, excluded, presume_confirmed) for fill in bucket.fills]
+    views = [
+        judge_fill(fill, rule, excluded, presume_confirmed=presume_confirmed)
+        for fill in bucket.fills
+    ]
     return _combine(bucket.num_tokens, views, rule)
+
+
+def judge_fill(
+    fill: Fill, rule: Rule, excluded: Mapping[str, Exclusion], *, presume_confirmed: bool = False
+) -> Verdict:
+    """The verdict on one fill by device time. presume_confirmed: as it will be if the second pass
+    agrees with the first."""
+    baseline, *others = fill.results
+    judgements = [Judgement(baseline.candidate, Standing.BASELINE, baseline.median_us, gain=0.0)]
+    judgements += [_judge(result, rule, excluded, presume_confirmed) for result in others]
+    rounds = sum(ratios.rounds for ratios in (baseline.first, baseline.second) if ratios)
+    return _conclude(judgements, rounds, fill.fraction)
 
 
 def rounds_to_confirm(gain_low: float) -> int:
@@ -248,16 +263,6 @@ def between(below: Choice, above: Choice, rule: Rule) -> str:
     name = above.candidate
     safe = name in below.faster or gap_loss(below, above, rule) == 0.0
     return name if safe else above.baseline
-
-
-def _device_view(
-    fill: Fill, rule: Rule, excluded: Mapping[str, Exclusion], presume_confirmed: bool
-) -> Verdict:
-    baseline, *others = fill.results
-    judgements = [Judgement(baseline.candidate, Standing.BASELINE, baseline.median_us, gain=0.0)]
-    judgements += [_judge(result, rule, excluded, presume_confirmed) for result in others]
-    rounds = sum(ratios.rounds for ratios in (baseline.first, baseline.second) if ratios)
-    return _conclude(judgements, rounds, fill.fraction)
 
 
 def _judge(

@@ -29,7 +29,7 @@ from adaptive_moe.policy.environment import Environment
 from adaptive_moe.policy.evidence import Bucket, Calibration, Fill
 from adaptive_moe.policy.losses import combine
 from adaptive_moe.policy.plain import differences, from_plain
-from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks.summary import ORDER, Section, Subject, Summary, max_rows, parse
 

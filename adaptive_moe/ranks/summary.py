@@ -17,7 +17,7 @@ from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule, Standing
 from adaptive_moe.policy.evidence import DECISION_VERSION, Bucket, Calibration
 from adaptive_moe.policy.plain import to_plain
-from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.coverage import Situation
 
 # Most bytes a rank sends for one coverage.
 MAX_BYTES = 64 * 1024

@@ -1,7 +1,7 @@
 """Why one token count gets what it gets, in lines of text."""
 
 from adaptive_moe.policy.evidence import Bucket, Calibration
-from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.words import bucket_words, candidate_words, result_words, situation_words
 

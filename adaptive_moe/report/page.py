@@ -8,7 +8,7 @@ from dataclasses import asdict
 from html import escape
 
 from adaptive_moe import __version__
-from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.text import advice, bucket_heads, bucket_rows, gains, kept
 from adaptive_moe.report.words import calls_words, candidate_words, sections, situation_words

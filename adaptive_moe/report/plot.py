@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_moe.policy.decision import Result, Standing
-from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.words import (
     calls_words,

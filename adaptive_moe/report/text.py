@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from adaptive_moe.policy.decision import OUT, Standing
 from adaptive_moe.policy.evidence import Bucket, Calibration
-from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.table import PolicyTable, Run
 from adaptive_moe.report.words import (
     bucket_words,

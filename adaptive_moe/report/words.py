@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Result, Standing, Verdict
 from adaptive_moe.policy.evidence import Bucket, Calibration
-from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.coverage import Situation
 
 # What a candidate's name does not say by itself.
 _MEANINGS = {
