@@ -1,73 +1,112 @@
-"""Hand-made policy tables for tests that are not about measuring."""
+"""Hand-made evidence and tables for tests that are not about measuring."""
 
+import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
-from adaptive_moe.policy.coverage import Coverage
-from adaptive_moe.policy.decision import Result, Rule, Standing, Verdict
-from adaptive_moe.policy.environment import Environment
-from adaptive_moe.policy.evidence import SCHEMA, Bucket, Calibration, Fill
+from adaptive_moe.policy.coverage import Coverage, Situation
+from adaptive_moe.policy.evidence import (
+    SCHEMA,
+    Bucket,
+    Environment,
+    Evidence,
+    Fill,
+    Ratios,
+    Result,
+    Rule,
+)
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
 
-ENVIRONMENT = Environment("test device", "none", 1, "", "0", "0")
+ENVIRONMENT = Environment("test device", "none", 1, 0, "", "0", "0", "test host")
 CANDIDATES = ("policy 0", "policy 1", "policy 2")
+BASE_US, HOST_US = 10.0, 20.0
 
 
-def make_table(
-    eager: Mapping[int, int],
-    graph: Mapping[int, int] | None = None,
+def ratios(gain: float, rounds: int = 20, noise: float = 0.0) -> Ratios:
+    """Rounds in which a candidate saves `gain` of the baseline's time, on average; noise is the
+    standard deviation of their logarithms."""
+    return Ratios(rounds, math.log1p(-gain), noise * noise * rounds)
+
+
+def result(
+    name: str,
+    gain: float | None = None,
     *,
-    idle: Mapping[int, int] | None = None,
-    candidates: Sequence[str] = CANDIDATES,
-    coverage: Coverage | None = None,
-    standing: Standing | None = None,
-    **other,
-) -> PolicyTable:
-    """A table whose buckets, token count -> index of the candidate, are given.
+    second: float | None = None,
+    host: float | None = None,
+    rounds: int = 20,
+    noise: float = 0.0,
+    base_us: float = BASE_US,
+    dropped: float | None = None,
+) -> Result:
+    """Of a candidate that saves `gain` in the first pass, `second` in the second one, and `host` of
+    the host's time; None for what was not measured."""
+    return Result(
+        name,
+        None if gain is None else base_us * (1.0 - gain),
+        None if gain is None else ratios(gain, rounds, noise),
+        None if second is None else ratios(second, rounds, noise),
+        None if host is None else ratios(host, rounds, noise),
+        None if host is None else HOST_US * (1.0 - host),
+        dropped,
+    )
 
-    The eager ones were measured on a busy device, which decides alone: busy_from is 1 unless a
-    coverage says otherwise. idle: those of an idle device. standing: of every candidate but the
-    baseline and a bucket's winner (SLOWER). other: fields of the shape, or of the Calibration.
-    """
-    fields = Calibration.__dataclass_fields__.keys()
-    evidence = {name: other.pop(name) for name in list(other) if name in fields}
-    if coverage is None:
-        shape = SortingShape(**{"num_experts": 16, "topk": 4, "model_dim": 64, **other})
-        coverage = Coverage.up_to(
-            shape, max(eager), tuple(graph or ()), baseline=candidates[0], busy_from=1
-        )
-    sections = {
-        name: tuple(
-            _bucket(count, index, candidates, standing or Standing.SLOWER)
-            for count, index in sorted((given or {}).items())
-        )
-        for name, given in (("busy", eager), ("graph", graph), ("idle", idle))
-    }
+
+def bucket(num_tokens: int, *fills: Sequence[Result], fractions: Sequence[float] = (1.0,)) -> Bucket:
+    """Each fill is the results of all candidates, the baseline first."""
+    return Bucket(num_tokens, tuple(map(Fill, fractions, map(tuple, fills))))
+
+
+def winning(num_tokens: int, index: int, candidates: Sequence[str] = CANDIDATES) -> Bucket:
+    """A bucket in which that candidate surely saves 30%, and the others lose 20%."""
+    results = [result(candidates[0], 0.0)]
+    for place, name in enumerate(candidates[1:], start=1):
+        won = place == index
+        results.append(result(name, 0.3, second=0.3) if won else result(name, -0.2))
+    return bucket(num_tokens, results)
+
+
+def make_evidence(
+    eager: Sequence[Bucket], graph: Sequence[Bucket] = (), **fields: Any
+) -> Evidence:
+    """Evidence of these buckets; fields: of Evidence, or of the shape."""
+    known = {n: fields.pop(n) for n in list(fields) if n in Evidence.__dataclass_fields__}
+    names = tuple(r.candidate for r in eager[0].fills[0].results)
+    shape = SortingShape(**{"num_experts": 16, "topk": 4, "model_dim": 64, **fields})
+    sizes = tuple(b.num_tokens for b in graph)
+    coverage = Coverage.up_to(
+        shape, eager[-1].num_tokens, sizes, baseline=names[0], busy_from=1
+    )
     facts = {
         "schema": SCHEMA,
         "coverage": coverage,
         "kernel": "made by hand",
-        "candidates": tuple(candidates),
+        "candidates": names,
         "environment": ENVIRONMENT,
         "rule": Rule(),
         "budget_s": 1.0,
         "created": "2026-01-01T00:00:00+00:00",
         "seconds": 0.0,
     }
-    return PolicyTable(Calibration(**{**facts, **sections, **evidence}))
+    return Evidence(**{**facts, **known, "eager": tuple(eager), "graph": tuple(graph)})
 
 
-def _bucket(count: int, index: int, candidates: Sequence[str], standing: Standing) -> Bucket:
-    """The baseline takes 10 us, the winner 7, the others 12."""
-    results = [Result(candidates[0], Standing.BASELINE, 10.0, 0.0)]
-    for name in candidates[1:]:
-        if name == candidates[index]:
-            results.append(Result(name, Standing.FASTER, 7.0, 0.3, 0.25, 0.35))
-        else:
-            results.append(Result(name, standing, 12.0, -0.2, -0.25, -0.15))
-    verdict = Verdict(candidates[index], True, 8, "made by hand", tuple(results))
-    return Bucket(count, candidates[index], "made by hand", (Fill(1.0, verdict),))
+def make_table(
+    eager: Mapping[int, int],
+    graph: Mapping[int, int] | None = None,
+    *,
+    candidates: Sequence[str] = CANDIDATES,
+    **fields: Any,
+) -> PolicyTable:
+    """A table whose buckets, token count -> index of the candidate, are given. Device time alone
+    decides: busy_from is 1 unless a coverage says otherwise. fields: as in make_evidence."""
+    sections = [
+        [winning(n, index, candidates) for n, index in sorted((given or {}).items())]
+        for given in (eager, graph)
+    ]
+    return PolicyTable(make_evidence(*sections, **fields))
 
 
 def measure_as(
@@ -84,19 +123,16 @@ def measure_as(
                     kernel=kernel, coverage=coverage, plan=plan, mask=expert_mask, earlier=earlier
                 )
             )
-        below = coverage.busy_from - 1
+        domain = list(coverage.counts(Situation.EAGER))
+        last = domain[-1]
+        wanted = {min(n, last): index for n, index in sorted(eager.items(), reverse=True)}
         return make_table(
-            _up_to(coverage.max_tokens, eager),
+            {n: index for n, index in wanted.items() if n in domain} or {last: 0},
             graph and {n: i for n, i in graph.items() if n in coverage.captured},
-            idle=_up_to(min(below, coverage.max_tokens), eager) if below else None,
             candidates=[candidate.name for candidate in kernel.candidates],
             coverage=coverage,
             kernel=kernel.name,
+            starts=earlier.starts + 1 if earlier else 1,
         )
 
     return measure
-
-
-def _up_to(last: int, buckets: Mapping[int, int]) -> dict[int, int]:
-    """Those up to that count; it takes the choice of the bucket that serves it."""
-    return {min(n, last): index for n, index in sorted(buckets.items(), reverse=True)}

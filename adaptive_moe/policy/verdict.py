@@ -257,12 +257,14 @@ def gap_loss(below: Choice, above: Choice, rule: Rule) -> float:
 def between(below: Choice, above: Choice, rule: Rule) -> str:
     """The candidate of the counts between two neighbouring buckets.
 
-    The upper bucket's, where that cannot lose much or beat the baseline in both; else the baseline:
-    the gap is open because the budget ended.
+    The upper bucket's, where it cannot lose much. In a gap that is left open, because the budget
+    ended, a candidate that beat the baseline in both buckets: the upper's, the lower's, or none.
     """
-    name = above.candidate
-    safe = name in below.faster or gap_loss(below, above, rule) == 0.0
-    return name if safe else above.baseline
+    if gap_loss(below, above, rule) == 0.0:
+        return above.candidate
+    faster_in_both = {*below.faster} & {*above.faster}
+    serving = (name for name in (above.candidate, below.candidate) if name in faster_in_both)
+    return next(serving, above.baseline)
 
 
 def _judge(

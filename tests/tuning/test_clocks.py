@@ -6,26 +6,34 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from adaptive_moe.policy.situation import Situation
+from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.tuning.clocks import (
     BACKLOG_US,
     GRAPH_LOT,
     MAX_BACKLOG_US,
     REPLAY_US,
     TRAIN_LENGTH,
-    BusyClock,
+    EagerClock,
     GraphClock,
-    IdleClock,
+    LONG_CALL_US,
     NeverAheadError,
+    Neutral,
+    Sample,
+    Sampler,
+    Spin,
     Train,
     WallClock,
-    at_once,
-    calls_of,
+    calls_in_graph,
     clock_for,
 )
 from tests.tuning.made_up_gpu import DEVICE, Gpu
 
 GRAPH_CALLS = TRAIN_LENGTH[Situation.GRAPH]
+
+
+def at_once(sampler: Sampler) -> Callable[[], float]:
+    """Device time of samples that are waited for one by one."""
+    return lambda: sampler()().device_us
 
 
 def test_the_wall_clock_divides_the_trains_time_by_its_calls() -> None:
@@ -37,39 +45,46 @@ def test_the_wall_clock_divides_the_trains_time_by_its_calls() -> None:
     assert ran == ["neutral", 0, 1, 2, 3]
 
 
-# Busy: the host is ahead
+def test_on_a_cpu_long_calls_are_timed_in_a_short_train_of_both_routings() -> None:
+    ran: list[int] = []
+    train = [lambda i=i: ran.append(i) for i in range(4)]
+    at_once(WallClock().prepare(train, call_us=LONG_CALL_US))()
+    assert ran == [0, 1]
+
+
+# Eager: the host is ahead
 
 
 @pytest.mark.parametrize("host_us", [2.0, 30.0, 200.0, 3000.0])
-def test_a_busy_sample_has_nothing_of_the_host_in_it(host_us: float) -> None:
+def test_an_eager_sample_s_device_time_has_nothing_of_the_host_in_it(host_us: float) -> None:
     """However slow the host is: launches take it 1 to 150 times as long as the kernel runs."""
     gpu = Gpu()
-    clock = BusyClock(gpu.neutral, gpu.spin, gpu.event)
+    clock = EagerClock(gpu.neutral, gpu.spin, gpu.event)
     sample = at_once(clock.prepare([gpu.call("sort", host_us, 20.0)] * 2))
     assert sample() == pytest.approx(20.0)
-    assert (clock.invalid > 0) == (host_us > 50.0)
+    assert (clock.retaken > 0) == (host_us > 50.0)
 
 
 def test_a_sample_whose_calls_came_late_is_none_and_is_taken_again_behind_more() -> None:
     gpu = Gpu()
-    clock = BusyClock(gpu.neutral, gpu.spin, gpu.event)
+    clock = EagerClock(gpu.neutral, gpu.spin, gpu.event)
     sample = at_once(clock.prepare([gpu.call("sort", 100.0, 20.0)] * 2))
     sample()
     spun = [start for name, start in gpu.log if name == "spin"]
-    assert len(spun) == clock.invalid + 1 > 1
+    assert len(spun) == clock.retaken + 1 > 1
     assert gpu.ran() == ["spin", "neutral", "sort", "sort"] * len(spun)
     # What it took is kept for the next ones, of an idle device and of one still at work.
     for _ in range(5):
         sample()
-    before, late = len(gpu.log), clock.invalid
+    before, late = len(gpu.log), clock.retaken
     sample()
     assert gpu.ran()[before:] == ["spin", "neutral", "sort", "sort"]
-    assert clock.invalid == late
+    assert clock.retaken == late
 
 
 def test_one_stall_of_the_host_is_not_paid_for_ever_after() -> None:
     gpu = Gpu()
-    clock = BusyClock(gpu.neutral, gpu.spin, gpu.event)
+    clock = EagerClock(gpu.neutral, gpu.spin, gpu.event)
     stalls = iter([5000.0] * 12)
 
     def sort() -> None:
@@ -87,7 +102,7 @@ def test_one_stall_of_the_host_is_not_paid_for_ever_after() -> None:
 
 def test_calls_that_wait_for_the_device_themselves_are_an_error_and_not_a_loop() -> None:
     gpu = Gpu()
-    clock = BusyClock(gpu.neutral, gpu.spin, gpu.event)
+    clock = EagerClock(gpu.neutral, gpu.spin, gpu.event)
 
     def waits() -> None:
         gpu.call("sort", 5.0, 20.0)()
@@ -102,12 +117,12 @@ def test_calls_that_wait_for_the_device_themselves_are_an_error_and_not_a_loop()
 def test_samples_enqueued_one_behind_the_other_wait_for_nobody(host_us: float) -> None:
     """While a sample runs the host enqueues the next, behind no more backlog than that leaves."""
     gpu = Gpu()
-    clock = BusyClock(gpu.neutral, gpu.spin, gpu.event)
+    clock = EagerClock(gpu.neutral, gpu.spin, gpu.event)
     sampler = clock.prepare([gpu.call("sort", host_us, 20.0)] * 2)
 
     def round_of(visits: int) -> list[float]:
         waiting = [sampler() for _ in range(visits)]
-        return [wait() for wait in waiting]
+        return [wait().device_us for wait in waiting]
 
     def time_of(run: Callable[[], object]) -> float:
         before = gpu.host
@@ -121,24 +136,24 @@ def test_samples_enqueued_one_behind_the_other_wait_for_nobody(host_us: float) -
     assert together < 0.9 * alone
 
 
-# Idle: the device waits for the host
-
-
-def test_an_idle_sample_begins_on_a_device_that_has_nothing_to_do() -> None:
-    """The host's 30 us a call are all in it, those of the first call as well."""
+@pytest.mark.parametrize("host_us", [2.0, 30.0, 200.0])
+def test_the_host_s_time_is_read_around_the_same_calls(host_us: float) -> None:
     gpu = Gpu()
-    sample = at_once(IdleClock(gpu.neutral, gpu.event).prepare([gpu.call("sort", 30.0, 5.0)] * 2))
-    for _ in range(3):
-        # From the start event to the end of the last call.
-        assert sample() == pytest.approx((2 * 30.0 + 5.0) / 2)
-        gpu.host += 50.0
+    clock = EagerClock(gpu.neutral, gpu.spin, gpu.event, timer=lambda: gpu.host * 1e-6)
+    sampler = clock.prepare([gpu.call("sort", host_us, 20.0)] * 4)
+    assert sampler()() == pytest.approx(Sample(20.0, host_us))
 
 
-@pytest.mark.parametrize("busy", [True, False])
-def test_every_eager_sample_follows_a_neutral_call(busy: bool) -> None:
+def test_one_interrupted_call_does_not_change_the_host_s_time() -> None:
     gpu = Gpu()
-    idle = IdleClock(gpu.neutral, gpu.event)
-    clock = BusyClock(gpu.neutral, gpu.spin, gpu.event) if busy else idle
+    clock = EagerClock(gpu.neutral, gpu.spin, gpu.event, timer=lambda: gpu.host * 1e-6)
+    calls = [gpu.call("sort", host_us, 20.0) for host_us in (10.0, 10.0, 60.0, 10.0)]
+    assert clock.prepare(calls)()().host_us == pytest.approx(10.0)
+
+
+def test_every_eager_sample_follows_a_neutral_call() -> None:
+    gpu = Gpu()
+    clock = EagerClock(gpu.neutral, gpu.spin, gpu.event)
     one, two = (at_once(clock.prepare([gpu.call(name, 5.0, 5.0)] * 2)) for name in ("one", "two"))
     for sample in (one, one, two, one, two, two):
         before = len(gpu.log)
@@ -175,7 +190,7 @@ def test_a_graph_sample_is_a_replay_right_after_a_neutral_call_without_its_launc
 
 @pytest.mark.parametrize("call_us", [0.0, 0.5, 2.2, 5.5, 7.3, 20.0, 1e3, 1e6])
 def test_a_replay_is_long_enough_and_no_longer(call_us: float) -> None:
-    calls = calls_of(GRAPH_CALLS, call_us)
+    calls = calls_in_graph(GRAPH_CALLS, call_us)
     assert GRAPH_LOT <= calls <= GRAPH_CALLS
     assert calls % GRAPH_LOT == 0
     assert calls == GRAPH_CALLS or calls * call_us >= REPLAY_US
@@ -183,34 +198,33 @@ def test_a_replay_is_long_enough_and_no_longer(call_us: float) -> None:
 
 
 def test_an_infinitely_long_call_is_not_repeated() -> None:
-    assert calls_of(GRAPH_CALLS, math.inf) == GRAPH_LOT
+    assert calls_in_graph(GRAPH_CALLS, math.inf) == GRAPH_LOT
 
 
 def test_a_short_train_is_captured_whole() -> None:
-    assert calls_of(2, 0.0) == calls_of(2, 5.0) == 2
+    assert calls_in_graph(2, 0.0) == calls_in_graph(2, 5.0) == 2
 
 
 def test_a_train_of_other_length_is_captured_in_whole_lots() -> None:
-    assert [calls_of(n, 0.0) for n in (7, 10, 12)] == [4, 8, 12]
+    assert [calls_in_graph(n, 0.0) for n in (7, 10, 12)] == [4, 8, 12]
 
 
 def test_on_a_cpu_a_predecessor_that_is_given_is_the_one_that_runs() -> None:
     ran: list[str] = []
-    clock = clock_for(Situation.BUSY, torch.device("cpu"), lambda: ran.append("given"))
+    clock = clock_for(Situation.EAGER, torch.device("cpu"), lambda: ran.append("given"))
     at_once(clock.prepare([lambda: ran.append("call")]))()
     assert ran == ["given", "call"]
 
 
 def test_a_long_train_of_short_calls_is_captured_as_far_as_a_replay_is_long() -> None:
-    assert calls_of(1000, 0.2) == REPLAY_US / 0.2
+    assert calls_in_graph(1000, 0.2) == REPLAY_US / 0.2
 
 
 @pytest.mark.parametrize(
     ("situation", "a_call", "ran"),
     [
         (Situation.GRAPH, 3.0, ["spin", "given", "replay"]),
-        (Situation.BUSY, 3.0, ["spin", "given", *["sort"] * 4]),
-        (Situation.IDLE, 7.0 + 3.0 / 4, ["given", *["sort"] * 4]),  # the host's 7 us are in it
+        (Situation.EAGER, 3.0, ["spin", "given", *["sort"] * 4]),
     ],
 )
 def test_each_situation_of_a_gpu_has_its_clock(
@@ -221,3 +235,27 @@ def test_each_situation_of_a_gpu_has_its_clock(
     before = len(gpu.log)
     assert sample() == pytest.approx(a_call)
     assert gpu.ran()[before:] == ran
+
+
+@pytest.mark.parametrize(("reports", "writes"), [(50 << 20, 50 << 20), (4 << 20, 32 << 20)])
+def test_the_neutral_call_writes_more_than_the_l2_holds(
+    gpu: Gpu, reports: int, writes: int
+) -> None:
+    gpu.properties.L2_cache_size = reports
+    assert Neutral(DEVICE)._buffer.numel() == writes
+
+
+def test_a_spin_lasts_as_long_as_it_is_told_on_whatever_device(gpu: Gpu) -> None:
+    spin = Spin(DEVICE)
+    before = gpu.device = gpu.host = max(gpu.device, gpu.host)
+    spin(250.0)
+    assert gpu.device - before == pytest.approx(250.0, abs=6.0)
+
+
+def test_graphs_are_captured_aside_in_one_pool_and_leave_the_stream_as_it_was(gpu: Gpu) -> None:
+    clock = clock_for(Situation.GRAPH, DEVICE, gpu.neutral)
+    for name in ("one", "two"):
+        at_once(clock.prepare([gpu.call(name, 5.0, 3.0)] * 4))()
+    assert len(gpu.pools) == 1
+    assert gpu.stream.name == "the current stream"
+    assert gpu.told.count("captures on its own stream, thread_local") == 3

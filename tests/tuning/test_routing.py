@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adaptive_moe.shape import SortingShape
-from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
+from adaptive_moe.tuning.inputs import Routing, default_mask, route, sorting_inputs
 from tests.tuning.engine import engine_defaults
 
 CPU = torch.device("cpu")
