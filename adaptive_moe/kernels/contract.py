@@ -21,6 +21,7 @@ Its kernels write L into padding entries where its Python reference writes M; co
 that the token is not below L, and so does this checker.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,14 +72,24 @@ class SortingInputs:
         )
 
 
+_poisoning = threading.RLock()
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Within it torch.empty returns NaN or the largest integer, so that a kernel that leaves an
     output unwritten is seen. Every flag of torch is after it what it was before.
 
+    One at a time in a process: the flags are the process's.
+
     Not by torch.use_deterministic_algorithms: that imports torch's compiler, which takes seconds,
     and sets a flag of it that it never sets back.
     """
+    with _poisoning:
+        yield from _poisoned()
+
+
+def _poisoned() -> Iterator[None]:
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch._C._get_deterministic_fill_uninitialized_memory()

