@@ -54,7 +54,9 @@ def result(
     )
 
 
-def bucket(num_tokens: int, *fills: Sequence[Result], fractions: Sequence[float] = (1.0,)) -> Bucket:
+def bucket(
+    num_tokens: int, *fills: Sequence[Result], fractions: Sequence[float] = (1.0,)
+) -> Bucket:
     """Each fill is the results of all candidates, the baseline first."""
     return Bucket(num_tokens, tuple(map(Fill, fractions, map(tuple, fills))))
 
@@ -68,17 +70,13 @@ def winning(num_tokens: int, index: int, candidates: Sequence[str] = CANDIDATES)
     return bucket(num_tokens, results)
 
 
-def make_evidence(
-    eager: Sequence[Bucket], graph: Sequence[Bucket] = (), **fields: Any
-) -> Evidence:
+def make_evidence(eager: Sequence[Bucket], graph: Sequence[Bucket] = (), **fields: Any) -> Evidence:
     """Evidence of these buckets; fields: of Evidence, or of the shape."""
     known = {n: fields.pop(n) for n in list(fields) if n in Evidence.__dataclass_fields__}
     names = tuple(r.candidate for r in eager[0].fills[0].results)
     shape = SortingShape(**{"num_experts": 16, "topk": 4, "model_dim": 64, **fields})
     sizes = tuple(b.num_tokens for b in graph)
-    coverage = Coverage.up_to(
-        shape, eager[-1].num_tokens, sizes, baseline=names[0], busy_from=1
-    )
+    coverage = Coverage.up_to(shape, eager[-1].num_tokens, sizes, baseline=names[0], busy_from=1)
     facts = {
         "schema": SCHEMA,
         "coverage": coverage,

@@ -389,11 +389,13 @@ def _with_host(buckets: Sequence[Bucket], chosen: Sequence[Choice], rule: Rule) 
             for result in fill.results[1:]:
                 if result.host is not None:
                     parts.setdefault(_relation(choice, result.candidate), []).append(result.host)
-    host = {relation: (len(found), pool(found)) for relation, found in parts.items()}
+    host = {relation: (len(some), pool(some)) for relation, some in parts.items()}
     if not host:
         return list(chosen)
     return [
-        _combine(choice.num_tokens, [*choice.verdicts, _host_view(bucket, choice, host, rule)], rule)
+        _combine(
+            choice.num_tokens, [*choice.verdicts, _host_view(bucket, choice, host, rule)], rule
+        )
         for bucket, choice in zip(buckets, chosen, strict=True)
     ]
 

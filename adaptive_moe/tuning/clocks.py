@@ -14,9 +14,9 @@ behind the other, and the device never waits for the host to have read the last 
 **Every sample starts from the same cache state**, so a time does not depend on which candidate ran
 before. Each follows the same predecessor (`Neutral`): a write as large as the L2 or larger, as the
 GEMM is that runs before a sort in serving. It replaces whatever the sample before left behind:
-lines in the L2 (a sample's calls read inputs of their own, so none finds its ids there), write-backs
-that are under way, and the clocks of a device that was idle. It costs 20 to 30 us a sample on an
-H100, about a third of a graph's sample.
+lines in the L2 (a sample's calls read inputs of their own, so none finds its ids there),
+write-backs that are under way, and the clocks of a device that was idle. It costs 20 to 30 us a
+sample on an H100, about a third of a graph's sample.
 """
 
 import math

@@ -43,9 +43,7 @@ def test_counts_that_do_not_occur_have_the_baseline():
 
 def test_a_captured_call_has_another_candidate_only_at_sizes_that_were_captured():
     coverage = Coverage.up_to(SHAPE, 64, (8, 16, 24), busy_from=1)
-    evidence = make_evidence(
-        [winning(64, 2)], [winning(8, 1), winning(24, 1)], coverage=coverage
-    )
+    evidence = make_evidence([winning(64, 2)], [winning(8, 1), winning(24, 1)], coverage=coverage)
     table = PolicyTable(evidence)
     assert [n for n in range(1, 25) if table.graph[n]] == [8, 16, 24]
     assert table.runs(captured=True) == [(8, 24, "policy 1")]

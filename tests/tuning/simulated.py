@@ -1,7 +1,7 @@
 """A kernel that sorts for real, on clocks that the kernel itself moves: times are what a test says.
 
-    kernel = Simulated(lambda call: {0: 100.0, 1: 80.0, 2: 120.0}[call.policy])
-    table = kernel.calibrate(max_tokens=64)
+kernel = Simulated(lambda call: {0: 100.0, 1: 80.0, 2: 120.0}[call.policy])
+table = kernel.calibrate(max_tokens=64)
 """
 
 from collections.abc import Callable

@@ -268,8 +268,8 @@ def test_the_second_pass_prepares_everything_anew():
                 # The look and the first pass of one bucket prepare three candidates each.
                 lucky = number in (1, 4)
                 factor = 0.8 if lucky else 1.0
-                return lambda: lambda wait=sampler(): wait()._replace(
-                    device_us=wait().device_us * factor
+                return lambda: (
+                    lambda wait=sampler(): wait()._replace(device_us=wait().device_us * factor)
                 )
 
         return Biased()
@@ -334,8 +334,10 @@ def test_what_is_settled_is_kept_and_not_measured_again():
 def test_open_counts_and_new_ones_are_measured():
     noisy = random.Random(1)
     first = Simulated(
-        lambda c: {0: 100.0, 1: 70.0, 2: 120.0}[c.policy]
-        * math.exp(noisy.gauss(0.0, 1.0 if c.rows == 16 else 0.0))
+        lambda c: (
+            {0: 100.0, 1: 70.0, 2: 120.0}[c.policy]
+            * math.exp(noisy.gauss(0.0, 1.0 if c.rows == 16 else 0.0))
+        )
     ).calibrate(budget_s=0.3, max_tokens=32)
     assert first.open_counts == 1
     again = Simulated(steady(100.0, 70.0, 120.0))
@@ -520,7 +522,7 @@ def test_on_a_lost_device_the_caller_hears_what_ended_the_calibration(gpu_kernel
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lost)
-    monkeypatch.setattr("adaptive_moe.tuning.calibrate.Inputs", no_memory)
+    monkeypatch.setattr("adaptive_moe.tuning.explore.Inputs", no_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         calibrate(gpu_kernel, Coverage.up_to(SHAPE, 8))
 
@@ -538,7 +540,7 @@ def test_the_memory_is_given_back_when_nothing_refers_to_it_any_more(gpu_kernel,
             raise RuntimeError("out of memory")
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(held[0]()))
-    monkeypatch.setattr("adaptive_moe.tuning.calibrate.Inputs", Inputs)
+    monkeypatch.setattr("adaptive_moe.tuning.explore.Inputs", Inputs)
     with pytest.raises(RuntimeError, match="out of memory"):
         calibrate(gpu_kernel, Coverage.up_to(SHAPE, 8))
     assert alive == [None]
