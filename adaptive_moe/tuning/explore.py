@@ -62,6 +62,7 @@ DOUBT_WEIGHT = 3.0
 # What is kept back to confirm a bucket, over as many rounds of its first pass as that takes: fewer
 # candidates, but prepared anew for each lot.
 CONFIRM_COST = 1.2
+LEAST_S = 1e-6
 
 
 class Session:
@@ -121,11 +122,14 @@ class Session:
 
 @dataclass
 class _Measured:
-    """One bucket: its fills, the seconds of its first pass, and the rounds that were asked for."""
+    """One bucket: its fills, the seconds of its first pass, the rounds that were asked for, and how
+    it was judged last, with so many exclusions."""
 
     fills: list[FillRounds]
     seconds: float = 0.0
     asked: int = 0
+    presumed: Choice | None = None
+    exclusions: int = 0
 
     @property
     def has_rounds(self) -> bool:
@@ -227,7 +231,7 @@ class Section:
                 self._first_pass(num_tokens, SKETCH_ROUNDS, deadline, deadline)
 
     def reserve(self) -> float:
-        """The same for the winners of this situation."""
+        """Seconds that confirming every winner will take whose second pass has not begun."""
         return sum(self._cost(n) for n in self._unconfirmed())
 
     def choose_winners(self, seconds: float) -> None:
@@ -292,6 +296,7 @@ class Section:
 
             measure(self.bench, fill, rounds, num_tokens, spent)
         one.seconds += self.session.now() - begun
+        one.presumed = None
 
     def _check(self, num_tokens: int) -> None:
         for fraction in self.session.inputs.fills(self.situation, num_tokens):
@@ -320,7 +325,12 @@ class Section:
         return choose(bucket, self.rule, excluded, presume_confirmed=presume_confirmed)
 
     def _presumed(self, num_tokens: int) -> Choice:
-        return self._choose(self._bucket(num_tokens), presume_confirmed=True)
+        """The choice of the first pass; judged again where rounds or exclusions came since."""
+        one, exclusions = self.measured[num_tokens], len(self.session.exclusions.by_name)
+        if one.presumed is None or one.exclusions != exclusions:
+            one.presumed = self._choose(self._bucket(num_tokens), presume_confirmed=True)
+            one.exclusions = exclusions
+        return one.presumed
 
     def _unconfirmed(self) -> list[int]:
         """Buckets that have a winner whose second pass has not begun."""
@@ -339,7 +349,7 @@ class Section:
         one = self.measured[num_tokens]
         needed = max(rounds_to_confirm(won.gain_low or 0.0) for _, won in self._won(num_tokens))
         rounds = sum(fill.rounds for fill in one.fills) / len(one.fills)
-        return CONFIRM_COST * one.seconds * needed / max(rounds, 1.0)
+        return max(CONFIRM_COST * one.seconds * needed / max(rounds, 1.0), LEAST_S)
 
     def _saved_us(self, num_tokens: int) -> float:
         return max(

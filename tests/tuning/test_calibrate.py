@@ -221,7 +221,7 @@ def test_an_error_of_the_caller_s_own_passes_as_it_is():
 def test_a_budget_too_small_for_one_round_is_an_error_that_says_so():
     kernel = Simulated(lambda call: 1e6)
     ticks = iter(range(10**6))
-    with pytest.raises(BudgetError, match="budget 0.5 s is too small"):
+    with pytest.raises(BudgetError, match=r"budget 0\.5 s is too small"):
         calibrate(
             SortKernel("made up", CPU, _candidates(kernel)),
             Coverage.up_to(SHAPE, 4),
@@ -268,9 +268,12 @@ def test_the_second_pass_prepares_everything_anew():
                 # The look and the first pass of one bucket prepare three candidates each.
                 lucky = number in (1, 4)
                 factor = 0.8 if lucky else 1.0
-                return lambda: (
-                    lambda wait=sampler(): wait()._replace(device_us=wait().device_us * factor)
-                )
+
+                def sample():
+                    wait = sampler()
+                    return lambda: wait()._replace(device_us=wait().device_us * factor)
+
+                return sample
 
         return Biased()
 
