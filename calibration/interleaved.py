@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from adaptive_moe.policy.interval import half_width, moments
+from adaptive_moe.policy.interval import half_width, summarize
 
 Sample = Callable[[], float]
 
@@ -40,9 +40,9 @@ def interval(values: Sequence[float]) -> Interval:
     """Of at least one value; ValueError without any."""
     if not values:
         raise ValueError("no rounds to compare")
-    mean, spread, memory = moments(values)
-    half = memory * half_width(len(values), spread, ALPHA)
-    return Interval(mean, mean - half, mean + half)
+    found = summarize(values)
+    half = found.memory * half_width(found.rounds, found.spread, ALPHA)
+    return Interval(found.mean, found.mean - half, found.mean + half)
 
 
 def longer(times: Sequence[float], than: Sequence[float]) -> Interval:

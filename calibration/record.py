@@ -59,7 +59,7 @@ def stamp(device: Any = None) -> dict[str, Any]:
     """Machine, date, versions and the command: what every committed figure needs beside it."""
     import torch
 
-    from adaptive_moe.policy.environment import describe_environment
+    from adaptive_moe.kernels.environment import describe_environment
 
     return {
         "command": " ".join([f"python -m calibration.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),

@@ -21,9 +21,6 @@ from adaptive_moe.policy.evidence import Ratios
 PRIOR_ROUNDS = 0.3
 # The largest correlation of neighbouring rounds that the width allows for.
 MOST_MEMORY = 0.8
-# The largest log ratio that is told from larger ones: a stalled machine makes ratios that no float
-# holds.
-MOST_LOG_RATIO = 20.0
 
 
 def half_width(n: int, spread: float, alpha: float) -> float:
@@ -41,20 +38,19 @@ def half_width(n: int, spread: float, alpha: float) -> float:
     return math.sqrt((k - 1.0) / (1.0 - k * r) * spread / n)
 
 
-def summarize(log_ratios: Sequence[float]) -> Ratios:
-    """Rounds, mean, spread and memory of one or more log ratios, outliers pulled in to the fences.
+def summarize(values: Sequence[float]) -> Ratios:
+    """Rounds, mean, spread and memory of one or more values, outliers pulled in to the fences.
 
     The fences lie one inter-decile width outside the inner 80% of the values, some 3.8 standard
     deviations if they are normal. (A median absolute deviation would do with half of the values,
     but is 0 where a coarse clock makes half of them equal, and would then clip away all doubt.)
     """
-    bounded = [min(max(v, -MOST_LOG_RATIO), MOST_LOG_RATIO) for v in log_ratios]
-    ordered = sorted(bounded)
+    ordered = sorted(values)
     tail = len(ordered) // 10
     low, high = ordered[tail], ordered[-1 - tail]
     width = high - low
     least, most = low - width, high + width
-    clipped = [min(max(v, least), most) for v in bounded]
+    clipped = [min(max(v, least), most) for v in values]
     mean = math.fsum(clipped) / len(clipped)
     deviations = [v - mean for v in clipped]
     spread = math.fsum(d * d for d in deviations)

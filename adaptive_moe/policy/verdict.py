@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.evidence import Bucket, Evidence, Exclusion, Fill, Ratios, Result, Rule
-from adaptive_moe.policy.interval import MOST_LOG_RATIO, half_width, pool
+from adaptive_moe.policy.interval import half_width, pool
 
 # What a candidate must gain, in margins, to be worth more rounds than it takes to rule that out.
 TIE_MARGINS = 2.5
@@ -39,6 +39,8 @@ CLEAR_GAIN = 0.10
 # The host's time is noisy, and pooled over buckets. A candidate never wins by it in one alone: all
 # its rounds share one moment.
 HOST_BUCKETS = 2
+# The largest log ratio that is told from larger ones: exp() of those has no float.
+MOST_LOG_RATIO = 20.0
 
 
 class Standing(enum.Enum):
