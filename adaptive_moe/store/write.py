@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place, flushed, and renamed."""
+"""Files that are whole or absent: written under a temporary name, flushed, and renamed."""
 
 import logging
 import os
@@ -8,19 +8,19 @@ from pathlib import Path
 
 logger = logging.getLogger("adaptive_moe")
 
-# A write takes milliseconds: a temporary file this old belongs to nobody any more.
+# A write takes milliseconds: a process that left a temporary file this old is gone.
 STALE_AFTER_S = 3600.0
 TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".adaptive-moe-", ".tmp"
 
 
-def replace_file(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Put `content` in `path`'s place in one step, flushed to disk; the mode is cut by the umask.
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` in `path`'s place in one step, flushed to disk, with the mode of the umask.
 
     OSError where that fails; what was there before then still is, and nothing else.
     """
     temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, mode)
+    descriptor = os.open(temporary, flags, 0o666)
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
@@ -28,7 +28,7 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        remove(temporary)
+        _remove(temporary)
         raise
     # Without this the rename itself may not survive a power cut.
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -39,12 +39,12 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 
 
 def temporary_files(folder: Path) -> list[Path]:
-    """What killed processes left behind, or others are writing right now."""
+    """Files that killed processes left behind, or that others are writing right now."""
     return sorted(folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"))
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what killed processes left there long ago."""
+    """Remove temporary files that killed processes left there."""
     oldest = time.time() - STALE_AFTER_S
     for path in temporary_files(folder):
         try:
@@ -54,7 +54,7 @@ def remove_stale(folder: Path) -> None:
             logger.debug("%s stays behind: %s", path, error)
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     try:
         path.unlink()
     except OSError as error:

@@ -1,7 +1,7 @@
 """Frozen dataclasses <-> plain JSON values, strictly: whatever does not fit its type is refused.
 
-Calibrations are read from disk and from other ranks, so reading validates everything by the
-dataclasses' own annotations: exact fields, exact types, finite numbers, bounded sizes.
+Tables are read from files and from other ranks, so reading validates everything by the dataclasses'
+own annotations: exact fields, exact types, finite numbers, bounded sizes.
 """
 
 import dataclasses
@@ -35,27 +35,8 @@ def to_plain(value: Any) -> Any:
 
 def from_plain(kind: type[T], value: Any, where: str = "calibration") -> T:
     """Build `kind` from plain values; ValueError naming the place of whatever does not fit."""
-    found: T = _reader(typing.cast(Any, kind))(value, where)
-    return found
-
-
-def differences(theirs: object, ours: object, where: str = "here") -> list[str]:
-    """Of two keys, field by field, such as `environment.torch ('2.9.0', here '2.13.0')`."""
-    found = []
-    for name, value in _flat(to_plain(theirs)).items():
-        here = _flat(to_plain(ours)).get(name)
-        if value != here:
-            found.append(f"{name} ({value!r}, {where} {here!r})")
-    return found
-
-
-def _flat(plain: object, name: str = "") -> dict[str, object]:
-    if not isinstance(plain, dict):
-        return {name: plain}
-    found: dict[str, object] = {}
-    for key, value in plain.items():
-        found.update(_flat(value, f"{name}.{key}" if name else str(key)))
-    return found
+    result: T = _reader(typing.cast(Any, kind))(value, where)
+    return result
 
 
 # Reads a value, or raises ValueError naming the place.

@@ -1,0 +1,193 @@
+"""One table on one rank: from another rank, from the folder, or measured; then offered to both.
+
+    shared.get, folder.get       what is stored already; where it is finished, nothing is measured
+    measure                      else, or to continue what an earlier start left unfinished
+    shared.put_if_absent         the first rank's table is every rank's, unless it is worse here
+    folder.replace               what serves, where that is news and no step back
+
+There is no other agreement between ranks, and no rank waits for another.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from adaptive_moe.policy.coverage import Situation
+from adaptive_moe.policy.evidence import Bucket, Evidence
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.policy.verdict import Choice
+from adaptive_moe.store.folder import Folder
+from adaptive_moe.store.key import TableKey, differences
+from adaptive_moe.store.shared import SharedStore
+from adaptive_moe.store.text import from_text, to_text
+
+logger = logging.getLogger("adaptive_moe")
+
+# So many later starts continue what the first one left open.
+MORE_STARTS = 3
+
+# Measures, continuing from that evidence where there is some; raises where it cannot.
+Measure = Callable[[Evidence | None], PolicyTable]
+
+
+@dataclass
+class Stores:
+    """Both stores during one warm-up. recalibrate: the folder is written, but not read."""
+
+    folder: Folder
+    shared: SharedStore
+    recalibrate: bool = False
+    # A disk that is full or read-only stays so: after one warning nothing more is written.
+    keeps: bool = True
+
+
+@dataclass(frozen=True)
+class Served:
+    """The table that serves, and its origin.
+
+    origin    "stored" in the folder, "measured" here now, or "shared" by another rank
+    is_kept   is it in the folder for later starts?
+    is_fresh  was all of it measured in this process, with every candidate's output checked?
+    """
+
+    table: PolicyTable
+    origin: str
+    is_kept: bool
+    is_fresh: bool
+
+
+def table_for(
+    key: TableKey,
+    stores: Stores,
+    measure: Measure,
+    budget_s: float,
+    earlier: Evidence | None = None,
+) -> Served:
+    """The table of that key for this rank.
+
+    earlier: evidence of a smaller coverage, to continue from where nothing is stored. Raises what
+    `measure` raises where nothing is stored either; then nothing is kept.
+    """
+    shared = _parsed(key, stores.shared.get(key))
+    stored = None if stores.recalibrate else stores.folder.get(key)
+    if shared is not None and _may_replace(shared, stored, key):
+        return _keep(key, stores, stored, shared, "stored" if shared == stored else "shared")
+    table, origin, is_fresh = stored, "stored", False
+    if stored is None:
+        table, origin, is_fresh = measure(earlier), "measured", earlier is None
+    elif _continues(stored, budget_s, stores.folder):
+        table, origin = _continued(key, stored, measure)
+    assert table is not None
+    agreed = _agreed(key, stores, table)
+    if agreed is not None and agreed != table and _may_replace(agreed, table, key):
+        return _keep(key, stores, stored, agreed, "shared")
+    return _keep(key, stores, stored, table, origin, is_fresh)
+
+
+def _parsed(key: TableKey, text: str | None) -> PolicyTable | None:
+    """Another rank's table, read as strictly as a file."""
+    if text is None:
+        return None
+    try:
+        stored = from_text(text)
+        if stored.key != key:
+            raise ValueError(f"it is for another {', '.join(differences(key, stored.key))}")
+        return stored.table
+    except Exception as error:
+        logger.warning("%s of another rank is not used: %s", key.name, error)
+        return None
+
+
+def _may_replace(shared: PolicyTable, own: PolicyTable | None, key: TableKey) -> bool:
+    """Is another rank's table at least as settled as this rank's? If not, a line says so."""
+    if own is None or shared.open_counts <= own.open_counts:
+        return True
+    logger.warning(
+        "%s: this rank uses its own table: it leaves %d counts unsettled, the other ranks' %d",
+        *(key.coverage.describe(), own.open_counts, shared.open_counts),
+    )
+    return False
+
+
+def _continues(stored: PolicyTable, budget_s: float, folder: Folder) -> bool:
+    """Is a stored table to be measured further? Without a writable folder every start would do so
+    for ever."""
+    found = stored.evidence
+    if stored.open_counts and budget_s > found.budget_s:
+        return True
+    unfinished = bool(stored.open_counts) or stored.failed
+    return unfinished and found.starts <= MORE_STARTS and folder.is_writable
+
+
+def _continued(key: TableKey, stored: PolicyTable, measure: Measure) -> tuple[PolicyTable, str]:
+    """The stored table measured further, and its origin."""
+    found, phrase = stored.evidence, key.coverage.describe()
+    logger.info(
+        "%s: continuing the table of %s: %d counts unsettled%s, start %d",
+        *(phrase, found.created, stored.open_counts),
+        *(", a candidate failed" if stored.failed else "", found.starts + 1),
+    )
+    try:
+        table = _with_winners(stored, measure(found))
+    except Exception as error:
+        logger.warning("%s stays as stored: %s: %s", phrase, type(error).__name__, error)
+        return stored, "stored"
+    evidence = replace(
+        table.evidence,
+        starts=found.starts + 1,
+        budget_s=max(found.budget_s, table.evidence.budget_s),
+    )
+    return PolicyTable(evidence), "measured"
+
+
+def _with_winners(before: PolicyTable, after: PolicyTable) -> PolicyTable:
+    """The new table, with the earlier results of each bucket in which a candidate was in force and
+    the new ones have not settled that it is not."""
+    evidence = after.evidence
+    for situation in Situation:
+        now = {choice.num_tokens: choice for choice in after.choices(situation)}
+        winners = {
+            choice.num_tokens
+            for choice in before.choices(situation)
+            if choice.candidate != choice.baseline and _lost(now.get(choice.num_tokens))
+        }
+        buckets = {bucket.num_tokens: bucket for bucket in evidence.buckets(situation)}
+        for bucket in before.evidence.buckets(situation):
+            if bucket.num_tokens in winners:
+                buckets[bucket.num_tokens] = bucket
+        evidence = _with_buckets(evidence, situation, [buckets[n] for n in sorted(buckets)])
+    return after if evidence == after.evidence else PolicyTable(evidence)
+
+
+def _lost(choice: Choice | None) -> bool:
+    return choice is None or (choice.candidate == choice.baseline and not choice.settled)
+
+
+def _with_buckets(evidence: Evidence, situation: Situation, buckets: list[Bucket]) -> Evidence:
+    if situation is Situation.GRAPH:
+        return replace(evidence, graph=tuple(buckets))
+    return replace(evidence, eager=tuple(buckets))
+
+
+def _agreed(key: TableKey, stores: Stores, table: PolicyTable) -> PolicyTable | None:
+    """What the other ranks use. A table in which a candidate failed is no offer: the failure may be
+    this rank's alone, and of the moment."""
+    if table.failed:
+        return _parsed(key, stores.shared.get(key))
+    return _parsed(key, stores.shared.put_if_absent(key, to_text(key.request, table)))
+
+
+def _keep(
+    key: TableKey,
+    stores: Stores,
+    stored: PolicyTable | None,
+    table: PolicyTable,
+    origin: str,
+    is_fresh: bool = False,
+) -> Served:
+    """Keep what serves for later starts, where that is news and no step back."""
+    is_kept = table == stored
+    is_step_back = stored is not None and table.open_counts > stored.open_counts
+    if not is_kept and not is_step_back and stores.keeps:
+        is_kept = stores.keeps = stores.folder.replace(key, table)
+    return Served(table, origin, is_kept, is_fresh)
