@@ -38,7 +38,7 @@ def own_readers():
     """Of `make mutants`: each test makes the readers that it uses. Those kept by a test before have
     no mutant in them, nor would this test be known as one that may notice it."""
     if "MUTANT_UNDER_TEST" in os.environ:
-        from adaptive_moe.policy import plain
+        from adaptive_moe.store import plain
 
         plain._reader.cache_clear()
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,9 +15,14 @@ _IN_PACKAGE = ("ops/moe_sorting*.py", "ops/flydsl/moe_sorting*.py", "ops/flydsl/
 _IN_CSRC = ("include/moe_sorting*", "py_itfs_*/moe_sorting*")
 
 
+# What AITER calls the modules that it builds of its sorts: module_moe_sorting, ..._opus.
+_BUILT = "module_moe_sorting"
+
+
 def content(module: ModuleType, seam: Callable[..., Any]) -> str:
     """A digest of everything below the seam that decides how a call is sorted: AITER's fused_moe.py
-    and the sources of its sorts, and whoever wrapped or replaced the seam or what it calls."""
+    and the sources of its sorts, its built sorts, and whatever wraps or replaces the seam or the
+    function it calls."""
     functions = [seam, getattr(module, IMPLEMENTATION, None)]
     files = {file for function in functions for file in _files(function)}
     if getattr(module, "__file__", None):
@@ -28,7 +34,7 @@ def content(module: ModuleType, seam: Callable[..., Any]) -> str:
         for f in _layers(function)
         if hasattr(f, "__code__") and not Path(f.__code__.co_filename).is_file()
     ]
-    return digest(sorted(files), code)
+    return digest(sorted(files), [*code, *_built_sorts(module)])
 
 
 def strangers(module: ModuleType, seam: Callable[..., Any]) -> list[str]:
@@ -42,6 +48,25 @@ def strangers(module: ModuleType, seam: Callable[..., Any]) -> list[str]:
                 where = getattr(layer, "__globals__", {}).get("__name__", type(layer).__module__)
                 found.append(f"{where}.{code.co_name if code else type(layer).__name__}")
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _built_sorts(module: ModuleType) -> tuple[bytes, ...]:
+    """Digests of the built sorts that are loaded, by name.
+
+    AITER does not rebuild a module when its sources change, so sources alone do not tell which
+    binary runs. Looked at once in a process: what is built or loaded while measuring must not
+    change the identity that measuring began with.
+    """
+    files = {}
+    for name, built in list(sys.modules.items()):
+        word, file = name.rpartition(".")[2], getattr(built, "__file__", None)
+        if word.startswith(_BUILT) and file is not None and Path(file).is_file():
+            files[word] = Path(file)
+    return tuple(
+        word.encode() + _file_digest(file, file.stat().st_mtime_ns)
+        for word, file in sorted(files.items())
+    )
 
 
 def digest(files: Iterable[Path], more: Iterable[bytes] = ()) -> str:

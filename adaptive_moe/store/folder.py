@@ -70,8 +70,8 @@ class Folder:
             return True
         except Exception as error:
             logger.warning(
-                "%s cannot be written (%s): the table serves this process, and the next start "
-                "measures again; free the disk, or give a writable ADAPTIVE_MOE_CACHE_DIR",
+                "%s cannot be written (%s), and the next start will not find it: free the disk, or "
+                "give a writable ADAPTIVE_MOE_CACHE_DIR",
                 *(path, _why(error)),
             )
             return False

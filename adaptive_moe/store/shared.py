@@ -16,13 +16,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from adaptive_moe.store.key import TableKey
 from adaptive_moe.store.text import MAX_BYTES
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -33,6 +30,14 @@ NAME = "adaptive_moe"
 _failed = threading.Event()
 
 
+class KeyValueStore(Protocol):
+    """What is used of torch.distributed.Store."""
+
+    def check(self, keys: list[str], /) -> bool: ...
+    def get(self, key: str, /) -> bytes: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
+
+
 class SharedStore:
     """The store during one warm-up; use it as a context manager. Where this rank is alone, or the
     store failed, everything is absent. Nothing here raises.
@@ -40,9 +45,9 @@ class SharedStore:
     connect: makes the store; by default that of torch.distributed's default group. None: no store.
     """
 
-    def __init__(self, connect: "Callable[[], dist.Store | None] | None" = None) -> None:
+    def __init__(self, connect: Callable[[], KeyValueStore | None] | None = None) -> None:
         self._connect = connect or default_store
-        self._store: dist.Store | None = None
+        self._store: KeyValueStore | None = None
         self._left_s = LIMIT_S
         self._questions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -76,7 +81,7 @@ class SharedStore:
 
         return self._text(key, self._ask(ask))
 
-    def _open(self) -> "dist.Store | None":
+    def _open(self) -> KeyValueStore | None:
         if self._store is None:
             self._store = self._connect()
         return self._store
@@ -131,13 +136,14 @@ class SharedStore:
             return None
 
 
-def default_store() -> "dist.Store | None":
+def default_store() -> KeyValueStore | None:
     """The store of torch.distributed's default group, under a name of ours and of that group: an
     engine may have had several. None where this process is alone."""
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
 
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
         return None
-    store = dist.distributed_c10d._get_default_store()
-    group = getattr(dist.group.WORLD, "group_name", "")
-    return dist.PrefixStore(f"{NAME}/{group}/{dist.get_world_size()}", store)
+    name = f"{NAME}/{getattr(dist.group.WORLD, 'group_name', '')}/{dist.get_world_size()}"
+    store: Any = dist.PrefixStore(name, _get_default_store())  # type: ignore[attr-defined]
+    return store  # type: ignore[no-any-return]

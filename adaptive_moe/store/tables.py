@@ -12,10 +12,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from adaptive_moe.policy.coverage import Situation
-from adaptive_moe.policy.evidence import Bucket, Evidence
+from adaptive_moe.policy.evidence import Evidence
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.policy.verdict import Choice
 from adaptive_moe.store.folder import Folder
 from adaptive_moe.store.key import TableKey, differences
 from adaptive_moe.store.shared import SharedStore
@@ -45,15 +43,13 @@ class Stores:
 class Served:
     """The table that serves, and its origin.
 
-    origin    "stored" in the folder, "measured" here now, or "shared" by another rank
-    is_kept   is it in the folder for later starts?
-    is_fresh  was all of it measured in this process, with every candidate's output checked?
+    origin   "stored" in the folder, "measured" here now, or "shared" by another rank
+    is_kept  is it in the folder for later starts?
     """
 
     table: PolicyTable
     origin: str
     is_kept: bool
-    is_fresh: bool
 
 
 def table_for(
@@ -68,20 +64,21 @@ def table_for(
     earlier: evidence of a smaller coverage, to continue from where nothing is stored. Raises what
     `measure` raises where nothing is stored either; then nothing is kept.
     """
-    shared = _parsed(key, stores.shared.get(key))
+    text = stores.shared.get(key)
+    shared = _parsed(key, text)
     stored = None if stores.recalibrate else stores.folder.get(key)
     if shared is not None and _may_replace(shared, stored, key):
         return _keep(key, stores, stored, shared, "stored" if shared == stored else "shared")
-    table, origin, is_fresh = stored, "stored", False
     if stored is None:
-        table, origin, is_fresh = measure(earlier), "measured", earlier is None
+        table, origin = _first_start(measure(earlier)), "measured"
     elif _continues(stored, budget_s, stores.folder):
         table, origin = _continued(key, stored, measure)
-    assert table is not None
-    agreed = _agreed(key, stores, table)
+    else:
+        table, origin = stored, "stored"
+    agreed = _offered(key, stores, table) if text is None else None
     if agreed is not None and agreed != table and _may_replace(agreed, table, key):
         return _keep(key, stores, stored, agreed, "shared")
-    return _keep(key, stores, stored, table, origin, is_fresh)
+    return _keep(key, stores, stored, table, origin)
 
 
 def _parsed(key: TableKey, text: str | None) -> PolicyTable | None:
@@ -119,6 +116,13 @@ def _continues(stored: PolicyTable, budget_s: float, folder: Folder) -> bool:
     return unfinished and found.starts <= MORE_STARTS and folder.is_writable
 
 
+def _first_start(table: PolicyTable) -> PolicyTable:
+    """Starts are counted for each key anew, also where evidence of a smaller coverage was used."""
+    if table.evidence.starts == 1:
+        return table
+    return PolicyTable(replace(table.evidence, starts=1))
+
+
 def _continued(key: TableKey, stored: PolicyTable, measure: Measure) -> tuple[PolicyTable, str]:
     """The stored table measured further, and its origin."""
     found, phrase = stored.evidence, key.coverage.describe()
@@ -128,50 +132,16 @@ def _continued(key: TableKey, stored: PolicyTable, measure: Measure) -> tuple[Po
         *(", a candidate failed" if stored.failed else "", found.starts + 1),
     )
     try:
-        table = _with_winners(stored, measure(found))
+        table = measure(found)
     except Exception as error:
         logger.warning("%s stays as stored: %s: %s", phrase, type(error).__name__, error)
         return stored, "stored"
-    evidence = replace(
-        table.evidence,
-        starts=found.starts + 1,
-        budget_s=max(found.budget_s, table.evidence.budget_s),
-    )
-    return PolicyTable(evidence), "measured"
+    return table, "measured"
 
 
-def _with_winners(before: PolicyTable, after: PolicyTable) -> PolicyTable:
-    """The new table, with the earlier results of each bucket in which a candidate was in force and
-    the new ones have not settled that it is not."""
-    evidence = after.evidence
-    for situation in Situation:
-        now = {choice.num_tokens: choice for choice in after.choices(situation)}
-        winners = {
-            choice.num_tokens
-            for choice in before.choices(situation)
-            if choice.candidate != choice.baseline and _lost(now.get(choice.num_tokens))
-        }
-        buckets = {bucket.num_tokens: bucket for bucket in evidence.buckets(situation)}
-        for bucket in before.evidence.buckets(situation):
-            if bucket.num_tokens in winners:
-                buckets[bucket.num_tokens] = bucket
-        evidence = _with_buckets(evidence, situation, [buckets[n] for n in sorted(buckets)])
-    return after if evidence == after.evidence else PolicyTable(evidence)
-
-
-def _lost(choice: Choice | None) -> bool:
-    return choice is None or (choice.candidate == choice.baseline and not choice.settled)
-
-
-def _with_buckets(evidence: Evidence, situation: Situation, buckets: list[Bucket]) -> Evidence:
-    if situation is Situation.GRAPH:
-        return replace(evidence, graph=tuple(buckets))
-    return replace(evidence, eager=tuple(buckets))
-
-
-def _agreed(key: TableKey, stores: Stores, table: PolicyTable) -> PolicyTable | None:
-    """What the other ranks use. A table in which a candidate failed is no offer: the failure may be
-    this rank's alone, and of the moment."""
+def _offered(key: TableKey, stores: Stores, table: PolicyTable) -> PolicyTable | None:
+    """Offer the table to the other ranks; what they use from now on. A table in which a candidate
+    failed is not offered: the failure may be this rank's alone, and of the moment."""
     if table.failed:
         return _parsed(key, stores.shared.get(key))
     return _parsed(key, stores.shared.put_if_absent(key, to_text(key.request, table)))
@@ -183,11 +153,10 @@ def _keep(
     stored: PolicyTable | None,
     table: PolicyTable,
     origin: str,
-    is_fresh: bool = False,
 ) -> Served:
     """Keep what serves for later starts, where that is news and no step back."""
     is_kept = table == stored
     is_step_back = stored is not None and table.open_counts > stored.open_counts
     if not is_kept and not is_step_back and stores.keeps:
         is_kept = stores.keeps = stores.folder.replace(key, table)
-    return Served(table, origin, is_kept, is_fresh)
+    return Served(table, origin, is_kept)

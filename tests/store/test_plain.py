@@ -1,15 +1,14 @@
 """plain.py: whatever does not fit its type is refused, at the place that it names."""
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 
-from adaptive_moe.policy.plain import (
+from adaptive_moe.store.plain import (
     MAX_INT,
     MAX_ITEMS,
     MAX_TEXT,
-    differences,
     from_plain,
     to_plain,
 )
@@ -89,11 +88,3 @@ def test_what_does_not_fit_is_refused_by_name(field, value, where):
     plain = {**to_plain(GOOD), field: value}
     with pytest.raises(ValueError, match=where):
         from_plain(Outer, plain, "here")
-
-
-def test_two_that_differ_are_told_apart_field_by_field():
-    theirs = replace(GOOD, count=2, colour=Colour.GREEN, inner=Inner(1.5))
-    found = ["count (2, here 1)", "colour ('green', here 'red')", "inner.number (1.5, here 0.5)"]
-    assert differences(theirs, GOOD) == found
-    assert differences(Inner(1.5), GOOD, "there") == ["number (1.5, there None)"]
-    assert differences(GOOD, GOOD) == []
