@@ -17,24 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torch writes a page of stack for each connection that a killed rank leaves.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from . import corrupt, crowd, disk, kills, ranks, scale, steps, warm
+from . import crowd, damaged, disk, kills, ranks
 
 # name: (the full number, the short one)
 RUNS: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], dict[str, Any]]]] = {
-    "warm": (lambda: warm.run(20), lambda: warm.run(2)),
-    "crowd": (lambda: crowd.run(32, 50), lambda: crowd.run(8, 1)),
+    "crowd": (lambda: crowd.run(32, 12), lambda: crowd.run(8, 1)),
     "kills": (lambda: kills.run(300), lambda: kills.run(12)),
-    "corrupt": (lambda: corrupt.run(10_008), lambda: corrupt.run(180)),
+    "damaged": (lambda: damaged.run(10_008), lambda: damaged.run(180)),
     "disk": (disk.run, disk.run),
-    "noise": (lambda: ranks.noise((2, 4, 8), 100), lambda: ranks.noise((2, 4), 4)),
-    "faults": (lambda: ranks.faults(3.0), lambda: ranks.faults(0.5)),
-    "rank_kills": (lambda: ranks.random_kills(50, 2.0), lambda: ranks.random_kills(4, 0.5)),
-    "steps": (lambda: steps.run(100, 1.5), lambda: steps.run(12, 1.0)),
-    "passing": (lambda: _passing(100), lambda: _passing(9)),
-    "scale": (
-        lambda: scale.run((8, 64, 512, 4096)),
-        lambda: scale.run((8, 64)),
-    ),
+    "ranks": (lambda: ranks.run(8, 20.0), lambda: ranks.run(3, 2.0)),
 }
 
 
@@ -66,12 +57,6 @@ def main() -> int:
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("failed: " + ", ".join(failed) if failed else "no failure", flush=True)
     return 1 if failed else 0
-
-
-def _passing(warm_ups: int) -> dict[str, Any]:
-    from . import passing  # with the engines' side, which the other runs do without
-
-    return passing.run(warm_ups)
 
 
 def _cpu() -> str:

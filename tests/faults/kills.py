@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of calibrating, writing and renaming."""
+"""SIGKILL at random moments of measuring, writing and renaming."""
 
 import mmap
 import os
@@ -12,51 +12,49 @@ from typing import Any
 
 import torch
 
-from adaptive_moe.disk import folder as store_module
-from adaptive_moe.disk.folder import Store, key_for
-from adaptive_moe.disk.write import STALE_AFTER_S, temporary_files
 from adaptive_moe.kernels import load_kernel
+from adaptive_moe.store import folder as folder_module
+from adaptive_moe.store.folder import Folder
+from adaptive_moe.store.write import STALE_AFTER_S, temporary_files
+from tests.store.making import KEY, another
 
-from .corrupt import listening
-from .crowd import COVERAGES, PLAN, measure
-from .made_up import EAGER, key_of, made_up_table
+from .crowd import COVERAGES, key_of_coverage, measure
+from .damaged import listening
 from .processes import finish, kill, start
 
-PHASES = ("between", "calibrating", "writing", "flushing", "renaming", "flushing the folder")
+PHASES = ("between", "measuring", "writing", "flushing", "renaming", "flushing the folder")
 
 
 def run(kills: int, seed: int = 0) -> dict[str, Any]:
-    """Two in three kills hit a child that only publishes, the others one that also calibrates."""
+    """Two in three kills hit a child that only writes, the others one that also measures."""
     torch.set_num_threads(1)
     chance = random.Random(seed)
     kernel = load_kernel("cpu")
-    measured_key = key_for(kernel, COVERAGES[0], PLAN, "test")
+    measured_key = key_of_coverage(kernel, COVERAGES[0])
     measured = measure(kernel, COVERAGES[0])
-    known = [made_up_table(n, eager=EAGER[: 8 + n]) for n in range(2)]
-    known_key = key_of(known[0])
-    assert key_of(known[1]) == known_key
+    known = [another(), another()]
     phases: Counter[str] = Counter()
     failures: Counter[str] = Counter()
-    left_behind = 0
-    with tempfile.TemporaryDirectory() as folder, mmap.mmap(-1, 1) as phase:
-        store = Store(Path(folder) / "cache")
-        store.publish({known_key: known[0], measured_key: measured})
+    with tempfile.TemporaryDirectory() as name, mmap.mmap(-1, 1) as phase:
+        folder = Folder(Path(name) / "cache")
+        folder.replace(KEY, known[0])
+        folder.replace(measured_key, measured)
         for number in range(kills):
-            calibrates = number % 3 == 0
+            measures = number % 3 == 0
 
-            def work(calibrates: bool = calibrates) -> None:
+            def work(measures: bool = measures) -> None:
                 _report_phases(phase)
                 while True:
                     for table in known:
-                        store.publish({known_key: table})
-                    if calibrates:
+                        folder.replace(KEY, table)
+                    if measures:
                         phase[0] = 1
                         table = measure(kernel, COVERAGES[0])
                         phase[0] = 0
-                        store.publish({measured_key: table})
+                        folder.replace(measured_key, table)
 
             child = start(work)
-            time.sleep(chance.uniform(0.005, 0.150 if calibrates else 0.060))
+            time.sleep(chance.uniform(0.005, 0.150 if measures else 0.060))
             kill(child)
             ended = finish(child)
             if "signal" not in ended:
@@ -64,29 +62,26 @@ def run(kills: int, seed: int = 0) -> dict[str, Any]:
             phases[PHASES[phase[0]]] += 1
             phase[0] = 0
             with listening() as lines:
-                found = store.load(known_key)
-                if found is None or found.table not in known:
+                if folder.get(KEY) not in known:
                     failures["the last good table is gone"] += 1
-                if store.load(measured_key) is None:
-                    failures["the last good calibration is gone"] += 1
-                # The next start: whatever the killed one left, publishing works at once.
+                if folder.get(measured_key) is None:
+                    failures["the last measured table is gone"] += 1
+                # The next start: whatever the killed one left, writing works at once.
                 wanted = known[number % 2]
-                published, found = store.publish({known_key: wanted}), store.load(known_key)
-                if published != 1 or found is None or found.table != wanted:
-                    failures["the next start could not publish"] += 1
+                if not folder.replace(KEY, wanted) or folder.get(KEY) != wanted:
+                    failures["the next start could not write"] += 1
             failures.update(lines)
-        left_behind = len(temporary_files(store.folder))
-        for path in temporary_files(store.folder):
+        left_behind = temporary_files(folder.path)
+        for path in left_behind:
             old = time.time() - STALE_AFTER_S - 1.0
             os.utime(path, (old, old))
-        store.publish({known_key: known[0]})
-        store.publish({known_key: known[1]})
-        remaining = len(temporary_files(store.folder))
+        folder.replace(KEY, another())
+        if temporary_files(folder.path):
+            failures["temporary files stayed behind"] += 1
     return {
         "kills": kills,
         "killed_while": {name: phases[name] for name in PHASES},
-        "temporary_files_left_by_kills": left_behind,
-        "of_these_left_by_a_later_write": remaining,
+        "temporary_files_left_by_kills": len(left_behind),
         "failures": dict(failures),
     }
 
@@ -104,6 +99,6 @@ def _report_phases(phase: mmap.mmap) -> None:
         return call
 
     flush_file, flush_folder = noted(3, os.fsync), noted(5, os.fsync)
-    store_module.replace_file = noted(2, store_module.replace_file)
+    folder_module.replace_file = noted(2, folder_module.replace_file)
     os.replace = noted(4, os.replace)
     os.fsync = lambda fd: (flush_folder if os.path.isdir(f"/proc/self/fd/{fd}") else flush_file)(fd)

@@ -1,16 +1,17 @@
-"""Ranks that agree over gloo, and ranks that are late, stopped, killed or have nothing to say."""
+"""Ranks over gloo that share tables, and ranks that are missing, killed, late or restarted; and a
+store that dies or falls silent. No rank may wait for another.
+
+Each rank has a folder of its own and a stand-in that measures: it sleeps, and comes to a table that
+no other rank comes to.
+"""
 
 import hashlib
-import logging
 import os
-import random
 import signal
 import socket
 import tempfile
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -19,343 +20,208 @@ from typing import Any
 
 import torch.distributed as dist
 
-from adaptive_moe.disk.folder import Store
-from adaptive_moe.policy.coverage import Coverage
-from adaptive_moe.policy.decision import Standing
+from adaptive_moe.policy.evidence import Evidence
 from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.ranks.agreement import Agreement, agree, look, open_channel
-from adaptive_moe.ranks.channel import Channel
-from adaptive_moe.ranks.exchange import WHOLE
+from adaptive_moe.store.folder import Folder
+from adaptive_moe.store.shared import LIMIT_S, SharedStore
+from adaptive_moe.store.tables import Stores, table_for
+from adaptive_moe.store.text import to_text
+from tests.store.making import HERE, REQUEST, key_for_table, made_table
 
-from .corrupt import listening
-from .made_up import EAGER, GRAPH, SHAPE, key_of, made_up_table
+from .damaged import listening
 from .processes import Child, finish, kill, start
 
-OTHER = replace(SHAPE, topk=4)
-SHORT = {"eager": EAGER[:6], "graph": GRAPH[:4], "max_tokens": 64}
-# On top of what agree() itself allows: starting a thread, and a busy machine.
-SLACK_S = 5.0
+# On top of what the store may cost a rank: starting a thread, and a busy machine.
+SLACK_S = 3.0
 
 Work = Callable[[int], Any]
 
 
-def noise(sizes: Sequence[int], runs: int) -> dict[str, Any]:
-    """Ranks whose measurements differ: how often all of them end with the byte-identical table."""
-    rows = []
-    for size in sizes:
-
-        def work(rank: int, size: int = size) -> list[list[str]]:
-            hashes = []
-            for run in range(runs):
-                own = _noisy(1000 * run + rank)
-                alone = own
-                together = agree(_bring(own), {}, open_channel(), limit_s=60.0)
-                # Alone, what counts is whether other policies would run, not other samples.
-                hashes.append([(alone.eager + alone.graph).hex(), hash_of(together)])
-            dist.barrier()
-            return hashes
-
-        begun = time.perf_counter()
-        answers = results_of(world(size, work, store_in_rank_0=True), 600.0)
-        seconds = time.perf_counter() - begun
-        alone_differ = sum(len({a[run][0] for a in answers}) > 1 for run in range(runs))
-        identical = sum(len({a[run][1] for a in answers}) == 1 for run in range(runs))
-        rows.append(
-            {
-                "ranks": size,
-                "runs": runs,
-                "policies_differed_before": alone_differ,
-                "identical_after": identical,
-                "seconds": round(seconds, 1),
-            }
-        )
-    return {"rows": rows, "failures": [r for r in rows if r["identical_after"] != runs]}
+def run(size: int, late_s: float, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Each of SCENES once with so many ranks: which rank ended with which table, and how long it
+    took beyond its own measuring. late_s: how late a late rank is."""
+    scenes: dict[str, Any] = {}
+    for name, scene in SCENES.items():
+        if not names or name in names:
+            with tempfile.TemporaryDirectory() as folder:
+                scenes[name] = scene(Path(folder), size, late_s)
+    failures = {name: scene for name, scene in scenes.items() if not scene["as_expected"]}
+    return {"ranks": size, "scenes": scenes, "failures": failures}
 
 
-def faults(limit_s: float, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Each scenario of SCENARIOS once: who ended with what, how long it took, what was logged."""
-    found: dict[str, Any] = {}
-    failures: dict[str, Any] = {}
-    for name, scenario in SCENARIOS.items():
-        if names and name not in names:
-            continue
-        found[name] = scenario(limit_s)
-        if not found[name]["as_expected"]:
-            failures[name] = found[name]
-    return {"limit_s": limit_s, "scenarios": found, "failures": failures}
+def warm_up(folder: Path, rank: int, *, torch: str = HERE.torch, dies: bool = False) -> Any:
+    """One rank's warm-up of one shape."""
+    mine = made_table(seconds=1.0 + rank, environment=replace(HERE, torch=torch))
+    measured_s = 0.0
+
+    def measure(earlier: Evidence | None) -> PolicyTable:
+        nonlocal measured_s
+        begun = time.monotonic()
+        time.sleep(0.5 + 0.1 * rank)
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        measured_s = time.monotonic() - begun
+        return mine
+
+    begun = time.monotonic()
+    with listening() as lines, SharedStore() as shared:
+        stores = Stores(Folder(folder / str(rank)), shared)
+        served = table_for(key_for_table(mine), stores, measure, 1.5)
+    return {
+        "table": hashlib.sha256(to_text(REQUEST, served.table).encode()).hexdigest()[:8],
+        "origin": served.origin,
+        "kept": served.is_kept,
+        "beyond_measuring_s": round(time.monotonic() - begun - measured_s, 3),
+        "log": lines,
+    }
 
 
-def random_kills(kills: int, limit_s: float, seed: int = 0) -> dict[str, Any]:
-    """A random one of four ranks is killed at a random moment of the exchange."""
-    chance = random.Random(seed)
-    ends: Counter[str] = Counter()
-    failures: Counter[str] = Counter()
-    with hosted_store() as port:
-        for number in range(kills):
-            victim, delay = chance.randrange(4), chance.uniform(0.0, 0.03)
-
-            def work(rank: int) -> Any:
-                time.sleep(0.01 * (rank == 3))
-                return _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s)
-
-            children = world(4, work, port=port, prefix=f"kill {number}")
-            # world() returned when all had joined, so the delay hits the exchange.
-            time.sleep(delay)
-            kill(children[victim])
-            answers = [finish(child, 3.0 * limit_s + 60.0) for child in children]
-            survivors = [a for rank, a in enumerate(answers) if rank != victim]
-            if not all("result" in a for a in survivors):
-                failures[str(survivors)[:300]] += 1
-                continue
-            results = [a["result"] for a in survivors]
-            if len({str(r["tables"]) for r in results}) != 1:
-                failures["survivors ended with different tables"] += 1
-            if max(r["seconds"] for r in results) > WHOLE * limit_s + SLACK_S:
-                failures["a survivor waited too long"] += 1
-            role = "leader" if victim == 0 else "another rank"
-            end = "a table" if results[0]["tables"] else "the baseline"
-            ends[f"{role} killed: survivors have {end}"] += 1
-    return {"kills": kills, "ends": dict(ends), "failures": dict(failures)}
+# Scenes
 
 
-# Scenarios. Each says what must come out; `_judged` adds what did.
+def all_come(folder: Path, size: int, late_s: float) -> dict[str, Any]:
+    """And the start after that measures nothing, on any rank."""
+
+    def work(rank: int) -> Any:
+        return warm_up(folder, rank)
+
+    first, second = results_of(world(size, work)), results_of(world(size, work))
+    nothing_measured = all(answer["origin"] == "stored" for answer in second)
+    return _judged([*first, *second], 1, nothing_measured)
 
 
-def mixed(limit_s: float) -> dict[str, Any]:
-    """Warm from disk, cold, failed for one of two shapes, without any MoE layer."""
-    with tempfile.TemporaryDirectory() as folder:
-        warm = made_up_table(1, **SHORT)
-        Store(Path(folder)).publish({key_of(warm): warm})
+def one_is_missing(folder: Path, size: int, late_s: float) -> dict[str, Any]:
+    """It is in the group, and never warms up."""
+
+    def work(rank: int) -> Any:
+        return warm_up(folder, rank) if rank else time.sleep(600.0)
+
+    with hosted_store() as (port, _):
+        children = world(size, work, port=port)
+        answers = results_of(children[1:])
+        kill(children[0])
+        finish(children[0])
+    return _judged(answers, 1)
+
+
+def one_is_killed_while_measuring(folder: Path, size: int, late_s: float) -> dict[str, Any]:
+    def work(rank: int) -> Any:
+        return warm_up(folder, rank, dies=rank == 1)
+
+    with hosted_store() as (port, _):
+        return _judged(results_of(world(size, work, port=port), dead=[1]), 1)
+
+
+def all_are_restarted_after_that(folder: Path, size: int, late_s: float) -> dict[str, Any]:
+    """As torchrun does it: over the same store, under another name. Only the rank that was killed
+    has nothing in its folder."""
+    with hosted_store() as (port, _):
+        first = world(size, lambda r: warm_up(folder, r, dies=r == 1), port=port, name="first")
+        answers = results_of(first, dead=[1])
+        again = results_of(world(size, lambda r: warm_up(folder, r), port=port, name="second"))
+    others_measured = any(a["origin"] == "measured" for n, a in enumerate(again) if n != 1)
+    return _judged([*answers, *again], 1, not others_measured)
+
+
+def one_is_late(folder: Path, size: int, late_s: float) -> dict[str, Any]:
+    """It measures nothing, and uses what the others do."""
+
+    def work(rank: int) -> Any:
+        time.sleep(late_s * (rank == 1))
+        return warm_up(folder, rank)
+
+    with hosted_store() as (port, _):
+        answers = results_of(world(size, work, port=port))
+    return _judged(answers, 1, answers[1]["origin"] == "shared")
+
+
+def two_versions_of_torch(folder: Path, size: int, late_s: float) -> dict[str, Any]:
+    def work(rank: int) -> Any:
+        return warm_up(folder, rank, torch="2.13.0" if rank % 2 else "2.9.0")
+
+    answers = results_of(world(size, work))
+    apart = [{a["table"] for a in answers[place::2]} for place in (0, 1)]
+    return _judged(answers, 2, [len(tables) for tables in apart] == [1, 1])
+
+
+def store_is_killed(folder: Path, size: int, late_s: float) -> dict[str, Any]:
+    return _store_fails(folder, size, signal.SIGKILL)
+
+
+def store_is_stopped(folder: Path, size: int, late_s: float) -> dict[str, Any]:
+    """Its connections stay open, and silent."""
+    return _store_fails(folder, size, signal.SIGSTOP)
+
+
+def _store_fails(folder: Path, size: int, number: int) -> dict[str, Any]:
+    """Each rank uses its own table, after one line."""
+    with hosted_store() as (port, host):
 
         def work(rank: int) -> Any:
-            other = made_up_table(10 + rank, shape=OTHER, **SHORT)
-            have: dict[Coverage, PolicyTable] = {}
-            failed: dict[Coverage, str] = {}
             if rank == 0:
-                loaded = Store(Path(folder)).load(key_of(warm))
-                assert loaded is not None
-                have = _bring(loaded.table, other)
-            elif rank == 1:
-                have = _bring(made_up_table(2, **SHORT), other)
-            elif rank == 2:
-                have = _bring(made_up_table(3, **SHORT))
-                failed = {other.evidence.coverage: "out of memory"}
-            return _take_part(have, failed, 10.0 * limit_s)
+                os.kill(host, number)
+            time.sleep(0.5)
+            return warm_up(folder, rank)
 
-        answers = results_of(_hosted(4, work))
-    tables = [a["tables"] for a in answers]
-    return _judged(
-        answers,
-        # Shared where measured; the failed shape for nobody; nothing for who has no layer.
-        [len(t) for t in tables] == [1, 1, 1, 0]
-        and len({str(t) for t in tables[:3]}) == 1
-        and all(OTHER.describe() not in t for t in tables[:3])
-        and any("out of memory" in line for a in answers for line in a["log"]),
-        10.0 * limit_s,
-    )
+        answers = results_of(world(size, work, port=port))
+    own = all(a["origin"] == "measured" and len(a["log"]) == 1 for a in answers)
+    return _judged(answers, size, own, lines=size)
 
 
-def nobody_has_a_layer(limit_s: float) -> dict[str, Any]:
-    answers = results_of(_hosted(2, lambda rank: _take_part({}, {}, 10.0 * limit_s)))
-    quiet = all(a["tables"] == {} and a["log"] == [] for a in answers)
-    return _judged(answers, quiet, 10.0 * limit_s)
-
-
-def policy_wrong_on_one_rank(limit_s: float) -> dict[str, Any]:
-    """What is fastest for three ranks gives wrong output on the fourth: nobody runs it."""
-
-    def work(rank: int) -> Any:
-        out = {1: (Standing.WRONG, "lost a token")} if rank == 3 else None
-        return _take_part(_bring(made_up_table(rank, out=out, **SHORT)), {}, 10.0 * limit_s)
-
-    answers = results_of(_hosted(4, work))
-    return _judged(answers, all(a["policies"] == [0] for a in answers), 10.0 * limit_s)
-
-
-def rank_asked_otherwise(limit_s: float) -> dict[str, Any]:
-    def work(rank: int) -> Any:
-        kernel = "aiter 0.1.8 opus" if rank == 1 else "aiter 0.1.9 opus"
-        own = made_up_table(rank, kernel=kernel, **SHORT)
-        return _take_part(_bring(own), {}, 10.0 * limit_s)
-
-    answers = results_of(_hosted(3, work))
-    told = any("kernel" in line and "0.1.8" in line for a in answers for line in a["log"])
-    return _judged(answers, _all_baseline(answers) and told, 10.0 * limit_s)
-
-
-def rank_sleeps(limit_s: float, sleeper: int = 2) -> dict[str, Any]:
-    """It comes when all is decided, and must end like the others."""
-
-    def work(rank: int) -> Any:
-        over = look(_channel(), 0.0)
-        if rank == sleeper:
-            time.sleep(1.8 * limit_s)
-        return _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s, over)
-
-    answers = results_of(_hosted(3, work))
-    told = sum(bool(a["log"]) for a in answers)
-    return _judged(answers, _all_baseline(answers) and told >= 1, limit_s)
-
-
-def leader_sleeps(limit_s: float) -> dict[str, Any]:
-    return rank_sleeps(limit_s, sleeper=0)
-
-
-def rank_dies(limit_s: float, victim: int = 2) -> dict[str, Any]:
-    """Killed before it says anything."""
-
-    def work(rank: int) -> Any:
-        if rank == victim:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s)
-
-    answers = results_of(_hosted(3, work), dead=[victim])
-    told = sum(bool(a["log"]) for a in answers)
-    return _judged(answers, _all_baseline(answers) and told >= 1, limit_s)
-
-
-def leader_dies(limit_s: float) -> dict[str, Any]:
-    return rank_dies(limit_s, victim=0)
-
-
-def leader_dies_with_the_store(limit_s: float) -> dict[str, Any]:
-    def work(rank: int) -> Any:
-        if rank == 0:
-            time.sleep(0.3)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s)
-
-    answers = results_of(world(3, work, store_in_rank_0=True), dead=[0])
-    told = all(a["log"] for a in answers)
-    return _judged(answers, _all_baseline(answers) and told, limit_s)
-
-
-def store_stops_answering(limit_s: float) -> dict[str, Any]:
-    """The process that hosts the store is stopped, not dead: connections stay open, and silent."""
-
-    def work(rank: int) -> Any:
-        if rank == 0:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(0.3)
-        return _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s)
-
-    children = world(3, work, store_in_rank_0=True)
-    answers = results_of(children[1:])
-    kill(children[0])
-    finish(children[0])
-    told = all(a["log"] for a in answers)
-    return _judged(answers, _all_baseline(answers) and told, limit_s)
-
-
-def rank_sends_garbage(limit_s: float) -> dict[str, Any]:
-    """As a rank that runs another version would: what it sends is nothing we know."""
-    from adaptive_moe.ranks import agreement
-
-    def work(rank: int) -> Any:
-        if rank == 1:
-            agreement.encode_message = lambda tables, failed: b'{"format": 99}\n\x00\xff'
-        return _take_part(_bring(made_up_table(rank, **SHORT)), {}, 10.0 * limit_s)
-
-    answers = results_of(_hosted(3, work))
-    told = any("format" in line for a in answers for line in a["log"])
-    return _judged(answers, _all_baseline(answers) and told, 10.0 * limit_s)
-
-
-def second_exchange(limit_s: float) -> dict[str, Any]:
-    """A later warm-up starts afresh, also after one that a rank came too late to."""
-
-    def work(rank: int) -> Any:
-        over = look(_channel(), 0.0)
-        if rank == 1:
-            time.sleep(1.8 * limit_s)
-        first = _take_part(_bring(made_up_table(rank, **SHORT)), {}, limit_s, over)
-        second = _take_part(_bring(made_up_table(rank, **SHORT)), {}, 20.0 * limit_s)
-        return {**second, "first": first["tables"]}
-
-    answers = results_of(_hosted(2, work))
-    good = (
-        all(a["first"] == {} for a in answers)
-        and len({str(a["tables"]) for a in answers}) == 1
-        and all(a["tables"] for a in answers)
-    )
-    return _judged(answers, good, 20.0 * limit_s)
-
-
-def groups_of_the_same_ranks(limit_s: float) -> dict[str, Any]:
-    """Two groups with the same members, at the same time and not in the same order."""
-
-    def work(rank: int) -> Any:
-        groups = [dist.new_group([0, 1, 2]) for _ in range(2)]
-        found: dict[int, dict[str, Any]] = {}
-
-        def take_part(place: int) -> None:
-            own = made_up_table(10 * place + rank, **SHORT)
-            time.sleep(0.05 * (place == rank % 2))
-            agreed = agree(_bring(own), {}, open_channel(groups[place]), limit_s=10.0 * limit_s)
-            found[place] = {"table": hash_of(agreed), "seconds": agreed.seconds}
-
-        threads = [threading.Thread(target=take_part, args=(place,)) for place in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        tables = {str(place): one["table"] for place, one in sorted(found.items())}
-        return {
-            "tables": tables,
-            "seconds": max(one["seconds"] for one in found.values()),
-            "log": [],
-        }
-
-    answers = results_of(_hosted(3, work))
-    same = len({str(a["tables"]) for a in answers}) == 1
-    apart = len(set(answers[0]["tables"].values()) - {None}) == 2
-    return _judged(answers, same and apart, 10.0 * limit_s)
-
-
-SCENARIOS: dict[str, Callable[[float], dict[str, Any]]] = {
-    "warm, cold, failed and no MoE layer": mixed,
-    "nobody has a MoE layer": nobody_has_a_layer,
-    "a policy is wrong on one rank": policy_wrong_on_one_rank,
-    "a rank runs another kernel": rank_asked_otherwise,
-    "a rank sends garbage": rank_sends_garbage,
-    "a rank sleeps past the limit": rank_sleeps,
-    "the leader sleeps past the limit": leader_sleeps,
-    "a rank dies": rank_dies,
-    "the leader dies": leader_dies,
-    "the leader dies, and the store with it": leader_dies_with_the_store,
-    "the store stops answering": store_stops_answering,
-    "a second exchange after a failed one": second_exchange,
-    "two groups of the same ranks at once": groups_of_the_same_ranks,
+SCENES: dict[str, Callable[[Path, int, float], dict[str, Any]]] = {
+    "all come, and the next start": all_come,
+    "one is missing": one_is_missing,
+    "one is killed while measuring": one_is_killed_while_measuring,
+    "all are restarted after that": all_are_restarted_after_that,
+    "one is late": one_is_late,
+    "two versions of torch": two_versions_of_torch,
+    "the store is killed": store_is_killed,
+    "the store is stopped": store_is_stopped,
 }
 
 
-def world(
-    size: int,
-    work: Work,
-    *,
-    store_in_rank_0: bool = False,
-    port: int = 0,
-    prefix: str = "",
-) -> list[Child]:
+def _judged(
+    answers: list[dict[str, Any]], tables: int, good: bool = True, lines: int = 0
+) -> dict[str, Any]:
+    """tables: how many different ones there should be; lines: of the logs of all ranks."""
+    longest = max(a["beyond_measuring_s"] for a in answers)
+    found = {a["table"] for a in answers}
+    log = [line for a in answers for line in a["log"]]
+    kept = all(a["kept"] for a in answers)
+    in_time = longest <= LIMIT_S + SLACK_S
+    return {
+        "as_expected": good and in_time and kept and len(found) == tables and len(log) == lines,
+        "different_tables": len(found),
+        "origins": [a["origin"] for a in answers],
+        "longest_beyond_measuring_s": longest,
+        "log": sorted(set(log)),
+    }
+
+
+# Processes
+
+
+def world(size: int, work: Work, *, port: int = 0, name: str = "") -> list[Child]:
     """`size` processes in one gloo group, each running work(rank); returns when all have joined.
-    The store lives in rank 0, or where `port` says."""
+    The store lives in rank 0, or where `port` says, there under that name."""
     gate, opener = os.pipe()
-    port = port or free_port()
+    own_port = 0 if port else free_port()
 
     def join(rank: int) -> Any:
         os.close(gate)
         quiet = timedelta(seconds=60)
-        if store_in_rank_0:
-            dist.init_process_group(
-                "gloo", f"tcp://127.0.0.1:{port}", quiet, world_size=size, rank=rank
-            )
-        else:
+        options: dict[str, Any] = {"timeout": quiet, "world_size": size, "rank": rank}
+        if port:
             tcp = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=quiet)
-            store = dist.PrefixStore(prefix, tcp)
-            dist.init_process_group("gloo", timeout=quiet, world_size=size, rank=rank, store=store)
+            dist.init_process_group("gloo", store=dist.PrefixStore(name, tcp), **options)
+        else:
+            dist.init_process_group("gloo", f"tcp://127.0.0.1:{own_port}", **options)
         dist.barrier()
         os.write(opener, b".")
-        return work(rank)
+        answer = work(rank)
+        if not port:
+            dist.barrier()  # rank 0 holds the store until all are done
+        return answer
 
     children = [start(lambda rank=rank: join(rank)) for rank in range(size)]
     os.close(opener)
@@ -367,8 +233,9 @@ def world(
 
 
 @contextmanager
-def hosted_store():
-    """A store in a process of its own, so that any rank may die without it; yields its port."""
+def hosted_store() -> Iterator[tuple[int, int]]:
+    """A store in a process of its own, so that any rank may die without it; yields its port and
+    that process's id."""
     port = free_port()
 
     def host() -> None:
@@ -378,7 +245,7 @@ def hosted_store():
 
     child = start(host)
     try:
-        yield port
+        yield port, child.pid
     finally:
         kill(child)
         finish(child)
@@ -390,96 +257,13 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _hosted(size: int, work: Work) -> list[Child]:
-    return _Hosted(size, work)
-
-
-class _Hosted(list[Child]):
-    """Children whose store is ended with them."""
-
-    def __init__(self, size: int, work: Work) -> None:
-        self.host = hosted_store()
-        super().__init__(world(size, work, port=self.host.__enter__()))
-
-    def end(self) -> None:
-        self.host.__exit__(None, None, None)
-
-
-def _take_part(
-    tables: dict[Coverage, PolicyTable],
-    failed: dict[Coverage, str],
-    limit_s: float,
-    over: int | None = None,
-) -> dict[str, Any]:
-    begun = time.monotonic()
-    with listening(logging.WARNING) as lines:
-        agreed = agree(tables, failed, _channel(), limit_s=limit_s, over=over)
-    return {
-        "tables": {one.describe(): _hash(table) for one, table in agreed.tables.items()},
-        "policies": sorted({p for t in agreed.tables.values() for p in t.eager[1:] + t.graph[1:]}),
-        "problems": list(agreed.problems),
-        "log": lines,
-        "seconds": round(time.monotonic() - begun, 3),
-    }
-
-
 def results_of(
-    children: list[Child], seconds: float = 180.0, dead: Sequence[int] = ()
+    children: Sequence[Child], seconds: float = 180.0, dead: Sequence[int] = ()
 ) -> list[dict[str, Any]]:
+    """What each child returned, without those that died as expected."""
     answers = [finish(child, seconds) for child in children]
-    if isinstance(children, _Hosted):
-        children.end()
     for rank, answer in enumerate(answers):
         expected = "signal" if rank in dead else "result"
         if expected not in answer:
             raise AssertionError(f"rank {rank}: {answer}")
-    return [a["result"] for a in answers if "result" in a]
-
-
-def _judged(answers: list[dict[str, Any]], good: bool, limit_s: float) -> dict[str, Any]:
-    longest = max(a["seconds"] for a in answers)
-    return {
-        "as_expected": good and longest <= WHOLE * limit_s + SLACK_S,
-        "longest_s": longest,
-        "tables": [len(a["tables"]) for a in answers],
-        "log": sorted({line for a in answers for line in a["log"]}),
-    }
-
-
-def _all_baseline(answers: list[dict[str, Any]]) -> bool:
-    return all(a["tables"] == {} and a["problems"] for a in answers)
-
-
-def _noisy(seed: int) -> PolicyTable:
-    """True gains near the margin, so that ranks decide differently; refined at different counts."""
-    chance = random.Random(seed)
-    more = chance.sample((3, 5, 6, 7, 12, 24, 48), 3)
-    return made_up_table(
-        seed,
-        gains=(0.0, 0.02, 0.025),
-        speed=chance.uniform(0.95, 1.05),
-        eager=sorted({*EAGER[:8], *more}),
-        graph=sorted({*GRAPH[:6], 5, chance.choice((3, 6, 12))}),
-        captured=range(1, GRAPH[5] + 1),
-        max_tokens=256,
-        rounds=15,
-    )
-
-
-def _channel() -> Channel:
-    channel = open_channel()
-    assert channel is not None
-    return channel
-
-
-def _bring(*tables: PolicyTable) -> dict[Coverage, PolicyTable]:
-    return {table.evidence.coverage: table for table in tables}
-
-
-def hash_of(agreed: Agreement) -> str | None:
-    """Of the one table that was agreed, or None."""
-    return next((_hash(table) for table in agreed.tables.values()), None)
-
-
-def _hash(table: PolicyTable) -> str:
-    return hashlib.sha256(table.to_json().encode()).hexdigest()
+    return [answer["result"] for answer in answers if "result" in answer]

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import random
 import tempfile
 from collections import Counter
@@ -12,35 +11,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaptive_moe.disk import file as stored_module
-from adaptive_moe.disk.file import Stored
-from adaptive_moe.disk.folder import MAX_FILE_BYTES, Store
-
-from .made_up import EAGER, HERE, key_of, made_up_table, stored_of
+from adaptive_moe.store.folder import Folder
+from adaptive_moe.store.text import MAX_BYTES, to_text
+from tests.store.making import HERE, KEY, REQUEST, made_table
+from tests.store.test_text import sealed
 
 Damage = Callable[[random.Random, bytes], bytes]
+TABLE = made_table()
 
 
 def run(files: int, seed: int = 0) -> dict[str, Any]:
     """Write `files` damaged files, load each; counts by kind of damage, and what went wrong."""
     chance = random.Random(seed)
-    table = made_up_table(1, eager=EAGER[:6], graph=(1, 2, 4))
-    key, good = key_of(table), stored_of(table).to_text().encode()
+    good = to_text(REQUEST, TABLE).encode()
     kinds: Counter[str] = Counter()
     failures: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder))
-        path = store.folder / key.file_name()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Folder(Path(name))
+        path = folder.file(KEY)
         for number in range(files):
             kind, damage = DAMAGES[number % len(DAMAGES)]
             content = damage(chance, good)
             assert content != good
             path.write_bytes(content)
-            os.chmod(path, 0o600)
             kinds[kind] += 1
             with listening() as lines:
                 try:
-                    found = store.load(key)
+                    found = folder.get(KEY)
                 except BaseException as error:
                     failures[f"{kind}: raised {type(error).__name__}: {error}"[:200]] += 1
                     continue
@@ -49,13 +46,9 @@ def run(files: int, seed: int = 0) -> dict[str, Any]:
             if len(lines) != 1 or str(path) not in lines[0]:
                 failures[f"{kind}: {len(lines)} log lines"] += 1
         path.write_bytes(good)
-        still = store.load(key)
-    return {
-        "files": files,
-        "kinds": dict(kinds),
-        "failures": dict(failures),
-        "undamaged_file_loads": still is not None and still.table == table,
-    }
+        if folder.get(KEY) != TABLE:
+            failures["the undamaged file does not load"] += 1
+    return {"files": files, "kinds": dict(kinds), "failures": dict(failures)}
 
 
 @contextmanager
@@ -100,56 +93,51 @@ def _noise(chance: random.Random, good: bytes) -> bytes:
 
 
 def _too_large(chance: random.Random, good: bytes) -> bytes:
-    return good + b" " * MAX_FILE_BYTES
+    return good + b" " * MAX_BYTES
 
 
 def _another_machine(chance: random.Random, good: bytes) -> bytes:
-    other = [
-        replace(HERE, device="AMD Instinct MI355X", arch="gfx950"),
-        replace(HERE, compute_units=38),
-        replace(HERE, torch="2.10.0"),
-        replace(HERE, runtime="ROCm 7.1"),
-    ]
-    table = made_up_table(1, eager=EAGER[:6], graph=(1, 2, 4), environment=chance.choice(other))
-    return stored_of(table).to_text().encode()
+    other = [{"arch": "gfx950"}, {"compute_units": 38}, {"torch": "2.10.0"}, {"host": "other"}]
+    table = made_table(environment=replace(HERE, **chance.choice(other)))
+    return to_text(REQUEST, table).encode()
 
 
 def _another_kernel(chance: random.Random, good: bytes) -> bytes:
     kernel = chance.choice(["aiter 0.1.8 opus", "aiter 0.1.9 ck", "triton"])
-    table = made_up_table(1, eager=EAGER[:6], graph=(1, 2, 4), kernel=kernel)
-    return stored_of(table).to_text().encode()
+    return to_text(REQUEST, made_table(kernel=kernel)).encode()
 
 
 def _another_request(chance: random.Random, good: bytes) -> bytes:
-    stored = Stored.from_text(good.decode())
     fields = [{"decision": 99}, {"engine": "sglang 0.5.23"}, {"first": (1, 64)}]
-    changed = replace(stored.request, **chance.choice(fields))
-    return Stored(changed, stored.table).to_text().encode()
+    return to_text(replace(REQUEST, **chance.choice(fields)), TABLE).encode()
 
 
-def _sealed(change: Callable[[random.Random, Any], Any]) -> Damage:
+def _other_candidates(chance: random.Random, good: bytes) -> bytes:
+    """Candidates that this process does not offer for that key."""
+    names = chance.choice([("policy 0", "policy 2", "policy 1"), ("policy 0", "policy 9", "x")])
+    return to_text(REQUEST, made_table(names=names)).encode()
+
+
+def _sealed(change: Callable[[random.Random, Any], str]) -> Damage:
     """Damage to the JSON with a hash that fits: what checks the content must find."""
 
     def damage(chance: random.Random, good: bytes) -> bytes:
-        lines = good.decode().split("\n", 2)
-        calibration = json.loads(lines[2].removeprefix('"calibration": ').removesuffix("\n}\n"))
-        text = change(chance, calibration)
-        body = f'{lines[1]}\n"calibration": {text}\n}}\n'
-        return (stored_module._hash_line(body) + body).encode()
+        plain = json.loads(good)
+        parts = {name: plain[name] for name in ("request", "evidence")}
+        return sealed(change(chance, parts)[1:]).encode()
 
     return damage
 
 
 def _leaves(plain: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value, except those of `applied`: it is for readers, and never read back."""
+    """The way to every value."""
     if isinstance(plain, dict):
         items = list(plain.items())
     else:
         items = list(enumerate(plain)) if isinstance(plain, list) else []
     for key, value in items:
-        if (*path, key) != ("applied",):
-            yield (*path, key)
-            yield from _leaves(value, (*path, key))
+        yield (*path, key)
+        yield from _leaves(value, (*path, key))
 
 
 def _set(plain: Any, path: tuple[Any, ...], value: Any) -> None:
@@ -199,42 +187,30 @@ def _long(chance: random.Random, plain: Any) -> str:
 
 
 def _fields(chance: random.Random, plain: Any) -> str:
-    objects = [(), *(p for p in _leaves(plain) if isinstance(_get(plain, p), dict))]
+    objects = [p for p in _leaves(plain) if isinstance(_get(plain, p), dict)]
     target = _get(plain, chance.choice(objects))
-    names = [name for name in target if name != "applied"]
     if chance.random() < 0.5:
-        del target[chance.choice(names)]
+        del target[chance.choice(list(target))]
     else:
         target["extra"] = 1
     return json.dumps(plain)
 
 
 def _schema(chance: random.Random, plain: Any) -> str:
-    plain["schema"] += chance.choice([-1, 1, 98])
+    plain["evidence"]["schema"] += chance.choice([-1, 1, 98])
     return json.dumps(plain)
 
 
-def _policy(chance: random.Random, plain: Any) -> str:
-    """A candidate that was not offered, or one that the bucket's evidence does not support."""
-    bucket = chance.choice(plain[chance.choice(["busy", "graph"])])
-    names = ("", "policy 0", "policy 2", "policy 3", "x" * 99)
-    bucket["candidate"] = chance.choice([n for n in names if n != bucket["candidate"]])
-    return json.dumps(plain)
-
-
-def _claimed(chance: random.Random, plain: Any) -> str:
-    """Bucket and verdict both say policy 2, which was measured to be slower; or its result does."""
-    bucket = chance.choice(plain["busy"])
-    verdict = bucket["fills"][0]["verdict"]
-    bucket["candidate"] = verdict["candidate"] = "policy 2"
-    if chance.random() < 0.5:
-        verdict["results"][1]["standing"] = "slower"
-        verdict["results"][2]["standing"] = "faster"
+def _names(chance: random.Random, plain: Any) -> str:
+    """Results of a candidate that was not offered, or offered twice."""
+    bucket = chance.choice(plain["evidence"][chance.choice(["eager", "graph"])])
+    results = bucket["fills"][0]["results"]
+    results[1]["candidate"] = chance.choice(["", "policy 2", "policy 3", "x" * 99])
     return json.dumps(plain)
 
 
 def _order(chance: random.Random, plain: Any) -> str:
-    buckets = plain["busy"]
+    buckets = plain["evidence"]["eager"]
     kind = chance.randrange(4)
     if kind == 0:
         buckets.reverse()
@@ -259,11 +235,11 @@ DAMAGES: tuple[tuple[str, Damage], ...] = (
     ("over-long text or list", _sealed(_long)),
     ("missing or unknown field", _sealed(_fields)),
     ("another schema", _sealed(_schema)),
-    ("candidate not offered or not supported", _sealed(_policy)),
-    ("candidate its evidence refutes", _sealed(_claimed)),
+    ("results of other candidates", _sealed(_names)),
     ("buckets out of order", _sealed(_order)),
     ("another machine's key", _another_machine),
     ("another kernel's key", _another_kernel),
     ("another request's key", _another_request),
+    ("other candidates' key", _other_candidates),
     ("too large", _too_large),
 )
