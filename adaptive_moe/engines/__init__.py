@@ -15,9 +15,8 @@ A warm-up, once per start:
 
     choosers  at which token counts does a layer come with which block_size?
     coverage  so which tables are wanted, each for which counts?
-    own       this rank's: stored by an earlier start, or measured now
-    others    what all ranks make of them
-    warm_up   these in turn, and what they come to into the hook, the store and the log
+    checked   what a store had is compared with the baseline before it serves
+    warm_up   these in turn with store/: tables for the hook, and lines for the log
 
 A process:
 

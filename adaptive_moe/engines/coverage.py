@@ -128,14 +128,14 @@ def _cover(
         tuple(captured),
         padding_rows=padding_rows,
         busy_from=batches.busy_from or (largest + 1 if largest else BUSY_FROM),
-        context=_context(seen),
+        extras=_extras(seen),
     )
     return coverage.on(seen.device.type)
 
 
-def _context(seen: SeenCall) -> str:
-    """What else than the shape tells this call from others of that shape: `name=value`, each."""
-    words = [seen.context_values()]
+def _extras(seen: SeenCall) -> str:
+    """The arguments that tell this call from others of that shape: `name=value`, each."""
+    words = []
     if seen.key.local_ids:
         words.append("return_local_topk_ids=True")
     for name, value in seen.extras.items():
@@ -143,7 +143,7 @@ def _context(seen: SeenCall) -> str:
             words.append(f"{name}=given")
         elif name not in KNOWN and value is not None:
             words.append(f"{name}={value}")
-    return ",".join(word for word in words if word)
+    return ",".join(words)
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:

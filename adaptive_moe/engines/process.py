@@ -1,6 +1,5 @@
 """The one hook of this process: what `adaptive_moe.install()` and the engine plugins share."""
 
-import functools
 import logging
 import multiprocessing
 import os
@@ -9,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from adaptive_moe import ENGINE_VARIABLE
 from adaptive_moe.engines.choosers import Chooser
@@ -19,7 +17,6 @@ from adaptive_moe.engines.plugin import when_imported
 from adaptive_moe.engines.warm_up import WarmUp
 from adaptive_moe.engines.warm_up import warm_up as warm_up_hook
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
-from adaptive_moe.ranks.agreement import open_channel
 from adaptive_moe.settings import (
     NEUTRAL_VARIABLE,
     OFF,
@@ -27,9 +24,6 @@ from adaptive_moe.settings import (
     Settings,
     read_for_serving,
 )
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -88,7 +82,6 @@ def warm_up(
     max_tokens: int,
     capture_sizes: Sequence[int] = (),
     *,
-    agree: "bool | dist.ProcessGroup" = False,
     busy_from: int | None = None,
     padding_rows: bool = False,
     pooled: int = 1,
@@ -96,14 +89,12 @@ def warm_up(
 ) -> WarmUp:
     """Calibrate every shape seen since install(), for batches up to max_tokens; call it after a
     first forward and before capturing the sizes named. Call it again for larger batches or other
-    sizes: the tables grow.
+    sizes: the tables grow. Ranks of torch.distributed share their tables, and none waits for
+    another.
 
     Args:
         max_tokens: the largest batch to expect, in tokens.
         capture_sizes: token counts that will be captured into graphs.
-        agree: end with the same tables as all ranks of torch.distributed, or as those of one group.
-            Every one of them must then call this equally often, also without AITER or a MoE layer;
-            the others wait for one that does not, and then run without tables.
         busy_from: from so many tokens on, eager calls meet a busy device (1: always). By default
             above the largest captured size, or from 2,048 on where nothing is captured.
         padding_rows: may rows of topk_ids be -1?
@@ -115,13 +106,8 @@ def warm_up(
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens!r} is not accepted: give 1 or more tokens")
-    connect = None
-    if agree is not False:
-        connect = functools.partial(open_channel, None if agree is True else agree)
-    # Without install() there is nothing to measure, but other ranks may wait.
-    hook = current() or AiterHook(Settings())
     return warm_up_hook(
-        hook,
+        current() or AiterHook(Settings()),
         max_tokens,
         capture_sizes,
         busy_from=busy_from,
@@ -129,7 +115,6 @@ def warm_up(
         padding_rows=padding_rows,
         choosers=choosers,
         engine=_engine,
-        connect=connect,
     )
 
 

@@ -11,10 +11,6 @@ captured, a dummy batch shows them: the one that SGLang itself has for tuning ke
 every rank has just come by, before serving. SGLang's small-batch sort sits below the seam; it is
 measured, and keeps working, as part of AITER.
 
-Ranks agree over the tensor-parallel group of the graph backend. SGLang itself makes all of that
-group wait for each other right before each of those eager runs, so they surely all come by here: at
-the first capture of each of its graph runners, whatever they saw and whatever became of us there.
-
 Read in SGLang 0.5.20 to 0.5.23.
 """
 
@@ -111,25 +107,23 @@ def _warm_up_before_it(original: Callable[..., Any]) -> Callable[..., Any]:
     return capture_one
 
 
-# Graph backends that were warmed up for. Each rank has as many, in the same order.
-_came: "WeakSet[Any]" = WeakSet()
+# Graph backends that were warmed up for.
+_warmed: "WeakSet[Any]" = WeakSet()
 # Shapes there were at the latest warm-up.
 _seen_before = 0
 
 
 def _before_capture(backend: Any) -> None:
-    """With the other ranks at a backend's first capture, for whatever reason this one may have to
-    stay away; a rank without others also whenever a capture shows it new shapes."""
+    """At a backend's first capture, and whenever a capture shows new shapes."""
     from adaptive_moe.engines import process
 
     hook = process.current()
-    group = _cpu_group(getattr(backend, "_tp_group", None))
     shows_new = hook is not None and len(hook.seen) != _seen_before
-    if backend in _came and (group is not None or not shows_new):
+    if backend in _warmed and not shows_new:
         return
-    _came.add(backend)
+    _warmed.add(backend)
     runner = getattr(backend, "_cuda_graph_runner", None)
-    _warm_up(group, _capture_sizes(getattr(runner, "captured_req_width", 1)))
+    _warm_up(_capture_sizes(getattr(runner, "captured_req_width", 1)))
 
 
 def _wrap_model_runner(module: ModuleType) -> None:
@@ -159,10 +153,9 @@ def _after_graphs(model_runner: Any) -> None:
         return
     try:
         _show_shapes(model_runner.eager_runner)
-    # The other ranks come to the exchange all the same.
     except Exception as error:
         logger.warning("no dummy batch could show the model's shapes: %r", error)
-    _warm_up(_cpu_group(getattr(model_runner, "tp_group", None) or _tensor_parallel()), ())
+    _warm_up(())
 
 
 def _show_shapes(runner: Any) -> None:
@@ -180,7 +173,7 @@ def _show_shapes(runner: Any) -> None:
         runner._dummy_run(batch_size=batch_size, buffers=buffers, run_ctx=run_ctx)
 
 
-def _warm_up(group: Any, capture_sizes: tuple[int, ...]) -> None:
+def _warm_up(capture_sizes: tuple[int, ...]) -> None:
     global _seen_before  # noqa: PLW0603
     from sglang.srt.runtime_context import max_prefill_buffer_tokens
 
@@ -191,7 +184,6 @@ def _warm_up(group: Any, capture_sizes: tuple[int, ...]) -> None:
     process.warm_up(
         max_tokens=max(max_prefill_buffer_tokens(), *capture_sizes, 1),
         capture_sizes=capture_sizes,
-        agree=False if group is None else group,
         pooled=_pooled(),
         padding_rows=_has_padding_rows(),
     )
@@ -225,15 +217,3 @@ def _pooled() -> int:
 def _has_padding_rows() -> bool:
     """On ROCm SGLang gives rows of padding the id 0, but for one router that writes -1."""
     return any(name.endswith(".dsv41.vl_routing") for name in sys.modules)
-
-
-def _tensor_parallel() -> Any:
-    from sglang.srt.runtime_context import get_parallel
-
-    return get_parallel().tp_group
-
-
-def _cpu_group(coordinator: Any) -> Any:
-    """The group's gloo side, or None where there is just this rank."""
-    alone = getattr(coordinator, "world_size", 1) < 2
-    return None if alone else getattr(coordinator, "cpu_group", None)

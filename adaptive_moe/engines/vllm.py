@@ -4,11 +4,6 @@ With no variable of ours set it returns at once. Else vLLM's own parser of its v
 words, the seam is wrapped as soon as vLLM imports AITER, and calibration runs inside vLLM's
 kernel_warmup: on every rank, after the memory profile and the KV cache, before graphs are captured.
 
-Ranks agree over torch.distributed's default group: all ranks of the engine and, where data-parallel
-engines run one MoE model together, of all of those. vLLM builds its own world group from exactly
-these, which each of them has to take part in, and makes their dummy batches wait for each other: so
-all of them come to kernel_warmup, equally often.
-
 Read in vLLM 0.22.1, 0.23.0, 0.27.1 and 0.33.0.
 """
 
@@ -107,8 +102,8 @@ def _wrap_kernel_warmup(module: ModuleType) -> None:
 def _then_warm_up(original: Callable[..., Any]) -> Callable[..., Any]:
     def kernel_warmup(worker: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(worker, *args, **kwargs)
-        # Said to a worker that joins engines at work (elastic expert parallelism): no rank comes
-        # but this one. It is warmed up once more, like the others, before its graphs are captured.
+        # Said to a worker that joins engines at work (elastic expert parallelism): it is warmed up
+        # once more before its graphs are captured.
         if kwargs.get("process_local_only"):
             return result
         safely(_warm_up, worker)
@@ -133,7 +128,6 @@ def _warm_up(worker: Any) -> None:
     process.warm_up(
         max_tokens=config.scheduler_config.max_num_batched_tokens,
         capture_sizes=config.compilation_config.cudagraph_capture_sizes or (),
-        agree=True,
         pooled=_pooled(config.parallel_config),
         padding_rows=_has_padding_rows(),
         choosers=_int4,

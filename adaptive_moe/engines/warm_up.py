@@ -1,34 +1,47 @@
-"""Warm-up: a table for every shape seen at the seam so far, the same on all ranks. Never while
-serving.
+"""Warm-up: a table for every shape seen at the seam so far. Never while serving.
 
-    coverages     which tables are wanted, each for which calls (coverage.py)
-    make_own      this rank's, stored by an earlier start or measured now, and what failed (own.py)
-    others.agree  one exchange with the other ranks, which this rank comes to whatever became of it,
-                  and brings all tables it has to (others.py)
-    then          what was agreed is set, all tables at once, and what is sound is stored
+    coverages  which tables are wanted, each for which calls (coverage.py)
+    table_for  each of them: from another rank, from the folder, or measured now (store/tables.py)
+    checked    what a store had is compared with the baseline before it serves (checked.py)
+    then       all tables are set at once, and the log says what they are and where they are kept
 
-A dummy batch's own ids are never sorted here: they route every token to the same experts.
+No rank waits for another. A dummy batch's own ids are never sorted here: they route every token to
+the same experts.
 """
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from adaptive_moe.disk import folder as store
+from adaptive_moe.engines.checked import checked
 from adaptive_moe.engines.choosers import Chooser
 from adaptive_moe.engines.coverage import Batches, Wanted, coverages
 from adaptive_moe.engines.hook import AiterHook
 from adaptive_moe.engines.key import Key
-from adaptive_moe.engines.others import Connect, Others, rank_and_size
-from adaptive_moe.engines.own import Measure, OwnTables, make_own, make_ready
+from adaptive_moe.kernels import SortKernel
+from adaptive_moe.policy.evidence import Evidence, Rule
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report import text as report
-from adaptive_moe.settings import LogDetail, Mode
+from adaptive_moe.settings import LogDetail, Mode, Settings
+from adaptive_moe.store.folder import Folder, cache_folder
+from adaptive_moe.store.key import Request, TableKey, key_for
+from adaptive_moe.store.shared import SharedStore
+from adaptive_moe.store.tables import Served, Stores, table_for
+from adaptive_moe.store.text import report_text, to_text
+
+if TYPE_CHECKING:
+    from adaptive_moe.tuning.calibrate import Plan
 
 logger = logging.getLogger("adaptive_moe")
+
+# `adaptive_moe.tuning.calibrate.calibrate`, or a stand-in for it.
+Measure = Callable[..., PolicyTable]
+
+T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class WarmUp:
     """What a warm-up did.
 
     tables    set now, by the key of the calls they serve
-    origins   of each of them: "stored", "measured" here now, or "agreed" with other ranks
+    origins   of each of them: "stored", "measured" here now, or "shared" by another rank
     problems  a sentence for each shape that got none
     seconds   wall-clock time it took
     """
@@ -51,6 +64,15 @@ class WarmUp:
         return f"WarmUp([{made}], {len(self.problems)} problems, {self.seconds:.2f} s)"
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One table to make, the candidates for it, and its key in the stores."""
+
+    wanted: Wanted
+    kernel: SortKernel
+    key: TableKey
+
+
 def warm_up(
     hook: AiterHook,
     max_tokens: int,
@@ -62,7 +84,6 @@ def warm_up(
     choosers: Sequence[Chooser] = (),
     engine: str = "plain",
     measure: Measure | None = None,
-    connect: Connect | None = None,
 ) -> WarmUp:
     """Make a table for every shape seen that has none for all of these batches, and set them.
 
@@ -74,14 +95,13 @@ def warm_up(
         pooled: ranks whose tokens reach the sort together.
         padding_rows: may rows have ids of -1?
         choosers: of layers that do not ask AITER for their block_size.
-        engine: name and version, a part of what a stored table is good for.
-        connect: how to reach other ranks. All that it reaches end with the same tables, and all of
-            them must call this equally often; see ranks/agreement.py for how long one waits.
+        engine: name and version, a part of what a stored table is valid for.
+        measure: in place of tuning.calibrate.
 
     A shape that cannot be calibrated keeps the baseline, with one warning, and the next start tries
     it again. With a fixed policy no shape is noted, and so none measured. Takes up to
-    ADAPTIVE_MOE_BUDGET_S a shape. A later call with larger batches or other sizes extends the
-    tables there are.
+    ADAPTIVE_MOE_BUDGET_S a shape, and at most 5 s more where the job's store does not answer. A
+    later call with larger batches or other sizes extends the tables there are.
     """
     begun = time.monotonic()
     batches = Batches(
@@ -92,39 +112,114 @@ def warm_up(
         hook.settings.busy_from or busy_from,
         tuple(choosers),
     )
-    speaks = rank_and_size()[0] == 0
+    speaks = _rank() == 0
     with hook.warming:
         wanted, problems = _wanted(hook, batches, speaks)
-        others = Others.reached(connect, len(wanted) + len(hook.tables), hook.settings.budget_s)
-        own = make_own(
-            hook,
-            wanted,
-            measure or _calibrate,
-            engine=engine,
-            speaks=speaks,
-            refused=_refusal(hook),
+        # All keys before anything is measured: measuring may load modules, which keys name.
+        tasks, unmade = _each(
+            {one.key: one for one in wanted}, lambda one: _task(hook, one, engine)
         )
-        problems += own.problems
+        folder = Folder(cache_folder(hook.settings), logging.INFO if speaks else logging.DEBUG)
+        with SharedStore() as shared:
+            stores = Stores(folder, shared, hook.settings.recalibrate)
+            plan = _plan(hook.settings)
+            served, unserved = _each(
+                tasks, lambda task: _served(task, stores, plan, measure or _calibrate)
+            )
+        problems += [*unmade, *unserved]
         for problem in problems:
             logger.warning(
                 "not calibrated this time, the baseline serves it and the next start tries again: "
                 "%s",
                 problem,
             )
-        tables, refusals = others.agree(own, hook.tables)
+        tables = {key: one.table for key, one in served.items()}
         hook.set_tables(tables)
         hook.warmed_up = True
-        for key, one in own.tables.items():
-            if key in tables:
-                make_ready(one, tables[key])
-        origins = {key: _origin(own, key, table) for key, table in tables.items()}
         if speaks:
-            _report(hook, tables, origins)
-        if own.kept is not None:
-            own.kept.publish(_worth_keeping(own, tables))
-            if speaks:
-                _name_files(own, tables)
-    return WarmUp(tables, (*problems, *refusals), time.monotonic() - begun, origins)
+            _report(hook, served, engine)
+            for key, one in served.items():
+                _name_file(folder, tasks[key], one)
+    origins = {key: one.origin for key, one in served.items()}
+    return WarmUp(tables, tuple(problems), time.monotonic() - begun, origins)
+
+
+def _each(things: Mapping[Key, T], make: Callable[[T], Made]) -> tuple[dict[Key, Made], list[str]]:
+    """What is made of each thing, and a sentence for each that raised: a shape that fails (out of
+    memory, no shape we know) costs only itself."""
+    made: dict[Key, Made] = {}
+    problems: list[str] = []
+    for key, thing in things.items():
+        try:
+            made[key] = make(thing)
+        except Exception as error:
+            problems.append(f"{key.describe()}: {type(error).__name__}: {error}")
+    return made, problems
+
+
+def _task(hook: AiterHook, wanted: Wanted, engine: str) -> _Task:
+    kernel = hook.kernel(wanted.seen, wanted.key, wanted.coverage)
+    rule, first = _plan(hook.settings).rule, hook.settings.buckets
+    key = key_for(kernel, wanted.coverage, rule, engine=engine, first=first)
+    return _Task(wanted, kernel, key)
+
+
+def _served(task: _Task, stores: Stores, plan: "Plan", measure: Measure) -> Served:
+    """Measured, and checked, as the seen call was made: in its context, on its device and
+    stream."""
+    wanted, mask = task.wanted, task.wanted.seen.expert_mask
+
+    def measured(earlier: Evidence | None) -> PolicyTable:
+        return wanted.seen.as_called(
+            measure, task.kernel, wanted.coverage, plan, expert_mask=mask, earlier=earlier
+        )
+
+    earlier = None if wanted.earlier is None else wanted.earlier.evidence
+    served = table_for(task.key, stores, measured, plan.budget_s, earlier)
+    if served.origin == "measured" and served.table.evidence.starts == 1:
+        return served  # each of its candidates was compared just now
+    table = wanted.seen.as_called(checked, served.table, task.kernel, mask)
+    return replace(served, table=table)
+
+
+def _plan(settings: Settings) -> "Plan":
+    from adaptive_moe.tuning.calibrate import Plan  # imports torch
+
+    return Plan(
+        first=settings.buckets, budget_s=settings.budget_s, rule=Rule(margin=settings.margin)
+    )
+
+
+def _calibrate(*args: Any, **kwargs: Any) -> PolicyTable:
+    from adaptive_moe.tuning.calibrate import calibrate  # imports torch
+
+    return calibrate(*args, **kwargs)
+
+
+def _rank() -> int:
+    """This rank in torch.distributed. Rank 0 speaks for all."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _wanted(hook: AiterHook, batches: Batches, speaks: bool) -> tuple[list[Wanted], list[str]]:
+    """The tables to make, and why others cannot be. Never raises."""
+    if not hook.seen and hook.settings.mode is Mode.AUTO and speaks:
+        logger.warning(
+            "auto has nothing to choose: nothing was sorted through AITER's fused_moe so far (a "
+            "dense model, AITER's MoE switched off as by VLLM_ROCM_USE_AITER=0 or "
+            "VLLM_ROCM_USE_AITER_MOE=0, or no forward yet)"
+        )
+    try:
+        wanted, problems = coverages(hook, batches)
+        refused = _refusal(hook)
+    except Exception as error:
+        logger.exception("what to calibrate is not known")
+        return [], [f"{type(error).__name__}: {error}"]
+    if wanted and refused:
+        return [], [*problems, refused]
+    return wanted, problems
 
 
 def _refusal(hook: AiterHook) -> str:
@@ -142,64 +237,16 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _wanted(hook: AiterHook, batches: Batches, speaks: bool) -> tuple[list[Wanted], list[str]]:
-    """The tables to make, and why others cannot be. Never raises."""
-    if not hook.seen and hook.settings.mode is Mode.AUTO and speaks:
-        logger.warning(
-            "auto has nothing to choose: nothing was sorted through AITER's fused_moe so far (a "
-            "dense model, AITER's MoE switched off as by VLLM_ROCM_USE_AITER=0 or "
-            "VLLM_ROCM_USE_AITER_MOE=0, or no forward yet)"
-        )
-    try:
-        return coverages(hook, batches)
-    except Exception as error:
-        logger.exception("what to calibrate is not known")
-        return [], [f"{type(error).__name__}: {error}"]
-
-
-def _origin(own: OwnTables, key: Key, table: PolicyTable) -> str:
-    one = own.tables.get(key)
-    if one is None or table != one.table:
-        return "agreed"
-    return "measured" if one.measured else "stored"
-
-
-def _worth_keeping(
-    own: OwnTables, tables: Mapping[Key, PolicyTable]
-) -> dict[store.Key, PolicyTable]:
-    """What the ranks run, where that is news here; else what was measured, for the next start. The
-    store itself refuses a table in which something failed: that is for this process only."""
-    keep = {}
-    for key, one in own.tables.items():
-        table = tables.get(key, one.table)
-        if one.measured or table != one.table:
-            keep[one.place] = table
-    return keep
-
-
-def _name_files(own: OwnTables, tables: Mapping[Key, PolicyTable]) -> None:
-    """A line for each table that is set and kept on disk."""
-    for key, one in own.tables.items():
-        path = own.kept.folder / one.place.file_name() if own.kept else None
-        if key in tables and path is not None and path.exists():
-            logger.info("table kept in %s: %s", path, key.describe())
-
-
-def _calibrate(*args: Any, **kwargs: Any) -> PolicyTable:
-    from adaptive_moe.tuning.calibrator import calibrate  # imports torch
-
-    return calibrate(*args, **kwargs)
-
-
-def _report(hook: AiterHook, tables: Mapping[Key, PolicyTable], origins: Mapping[Key, str]) -> None:
+def _report(hook: AiterHook, served: Mapping[Key, Served], engine: str) -> None:
     settings = hook.settings
-    for key, table in tables.items():
-        logger.info("%s", report.headline(table, measured_now=origins[key] != "stored"))
+    for one in served.values():
+        logger.info("%s", report.headline(one.table, measured_now=one.origin == "measured"))
         if settings.log_detail is not LogDetail.SUMMARY:
-            logger.info("%s", "\n".join(report.bucket_table(table)))
-    if settings.report and tables:
+            logger.info("%s", "\n".join(report.bucket_table(one.table)))
+    if settings.report and served:
         # Those of earlier warm-ups too: the file is written anew each time.
-        text = "[" + ",\n".join(table.to_json() for table in hook.tables.values()) + "]\n"
+        request = Request(engine, settings.buckets)
+        text = report_text(to_text(request, table) for table in hook.tables.values())
         try:
             Path(settings.report).write_text(text, encoding="utf-8")
         except OSError as error:
@@ -208,3 +255,12 @@ def _report(hook: AiterHook, tables: Mapping[Key, PolicyTable], origins: Mapping
                 "and is writable",
                 *(settings.report, error),
             )
+
+
+def _name_file(folder: Folder, task: _Task, one: Served) -> None:
+    """One line: where the table is kept."""
+    what = task.wanted.coverage.describe()
+    if one.is_kept:
+        logger.info("table kept in %s: %s", folder.file(task.key), what)
+    else:
+        logger.info("table not kept in %s, it serves this process only: %s", folder.path, what)

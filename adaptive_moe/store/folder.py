@@ -35,9 +35,11 @@ MAX_COMPARED = 64
 
 @dataclass(frozen=True)
 class Folder:
-    """A cache folder. It need not exist before something is written."""
+    """A cache folder. It need not exist before something is written. level: of lines about what
+    went well, so that one rank can speak for all."""
 
     path: Path
+    level: int = logging.INFO
 
     def get(self, key: TableKey) -> PolicyTable | None:
         """The table with exactly this key. None is a miss; a line says why unless there is simply
@@ -99,7 +101,8 @@ class Folder:
             logger.debug("nothing is stored for %s", self.file(key))
             return
         fields, path = nearest
-        logger.info(
+        logger.log(
+            self.level,
             "no stored table fits %s, measuring: the nearest, %s, is for another %s",
             *(key.coverage.describe(), path, "; ".join(fields)),
         )

@@ -72,7 +72,7 @@ def table_for(
     if stored is None:
         table, origin = _first_start(measure(earlier)), "measured"
     elif _continues(stored, budget_s, stores.folder):
-        table, origin = _continued(key, stored, measure)
+        table, origin = _continued(key, stored, measure, stores.folder.level)
     else:
         table, origin = stored, "stored"
     agreed = _offered(key, stores, table) if text is None else None
@@ -123,10 +123,13 @@ def _first_start(table: PolicyTable) -> PolicyTable:
     return PolicyTable(replace(table.evidence, starts=1))
 
 
-def _continued(key: TableKey, stored: PolicyTable, measure: Measure) -> tuple[PolicyTable, str]:
+def _continued(
+    key: TableKey, stored: PolicyTable, measure: Measure, level: int
+) -> tuple[PolicyTable, str]:
     """The stored table measured further, and its origin."""
     found, phrase = stored.evidence, key.coverage.describe()
-    logger.info(
+    logger.log(
+        level,
         "%s: continuing the table of %s: %d counts unsettled%s, start %d",
         *(phrase, found.created, stored.open_counts),
         *(", a candidate failed" if stored.failed else "", found.starts + 1),
