@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from adaptive_moe.kernels.environment import describe_environment
 from adaptive_moe.policy.coverage import Coverage, Situation
 from adaptive_moe.policy.evidence import (
     SCHEMA,
@@ -130,6 +131,7 @@ def measure_as(
             candidates=[candidate.name for candidate in kernel.candidates],
             coverage=coverage,
             kernel=kernel.name,
+            environment=describe_environment(kernel.device),
             starts=earlier.starts + 1 if earlier else 1,
         )
 
