@@ -123,10 +123,11 @@ def capture_one(backend_class, forward_fn, tp_group=None):
 def start_rank(sglang, rank, size, port, folder):
     """One tensor-parallel rank: SGLang's own groups over gloo, a dense capture, one with MoE."""
     os.environ["XDG_CACHE_HOME"] = folder
-    import aiter.sort
     from sglang.srt.distributed import parallel_state
 
     from adaptive_moe.engines import process
+    from adaptive_moe.store.key import Request
+    from adaptive_moe.store.text import to_text
 
     parallel_state.init_distributed_environment(
         size, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo"
@@ -135,16 +136,14 @@ def start_rank(sglang, rank, size, port, folder):
     group = parallel_state.init_model_parallel_group(ranks, rank, "gloo", group_name="tp")
     full, *_ = sglang.backends
     capture_one(full, lambda: None, group)
-    before, forwards = len(aiter.sort.calls), 2
     capture_one(full, lambda: forward(sglang.runner, LARGEST_CAPTURE), group)
-    tables = process.current().tables.values()
+    texts = [to_text(Request("sglang"), one) for one in process.current().tables.values()]
     result = {
         "group": group.ranks,
-        "measured": len(aiter.sort.calls) - before - forwards,
-        "tables": [hashlib.sha256(table.to_json().encode()).hexdigest() for table in tables],
+        "tables": [hashlib.sha256(text.encode()).hexdigest() for text in texts],
         "policy": int(forward(sglang.runner, 8).policy),
     }
-    dist.barrier()  # nobody takes the others' store with it
+    dist.barrier()  # rank 0 holds the others' store
     return result
 
 

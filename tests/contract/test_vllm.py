@@ -177,38 +177,29 @@ def engines(tmp_path_factory):
     return starts, log, folders
 
 
-def test_warm_cold_and_layerless_ranks_agree_in_kernel_warmup(engines):
-    (alone, first, _, _), log, _ = engines
+def test_ranks_share_their_tables_in_kernel_warmup(engines):
+    (alone, first, _, _), _, _ = engines
     assert alone[0]["sorts"] > 0
     assert [rank["world"] for rank in first] == [[0, 1, 2]] * 3
-    assert first[0]["sorts"] > 0
-    assert first[1]["sorts"] == first[2]["sorts"] == 0
     assert first[0]["tables"] == first[1]["tables"] != {}
     assert first[2]["tables"] == {}
     assert first[0]["policies"] == first[1]["policies"]
-    assert "no common table" not in log
 
 
-def test_a_second_start_measures_nothing_and_says_where_its_tables_are_from(engines):
-    (_, first, second, _), log, (cold, warm, *_) = engines
-    assert [rank["sorts"] for rank in second] == [0, 0, 0]
+def test_a_second_start_measures_nothing_and_names_its_files(engines):
+    (_, first, second, _), log, (cold, *_) = engines
+    # Tables are told apart by what was measured: another measurement is another table.
     assert [rank["tables"] for rank in second] == [rank["tables"] for rank in first]
     assert [rank["policies"] for rank in second] == [rank["policies"] for rank in first]
-    assert log.count("3 ranks run the same 2 tables") == 2
-    assert log.count(f"table from {cold}") == 2  # two block sizes
-    assert f"table from {warm}" not in log  # rank 1, which leaves the word to rank 0
-    assert log.count("as measured 20") == 2
-    # Each start says what was decided once a shape, on rank 0.
+    assert log.count(f"table kept in {cold}") == 4  # two block sizes, two starts
+    # Each start says what was decided for each shape once, on rank 0.
     assert len(HEADLINE.findall(log)) == 8
 
 
-def test_data_parallel_ranks_of_one_model_agree_too(engines):
-    (*_, (one, other)), log, _ = engines
+def test_data_parallel_ranks_of_one_model_share_too(engines):
+    (*_, (one, other)), _, _ = engines
     assert one["world"] == other["world"] == [0, 1]
-    assert one["sorts"] > 0
-    assert other["sorts"] > 0
     assert one["tables"] == other["tables"] != {}
-    assert log.count("2 ranks run the same 2 tables") == 1
 
 
 def test_the_tables_policy_arrives_through_vllms_own_implementation(envs):

@@ -152,17 +152,22 @@ def start_rank(how: str, rank: int, size: int, method: str, folder: str) -> dict
     import aiter.sort
 
     from adaptive_moe.engines import process
+    from adaptive_moe.store.key import Request
+    from adaptive_moe.store.text import to_text
 
     before = len(aiter.sort.calls)
     gpu_worker.kernel_warmup(worker)
-    tables = {t.evidence.coverage.shape.block_size: t for t in process.current().tables.values()}
+    texts = {
+        table.evidence.coverage.shape.block_size: to_text(Request("vllm"), table)
+        for table in process.current().tables.values()
+    }
     result = {
         "world": dist.get_process_group_ranks(dist.group.WORLD),
         "sorts": len(aiter.sort.calls) - before,
-        "tables": {b: hashlib.sha256(t.to_json().encode()).hexdigest() for b, t in tables.items()},
+        "tables": {b: hashlib.sha256(t.encode()).hexdigest() for b, t in texts.items()},
         "policies": [int(forward(count).policy) for count in (1, 32, 33, MAX_TOKENS)],
     }
-    dist.barrier()  # nobody takes the others' store with it
+    dist.barrier()  # rank 0 holds the others' store
     return result
 
 

@@ -38,9 +38,7 @@ SGLANG = {
         prefill_tokens = 2048
         def max_prefill_buffer_tokens():
             return prefill_tokens
-        parallel = SimpleNamespace(
-            dp_size=4, tp_group=SimpleNamespace(world_size=2, cpu_group="ranks of the engine")
-        )
+        parallel = SimpleNamespace(dp_size=4)
         def get_parallel():
             return parallel
     """,
@@ -99,10 +97,6 @@ def asked(monkeypatch):
     return found
 
 
-def group(name="ranks of this stage", size=2):
-    return SimpleNamespace(cpu_group=name, world_size=size)
-
-
 def test_sglang_calibrates_after_the_first_eager_run_and_only_for_new_shapes(package, monkeypatch):
     backend = start_sglang(package, monkeypatch)()
     backend._cuda_graph_runner = SimpleNamespace(captured_req_width=3)
@@ -116,10 +110,9 @@ def test_sglang_calibrates_after_the_first_eager_run_and_only_for_new_shapes(pac
     assert result == ("captured", None)
     assert policies == [2, 1, 1]  # SGLang's own until measured
     assert hooked == [1, 2]
-    # Requests times tokens a request; prefill is not captured. No other ranks.
+    # Requests times tokens a request; prefill is not captured.
     (options,) = found
     assert (options["max_tokens"], options["capture_sizes"]) == (2048, (3, 24))
-    assert options["agree"] is False
     (table,) = process.current().tables.values()
     assert table.evidence.coverage.baseline == "policy 2"
     backend.capture_one("key", lambda: sort(aiter, policy=2))
@@ -152,7 +145,6 @@ def test_the_sizes_of_both_kinds_of_graphs_are_calibrated_for(
 ):
     one = start_sglang(package, monkeypatch)()
     one._cuda_graph_runner = SimpleNamespace(captured_req_width=3)
-    one._tp_group = group(size=1)  # a rank without others
     context = importlib.import_module("sglang.srt.runtime_context")
     context.prefill_tokens = 20
     context.config.decode.bs, context.config.prefill.bs = decode, prefill
@@ -161,7 +153,6 @@ def test_the_sizes_of_both_kinds_of_graphs_are_calibrated_for(
     one.capture_one("key", lambda: sort(aiter, policy=2))
     (options,) = found
     assert (options["capture_sizes"], options["max_tokens"]) == (sizes, largest)
-    assert options["agree"] is False
 
 
 def test_an_sglang_that_plans_no_graphs_or_no_tokens_has_at_least_one_token(package, monkeypatch):
@@ -202,38 +193,18 @@ def test_the_baseline_is_what_this_sglang_passes(package, monkeypatch, files, ba
     assert process.current().engine_policy == baseline
 
 
-def test_sglangs_ranks_come_to_the_first_capture_of_each_runner_whatever_they_saw(
-    package, monkeypatch
-):
-    """Over the group that SGLang's own barrier has just gathered, at the same captures."""
+def test_each_graph_backend_is_warmed_up_for_once_and_for_new_shapes(package, monkeypatch):
     backend = start_sglang(package, monkeypatch)
-    came = []
-    monkeypatch.setattr(process, "open_channel", came.append)
-    aiter = sys.modules["aiter.fused_moe"]
+    found, aiter = asked(monkeypatch), sys.modules["aiter.fused_moe"]
     decode, draft = backend(), backend()
-    for one in (decode, draft):
-        one._tp_group = group()
     decode.capture_one("a dense layer", lambda: None)
-    assert came == ["ranks of this stage"]
     decode.capture_one("a dense layer", lambda: None)
-    # What one rank sees in a later capture, the others may not: nobody would come.
+    assert len(found) == 1
     decode.capture_one("a new shape", lambda: sort(aiter, policy=2))
-    assert len(came) == 1
+    assert len(found) == 2
     draft.capture_one("a draft model", lambda: sort(aiter, policy=2))
-    assert len(came) == 2
-
-
-def test_a_rank_that_stood_aside_still_answers_the_others(package, monkeypatch):
-    backend = start_sglang(package, monkeypatch)()
-    backend._tp_group = group()
-    came = []
-    monkeypatch.setattr(process, "open_channel", came.append)
-    aiter = sys.modules["aiter.fused_moe"]
-    sort(aiter, policy=2)
-    process.current().layer.active = False
-    backend.capture_one("key", lambda: sort(aiter, policy=2))
-    assert came == ["ranks of this stage"]
-    assert process.current().tables == {}
+    draft.capture_one("a draft model", lambda: sort(aiter, policy=2))
+    assert len(found) == 3
 
 
 def test_attention_ranks_are_pooled_where_sglang_gathers_their_tokens(package, monkeypatch):
@@ -286,13 +257,12 @@ def model_runner(run, capture=lambda: None, **parts):
         "decode_cuda_graph_runner": None,
         "prefill_cuda_graph_runner": None,
         "is_draft_worker": False,
-        "tp_group": group(),
     }
     vars(runner).update({**facts, "capture": capture, **parts})
     return runner
 
 
-def test_without_graphs_a_dummy_batch_shows_the_shapes_where_all_ranks_come_by(
+def test_without_graphs_a_dummy_batch_shows_the_shapes(
     package, monkeypatch
 ):
     start_sglang(package, monkeypatch)
@@ -306,7 +276,6 @@ def test_without_graphs_a_dummy_batch_shows_the_shapes_where_all_ranks_come_by(
     assert sizes == [2 * sglang.DUMMY_REQUESTS]
     (options,) = found
     assert (options["max_tokens"], options["capture_sizes"]) == (2048, ())
-    assert options["agree"] == "ranks of this stage"
     assert sort(aiter, policy=2) == 1
 
 
@@ -349,17 +318,6 @@ def test_a_runner_that_speculates_and_has_a_canary_runs_as_sglang_runs_it(packag
     assert steps == ["into model", 64, "out of model"]
 
 
-@pytest.mark.parametrize("own", [{"tp_group": None}, None])
-def test_a_runner_without_a_group_of_its_own_agrees_over_the_engines(package, monkeypatch, own):
-    start_sglang(package, monkeypatch)
-    found = asked(monkeypatch)
-    runner = model_runner(lambda batch_size: None, **(own or {}))
-    if own is None:
-        del runner.tp_group
-    runner.init_cuda_graphs()
-    assert found[0]["agree"] == "ranks of the engine"
-
-
 def test_sglangs_arguments_and_an_unset_runner_are_as_they_were(package, monkeypatch):
     start_sglang(package, monkeypatch)
     found, came = asked(monkeypatch), []
@@ -386,17 +344,15 @@ def test_where_graphs_were_captured_no_dummy_batch_runs(package, monkeypatch, pa
     assert (found, ran) == ([], [])
 
 
-def test_a_rank_whose_dummy_batch_fails_comes_to_the_others_all_the_same(
-    package, monkeypatch, caplog
-):
+def test_a_dummy_batch_that_fails_costs_a_line(package, monkeypatch, caplog):
     start_sglang(package, monkeypatch)
-    came = []
-    monkeypatch.setattr(process, "open_channel", came.append)
+    found = asked(monkeypatch)
     model_runner(lambda batch_size: 1 / 0).init_cuda_graphs()
-    assert came == ["ranks of this stage"]
+    assert len(found) == 1
     said = [line.getMessage() for line in caplog.records]
     problem = "ZeroDivisionError('division by zero')"
     assert f"no dummy batch could show the model's shapes: {problem}" in said
+
 
 
 def test_sglangs_own_failure_while_capturing_is_sglangs(package, monkeypatch):
