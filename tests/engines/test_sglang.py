@@ -262,9 +262,7 @@ def model_runner(run, capture=lambda: None, **parts):
     return runner
 
 
-def test_without_graphs_a_dummy_batch_shows_the_shapes(
-    package, monkeypatch
-):
+def test_without_graphs_a_dummy_batch_shows_the_shapes(package, monkeypatch):
     start_sglang(package, monkeypatch)
     aiter, found, sizes = sys.modules["aiter.fused_moe"], asked(monkeypatch), []
 
@@ -352,7 +350,6 @@ def test_a_dummy_batch_that_fails_costs_a_line(package, monkeypatch, caplog):
     said = [line.getMessage() for line in caplog.records]
     problem = "ZeroDivisionError('division by zero')"
     assert f"no dummy batch could show the model's shapes: {problem}" in said
-
 
 
 def test_sglangs_own_failure_while_capturing_is_sglangs(package, monkeypatch):

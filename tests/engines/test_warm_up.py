@@ -42,9 +42,7 @@ class Start:
         forget_aiter()
         self.cache, self.gains, self.fails, self.out = cache, gains, fails or {}, out
         self.aiter = load_aiter("main")
-        self.hook = AiterHook(
-            Settings(mode=Mode.AUTO, cache_dir=str(cache), **(settings or {}))
-        )
+        self.hook = AiterHook(Settings(mode=Mode.AUTO, cache_dir=str(cache), **(settings or {})))
         self.hook.install(self.aiter)
         self.measured, self.earlier = [], []
         for dim in dims:
