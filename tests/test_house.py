@@ -15,8 +15,7 @@ MOST_LINES, MOST_ROOMS, MOST_FLOORS = 300, 11, 9
 FLOORS = (
     ("cli",),
     ("engines",),
-    ("ranks",),
-    ("disk", "report"),
+    ("store", "report"),
     ("tuning", "settings"),
     ("kernels",),
     ("policy", "models"),

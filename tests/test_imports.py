@@ -35,7 +35,7 @@ def modules_after(statement: str) -> set[str]:
         "import adaptive_moe.policy.decision, adaptive_moe.policy.buckets",
         "import adaptive_moe.tuning.explore",
         "from adaptive_moe import PolicyTable, SortingShape",
-        "import adaptive_moe.disk.folder",
+        "import adaptive_moe.store.tables",
     ],
 )
 def test_nothing_heavy_is_imported_by(statement):

@@ -1,4 +1,4 @@
-"""adaptive-moe calibrate: measure one model's sort, decide, and keep the result in the store."""
+"""adaptive-moe calibrate: measure one model's sort, decide, and keep the table."""
 
 import argparse
 import logging
@@ -12,10 +12,10 @@ from adaptive_moe.cli.progress import Progress
 from adaptive_moe.settings import Settings, parse_buckets, parse_budget, parse_margin, read_settings
 
 if TYPE_CHECKING:
-    from adaptive_moe.disk.file import Stored
     from adaptive_moe.policy.table import PolicyTable
+    from adaptive_moe.store.key import TableKey
 
-# What the store names in place of an engine.
+# What a key names in place of an engine.
 ENGINE = "no engine"
 
 
@@ -47,7 +47,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     if name == "cpu" and args.budget is None and not os.environ.get("ADAPTIVE_MOE_BUDGET_S"):
         settings = replace(settings, budget_s=options.CPU_BUDGET_S)
     _say(quiet, f"calibrating {why}")
-    return _finish(args, settings, _measure(args, name, settings, quiet=quiet))
+    return _finish(args, settings, *_measure(args, name, settings, quiet=quiet))
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -62,45 +62,49 @@ def _settings(args: argparse.Namespace) -> Settings:
     return replace(settings, recalibrate=settings.recalibrate or args.again)
 
 
-def _measure(args: argparse.Namespace, name: str, settings: Settings, *, quiet: bool) -> "Stored":
+def _measure(
+    args: argparse.Namespace, name: str, settings: Settings, *, quiet: bool
+) -> "tuple[TableKey, PolicyTable]":
     """The table of one shape on one kernel; what is kept of it and settled is not measured again.
 
     It is kept under no engine's name: an engine calls AITER with arguments that only its own start
     shows, so its start measures for itself.
     """
-    from adaptive_moe.disk.file import Stored, key_for
-    from adaptive_moe.disk.folder import open_store
-    from adaptive_moe.policy.decision import Rule
+    from adaptive_moe.policy.evidence import Rule
     from adaptive_moe.report.words import calls_words
-    from adaptive_moe.tuning.calibrator import Plan, calibrate
+    from adaptive_moe.store.folder import Folder, cache_folder
+    from adaptive_moe.store.key import key_for
+    from adaptive_moe.tuning.calibrate import Plan, calibrate
 
     coverage = options.coverage_from(args, on_cpu=name == "cpu")
     on_aiter = name == "aiter"
     sorts = kernel.load_aiter(coverage, settings.sorts) if on_aiter else kernel.load(name)
     plan = Plan(settings.buckets, settings.budget_s, Rule(margin=settings.margin))
     _say(quiet, calls_words(coverage))
-    key = key_for(sorts, coverage, plan, ENGINE)
-    earlier = open_store(settings).load(key)
+    key = key_for(sorts, coverage, plan.rule, engine=ENGINE, first=plan.first)
+    stored = None if settings.recalibrate else Folder(cache_folder(settings)).get(key)
     with Progress(settings.budget_s, quiet=quiet) as progress:
         table = calibrate(
             *(sorts, coverage, plan),
-            earlier=earlier.table.evidence if earlier else None,
+            earlier=stored.evidence if stored else None,
             progress=progress,
         )
-    return Stored(key.request, table)
+    return key, table
 
 
-def _finish(args: argparse.Namespace, settings: Settings, made: "Stored") -> int:
+def _finish(
+    args: argparse.Namespace, settings: Settings, key: "TableKey", table: "PolicyTable"
+) -> int:
     """Print first, then keep: what was measured is not lost to a full disk."""
-    from adaptive_moe.disk.folder import cache_folder
+    from adaptive_moe.store.text import to_text
 
-    text = made.table.to_json() + "\n"
+    text = to_text(key.request, table)
     if args.json:
         print(text, end="")
     elif args.output != output.STDOUT:
-        print("\n".join(_lines(made.table)))
+        print("\n".join(_lines(table)))
     try:
-        kept = _keep(made, cache_folder(settings))
+        kept = _keep(settings, key, table)
     finally:  # a disk that is full here may have room there
         if args.output is not None:
             output.write(args.output, text.encode("utf-8"))
@@ -111,19 +115,14 @@ def _finish(args: argparse.Namespace, settings: Settings, made: "Stored") -> int
     return 0
 
 
-def _keep(stored: "Stored", folder: Path) -> Path:
-    """Write it to the store's folder. OSError naming the file; RuntimeError where a candidate
-    failed: such a table is measured again."""
-    from adaptive_moe.disk.folder import write_file
+def _keep(settings: Settings, key: "TableKey", table: "PolicyTable") -> Path:
+    """Write it to the cache folder. OSError naming the file."""
+    from adaptive_moe.store.folder import Folder, cache_folder
 
-    path = folder / stored.key.file_name()
-    if not stored.table.sound:
-        raise RuntimeError(
-            f"{path} was not written: a candidate failed or was wrong, as the table says; that may "
-            "pass, so the next calibration tries again"
-        )
+    folder = Folder(cache_folder(settings))
+    path = folder.file(key)
     try:
-        write_file(path, stored)
+        folder.write(key, table)
     except OSError as error:
         raise OSError(error.errno, f"not written, {error.strerror}", str(path)) from error
     return path

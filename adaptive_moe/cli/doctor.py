@@ -97,7 +97,7 @@ def _torch() -> Finding:
     except ImportError as error:
         text = f"not importable ({error}): pip install torch"
         return Finding("torch", text, ok=False, facts={"gpu": False})
-    from adaptive_moe.policy.environment import describe_environment
+    from adaptive_moe.kernels.environment import describe_environment
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
@@ -145,7 +145,7 @@ def _engine(engine: Engine, environ: Mapping[str, str], settings: Settings) -> F
 
 
 def _cache(settings: Settings, environ: Mapping[str, str]) -> Finding:
-    from adaptive_moe.disk.folder import cache_folder, stored_files
+    from adaptive_moe.store.folder import cache_folder, stored_files
 
     folder = cache_folder(settings, environ)
     try:

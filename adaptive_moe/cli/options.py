@@ -148,8 +148,8 @@ def coverage_from(args: argparse.Namespace, *, on_cpu: bool) -> "Coverage":
 
 
 def cache_folder_here() -> Path:
-    """The folder of the store, whatever else the environment holds."""
-    from adaptive_moe.disk.folder import cache_folder
+    """The cache folder, whatever else the environment holds."""
+    from adaptive_moe.store.folder import cache_folder
 
     settings, _ = read_for_serving()
     return cache_folder(settings)

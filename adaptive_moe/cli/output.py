@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptive_moe.disk.write import replace_file
+from adaptive_moe.store.write import replace_file
 
 STDOUT = "-"
 

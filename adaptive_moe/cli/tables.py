@@ -13,9 +13,6 @@ from typing import Any
 
 from adaptive_moe.cli import output
 from adaptive_moe.cli.options import UsageError, cache_folder_here
-from adaptive_moe.disk.file import Stored
-from adaptive_moe.disk.folder import read_file, stored_files
-from adaptive_moe.disk.reader import find, newest, read_any
 from adaptive_moe.models import ModelError, find_model
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.explain import explain, is_for
@@ -23,23 +20,24 @@ from adaptive_moe.report.page import page
 from adaptive_moe.report.plot import draw, inline_svg, plot_format
 from adaptive_moe.report.text import advice, bucket_table, headline, summary
 from adaptive_moe.report.words import calls_words, plural
+from adaptive_moe.store.folder import read_file, stored_files
+from adaptive_moe.store.key import Request
+from adaptive_moe.store.text import StoredTable, read_any, to_text
 
 
 @dataclass(frozen=True)
 class Found:
-    """A table, the file it was read from, and the engine it was measured for, where the file says
-    so."""
+    """A table, the file it was read from, and the request it answers."""
 
     table: PolicyTable
     path: Path
-    engine: str = ""
+    request: Request
 
     def describe(self) -> str:
         """One line: what the table is for, and on what it was measured."""
         found = self.table.evidence
-        engine = f" for {self.engine}" if self.engine else ""
-        device = found.environment.device
-        return f"{calls_words(found.coverage)}, on {found.kernel}{engine} ({device})"
+        words = f"{calls_words(found.coverage)}, on {found.kernel} for {self.request.engine}"
+        return f"{words} ({found.environment.device})"
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,13 @@ def _entry(found: Found) -> dict[str, Any]:
     return {
         "file": str(found.path),
         "usable": True,
-        "engine": found.engine,
+        "engine": found.request.engine,
         "coverage": asdict(evidence.coverage),
         "kernel": evidence.kernel,
         "environment": asdict(evidence.environment),
         "candidates": evidence.candidates,
         "measured": evidence.created,
-        "settled": found.table.settled,
+        "settled": not found.table.open_counts,
         "summary": summary(found.table),
     }
 
@@ -105,7 +103,7 @@ def run_show(args: argparse.Namespace) -> int:
         lines += [headline(found.table, measured_now=False), *bucket_table(found.table)]
         lines += [*advice(found.table), ""]
     # One table is itself, so that its JSON can be read again; several are a report.
-    plain = [json.loads(found.table.to_json()) for found in selection.tables]
+    plain = [json.loads(to_text(found.request, found.table)) for found in selection.tables]
     output.report(args, lines[:-1], plain[0] if len(plain) == 1 else plain)
     return 0
 
@@ -212,7 +210,7 @@ def select(table: str | None) -> Selection:
     """
     folder = cache_folder_here()
     if table is None:
-        path = newest(folder)
+        path = _newest(folder)
         if path is None:
             raise UsageError(
                 f"nothing is kept in {folder}: run `adaptive-moe calibrate`, or give --table FILE"
@@ -228,7 +226,7 @@ def select(table: str | None) -> Selection:
         return Selection(tuple(_read(path)), str(path))
     if path.is_absolute() or (path.suffix == ".json" and path.parent != Path(".")):
         raise UsageError(f"{path} does not exist: give a file, or part of a name in {folder}")
-    paths = find(folder, table) or _of_model(folder, table)
+    paths = _with_name(folder, table) or _of_model(folder, table)
     if not paths:
         raise UsageError(
             f"--table={table!r} is no file, no part of a name in {folder} and no model with a "
@@ -254,14 +252,12 @@ def _all_in(folder: Path) -> Selection:
     for path in stored_files(folder):
         try:
             stored = read_file(path)
+            name = f"{stored.key.name}.json"
+            if name != path.name:
+                raise ValueError(f"its content belongs into {name}")
+            tables.append(_found(stored, path))
         except (OSError, ValueError) as error:
             unusable.append((path, str(error)))
-            continue
-        name = stored.key.file_name()
-        if name == path.name:
-            tables.append(Found(stored.table, path, stored.request.engine))
-        else:
-            unusable.append((path, f"its content belongs into {name}"))
     return Selection(tuple(tables), str(folder), tuple(unusable))
 
 
@@ -269,20 +265,39 @@ def _start_of(latest: Found) -> Selection:
     """The tables that were kept for the same engine, kernel and machine as this one."""
 
     def origin(found: Found) -> tuple[Any, ...]:
-        return found.engine, found.table.evidence.kernel, found.table.evidence.environment
+        evidence = found.table.evidence
+        return found.request.engine, evidence.kernel, evidence.environment
 
     folder = latest.path.parent
     tables = tuple(f for f in _all_in(folder).tables if origin(f) == origin(latest))
-    return Selection(tables, f"{folder}, {latest.engine or 'the newest'}")
+    return Selection(tables, f"{folder}, {latest.request.engine}")
 
 
 def _read(path: Path) -> Iterator[Found]:
     """The tables of one file."""
-    for content in read_any(path):
-        if isinstance(content, Stored):
-            yield Found(content.table, path, content.request.engine)
-        else:
-            yield Found(content, path)
+    for stored in read_any(path):
+        yield _found(stored, path)
+
+
+def _found(stored: StoredTable, path: Path) -> Found:
+    return Found(stored.table, path, stored.request)
+
+
+def _newest(folder: Path) -> Path | None:
+    """The stored file that was written last; None where there is none."""
+    return max(stored_files(folder), key=_written, default=None)
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:  # removed meanwhile
+        return 0.0
+
+
+def _with_name(folder: Path, part: str) -> list[Path]:
+    """The stored files whose name contains that text, in any case, by name."""
+    return [path for path in stored_files(folder) if part.lower() in path.name]
 
 
 def _of_model(folder: Path, name: str) -> list[Path]:

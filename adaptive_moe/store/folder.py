@@ -8,8 +8,8 @@ file can do is in SECURITY.md.
 
 There are no locks. A reader sees the old file or the new one, never half of one (write.py).
 Processes that measured the same thing replace each other's files with tables that are equally good.
-Nothing here raises: what cannot be read is a miss, and what cannot be written is not kept, with one
-line each.
+What serves uses `get` and `replace`, which never raise: what cannot be read is a miss, and what
+cannot be written is not kept, with one line each.
 """
 
 import logging
@@ -58,25 +58,29 @@ class Folder:
         return None
 
     def replace(self, key: TableKey, table: PolicyTable) -> bool:
-        """Put the table in the place of what is stored under that key. False, with one line, where
-        that fails; what was stored before then still is."""
-        path = self.file(key)
+        """As `write`, for a process that serves: False, with one line, where that fails."""
         try:
-            content = to_text(key.request, table).encode("utf-8")
-            if len(content) > MAX_BYTES:
-                raise ValueError(f"it has more than {MAX_BYTES} bytes")
-            if not _holds(path, content):
-                self.path.mkdir(parents=True, exist_ok=True)
-                remove_stale(self.path)
-                replace_file(path, content)
-            return True
+            self.write(key, table)
         except Exception as error:
             logger.warning(
                 "%s cannot be written (%s), and the next start will not find it: free the disk, or "
                 "give a writable ADAPTIVE_MOE_CACHE_DIR",
-                *(path, _why(error)),
+                *(self.file(key), _why(error)),
             )
             return False
+        return True
+
+    def write(self, key: TableKey, table: PolicyTable) -> None:
+        """Put the table in the place of what is stored under that key, in one step; nothing where
+        it already is. OSError, or ValueError where it is too large to be read again; what was
+        stored before then still is."""
+        path, content = self.file(key), to_text(key.request, table).encode("utf-8")
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        if not _holds(path, content):
+            self.path.mkdir(parents=True, exist_ok=True)
+            remove_stale(self.path)
+            replace_file(path, content)
 
     def file(self, key: TableKey) -> Path:
         """Where the table of that key is, or would be."""

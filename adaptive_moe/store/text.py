@@ -72,20 +72,16 @@ def from_text(text: str) -> StoredTable:
 
 
 def read_any(path: Path) -> list[StoredTable]:
-    """The tables of a stored file or a report (a JSON list of texts), for people to look at.
-
-    OSError, or ValueError saying what is wrong.
-    """
+    """The tables of a stored file or a report (a JSON list of texts), for people to look at: the
+    hash does not count. OSError, or ValueError saying what is wrong."""
     with open(path, "rb") as file:
         content = file.read(MAX_REPORT_BYTES + 1)
     if len(content) > MAX_REPORT_BYTES:
         raise ValueError(f"{path} has more than {MAX_REPORT_BYTES} bytes: it is no file of tables")
     try:
-        text = content.decode("utf-8")
-        plain = _parse(text)
-        if not isinstance(plain, list):
-            return [_whole(from_text(text))]
-        return [_whole(_from_plain(item)) for item in plain]
+        plain = _parse(content.decode("utf-8"))
+        items = plain if isinstance(plain, list) else [plain]
+        return [_whole(_from_plain(item)) for item in items]
     except ValueError as error:
         raise ValueError(
             f"{path} holds no tables ({error}): give a file of the cache folder, or one that "
