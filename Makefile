@@ -29,7 +29,7 @@ contract: $(VENV)/dev.stamp
 contract-aiter: $(VENV)/dev.stamp
 	$(BIN)/python tests/contract/check_aiter.py "$(AITER_SRC)" $(foreach ref,$(AITER_REFS),--ref $(ref))
 
-# Crowds, kills, corrupted files, full disks and lost ranks: minutes, with real processes.
+# Crowds, kills, damaged files, full disks and lost ranks, with real processes: up to five minutes.
 faults: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.faults --out calibration/results/faults.json $(ARGS)
 

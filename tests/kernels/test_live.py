@@ -1,7 +1,10 @@
 """What a calibration of the live AITER is valid for, and what rows of padding leave out."""
 
 import contextvars
+import os
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -53,6 +56,44 @@ def test_whoever_stands_in_for_aiters_function_is_named_and_counts(made):
     assert plain not in found
     assert len(found) == 2
     assert all("engine.small.small_sort" in each for each in found)
+
+
+def loads(monkeypatch, file, module="aiter.jit.module_moe_sorting_opus"):
+    built = ModuleType(module)
+    built.__file__ = str(file)
+    monkeypatch.setitem(sys.modules, module, built)
+
+
+def again(made):
+    """The same AITER in another process: what is loaded is looked at once in each."""
+    other = ModuleType(made.__name__)
+    vars(other).update(vars(made))
+    return other
+
+
+def test_the_built_sorts_that_are_loaded_count_by_content(made, tmp_path, monkeypatch):
+    """AITER does not rebuild them when its sources change."""
+    built = tmp_path / "module_moe_sorting_opus.so"
+    built.write_text("one build")
+    nothing_loaded = name(live(made))
+    loads(monkeypatch, built)
+    first = name(live(again(made)))
+    assert first != nothing_loaded
+    assert name(live(again(made))) == first
+    built.write_text("another build")
+    os.utime(built, (1.0, 1.0))
+    assert name(live(again(made))) != first
+
+
+def test_what_is_loaded_while_measuring_changes_nothing(made, tmp_path, monkeypatch):
+    first = name(live(made))
+    built = tmp_path / "module_moe_sorting.so"
+    built.write_text("built meanwhile")
+    loads(monkeypatch, built, "aiter.jit.module_moe_sorting")
+    assert name(live(made)) == first
+    # Nor does one whose file is gone cost anything.
+    built.unlink()
+    assert name(live(again(made))) == first
 
 
 def test_the_backend_is_the_one_that_really_runs(with_flydsl):
