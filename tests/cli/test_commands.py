@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 
 from adaptive_moe import cli
-from adaptive_moe.disk.folder import Store, stored_files
-from adaptive_moe.disk.reader import read_any
+from adaptive_moe.policy.coverage import Coverage
+from adaptive_moe.shape import SortingShape
+from adaptive_moe.store.folder import Folder, stored_files
+from adaptive_moe.store.text import read_any, report_text
 from tests.cli.running import SHAPE, SMALL, run
-from tests.faults.made_up import ENGINE, key_of, made_up_table, stored_of
-from tests.faults.made_up import SHAPE as SHAPE_OF
+from tests.store.making import REQUEST, key_for_table, made_table
 
-MADE = {"eager": (1, 8, 64), "graph": (1, 2), "max_tokens": 64}
+ENGINE = REQUEST.engine
+
+
+def table_of(block_size):
+    shape = SortingShape(256, 8, 7168, block_size=block_size)
+    return made_table(coverage=Coverage.up_to(shape, 64, (1, 2), busy_from=1))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +43,8 @@ def calibrated(tmp_path_factory) -> Path:
 def engines_cache(tmp_path, monkeypatch):
     """A folder as an engine's warm-up leaves it: two tables."""
     monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", str(tmp_path / "cache"))
-    tables = [made_up_table(b, **MADE, shape=replace(SHAPE_OF, block_size=b)) for b in (16, 64)]
-    Store(tmp_path / "cache").publish({key_of(table): table for table in tables})
+    for table in (table_of(16), table_of(64)):
+        Folder(tmp_path / "cache").write(key_for_table(table), table)
     return tmp_path / "cache"
 
 
@@ -51,7 +57,7 @@ def test_what_calibrate_keeps_is_a_file_of_the_store(calibrated):
     (path,) = stored_files(calibrated)
     (stored,) = read_any(path)
     assert stored.request.engine == "no engine"
-    assert stored.key.file_name() == path.name
+    assert f"{stored.key.name}.json" == path.name
     assert [p.name for p in calibrated.iterdir()] == [path.name]
 
 
@@ -62,11 +68,11 @@ def test_show_says_which_and_its_json_is_the_table(calibrated, monkeypatch, caps
     assert lines[0] == f"{path}, the newest"
     assert "8 experts, topk 2" in lines[1]
     found = json.loads(main(capsys, "show", "--json"))
-    assert found["coverage"]["shape"]["num_experts"] == 8
+    assert found["evidence"]["coverage"]["shape"]["num_experts"] == 8
     assert found["applied"]["eager"][-1][1] == 32
 
 
-@pytest.mark.parametrize("which", ["256x8", "MI300X", ENGINE.replace(" ", "-"), "deepseek-v3"])
+@pytest.mark.parametrize("which", ["256x8", "GFX942", ENGINE.replace(" ", "-"), "deepseek-v3"])
 def test_tables_are_found_by_part_of_a_name_or_by_model(engines_cache, capsys, which):
     out = main(capsys, "show", "--table", which)
     assert out.splitlines()[0] == f"2 files of {engines_cache}"
@@ -75,10 +81,9 @@ def test_tables_are_found_by_part_of_a_name_or_by_model(engines_cache, capsys, w
 
 def test_a_stored_file_a_folder_and_a_report_are_all_read(engines_cache, tmp_path, capsys):
     (first, second) = stored_files(engines_cache)
-    stored = [one for path in (first, second) for one in read_any(path)]
     copied, report = tmp_path / "copied", tmp_path / "report.json"
     shutil.copytree(engines_cache, copied)
-    report.write_text("[" + ",\n".join(one.table.to_json() for one in stored) + "]")
+    report.write_text(report_text(path.read_text() for path in (first, second)))
     for path, number in ((first, 1), (copied, 2), (report, 2)):
         assert main(capsys, "list", "--table", path).count("measured ") == number
         assert main(capsys, "show", "--table", path).count("graph replay") == number
@@ -95,13 +100,11 @@ def test_a_stored_file_a_folder_and_a_report_are_all_read(engines_cache, tmp_pat
 
 
 def test_the_page_of_a_start_has_its_tables_and_no_others(engines_cache, tmp_path, capsys):
-    other = made_up_table(3, **MADE)
-    stored = stored_of(other)
-    stored = replace(stored, request=replace(stored.request, engine="sglang 0.5.23"))
-    path = engines_cache / stored.key.file_name()
-    path.write_text(stored.to_text())
-    os.chmod(path, 0o600)
-    os.utime(path, (1, 1))  # older than vLLM's
+    table = table_of(32)
+    key = key_for_table(table, replace(REQUEST, engine="sglang 0.5.23"))
+    folder = Folder(engines_cache)
+    folder.write(key, table)
+    os.utime(folder.file(key), (1, 1))  # older than vLLM's
     main(capsys, "page", tmp_path / "start.html")
     text = (tmp_path / "start.html").read_text()
     assert text.count("<section") == 2
