@@ -70,7 +70,8 @@ def table_for(
     if shared is not None and _may_replace(shared, stored, key):
         return _keep(key, stores, stored, shared, "stored" if shared == stored else "shared")
     if stored is None:
-        table, origin = _first_start(measure(earlier)), "measured"
+        # Counted for each key anew, also where evidence of a smaller coverage was used.
+        table, origin = _as_start(measure(earlier), 1), "measured"
     elif _continues(stored, budget_s, stores.folder):
         table, origin = _continued(key, stored, measure, stores.folder.level)
     else:
@@ -116,17 +117,18 @@ def _continues(stored: PolicyTable, budget_s: float, folder: Folder) -> bool:
     return unfinished and found.starts <= MORE_STARTS and folder.is_writable
 
 
-def _first_start(table: PolicyTable) -> PolicyTable:
-    """Starts are counted for each key anew, also where evidence of a smaller coverage was used."""
-    if table.evidence.starts == 1:
+def _as_start(table: PolicyTable, starts: int) -> PolicyTable:
+    """The same table, measured by so many starts."""
+    if table.evidence.starts == starts:
         return table
-    return PolicyTable(replace(table.evidence, starts=1))
+    return PolicyTable(replace(table.evidence, starts=starts))
 
 
 def _continued(
     key: TableKey, stored: PolicyTable, measure: Measure, level: int
 ) -> tuple[PolicyTable, str]:
-    """The stored table measured further, and its origin."""
+    """The stored table measured further, and its origin. Where that fails or settles less, the
+    stored one serves; the start counts all the same, or every later start would try again."""
     found, phrase = stored.evidence, key.coverage.describe()
     logger.log(
         level,
@@ -138,8 +140,10 @@ def _continued(
         table = measure(found)
     except Exception as error:
         logger.warning("%s stays as stored: %s: %s", phrase, type(error).__name__, error)
-        return stored, "stored"
-    return table, "measured"
+        return _as_start(stored, found.starts + 1), "stored"
+    if table.open_counts > stored.open_counts:
+        return _as_start(stored, found.starts + 1), "stored"
+    return _as_start(table, found.starts + 1), "measured"
 
 
 def _offered(key: TableKey, stores: Stores, table: PolicyTable) -> PolicyTable | None:

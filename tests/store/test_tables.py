@@ -117,11 +117,19 @@ def test_without_a_writable_folder_nothing_is_continued(rank, monkeypatch):
     assert rank.start().origin == "stored"
 
 
-def test_what_is_stored_serves_where_continuing_fails(rank, caplog):
+def test_what_is_stored_serves_where_continuing_fails_and_the_start_counts(rank, caplog):
     left = rank.start(another(*OPEN)).table
     again = rank.start(RuntimeError("HIP error: 719"))
-    assert (again.table, again.origin) == (left, "stored")
+    assert again.origin == "stored"
+    assert again.table.evidence == replace(left.evidence, starts=2) == rank.kept.evidence
     assert "stays as stored: RuntimeError: HIP error: 719" in lines(caplog)[0]
+
+
+def test_what_is_stored_serves_where_continuing_settles_less_and_the_start_counts(rank):
+    left = rank.start(another(*OPEN, eager=another().evidence.eager)).table
+    worse = rank.start(another(*OPEN))
+    assert worse.origin == "stored"
+    assert worse.table.evidence == replace(left.evidence, starts=2) == rank.kept.evidence
 
 
 def test_evidence_of_a_smaller_coverage_is_used_and_starts_are_counted_anew(rank):
