@@ -114,7 +114,6 @@ def plant_bytes(path):
 
 
 def plant_other_candidates(path):
-    """A table that names policy 1 where only policy 2 is offered beside the baseline."""
     path.write_text(to_text(REQUEST, made_table(names=("policy 0", "policy 9", "policy 2"))))
 
 
@@ -137,6 +136,17 @@ def test_what_is_no_table_is_a_miss_with_one_line_and_gives_way(folder, plant, c
     if plant is not plant_folder:
         assert folder.replace(KEY, TABLE)
         assert folder.get(KEY) == TABLE
+
+
+def test_a_table_that_names_a_policy_that_is_not_offered_is_a_miss(folder, caplog):
+    """As policy 1 is not from 819 experts on, where it would never return."""
+    offered = replace(KEY, candidates=("policy 0", "policy 2"))
+    folder.path.mkdir()
+    folder.file(offered).write_text(to_text(REQUEST, TABLE))
+    assert TABLE.candidate(8) == "policy 1"
+    assert folder.get(offered) is None
+    (line,) = warnings(caplog)
+    assert "candidates: ['policy 0', 'policy 1', 'policy 2'], here ['policy 0', 'policy 2']" in line
 
 
 def test_a_link_gives_way_and_its_target_is_left_alone(folder, tmp_path):
