@@ -111,7 +111,7 @@ class Verdict:
 class Choice:
     """What a bucket comes to: its candidate, why, and every view of it.
 
-    settled  more rounds would not change it
+    settled  more rounds would hardly change it
     faster   the candidates that may serve here in the baseline's place
     """
 
@@ -216,6 +216,21 @@ def judge_rounds(
     if math.isinf(sure):
         return Judgement(name, standing, median_us, gain, error=error)
     return Judgement(name, standing, median_us, gain, low, high, error)
+
+
+def open_judgements(verdict: Verdict, rule: Rule) -> list[Judgement]:
+    """The candidates that more rounds may well put in the place of the verdict's."""
+    chosen = verdict.judgement(verdict.candidate).gain or 0.0
+    worth = chosen + TIE_MARGINS * rule.margin
+    return [
+        j
+        for j in verdict.judgements
+        if j.standing is Standing.UNCONFIRMED
+        or (
+            j.standing is Standing.UNSETTLED
+            and (j.gain is None or j.gain_low is None or j.gain + 2.0 * j.error > worth)
+        )
+    ]
 
 
 def loss(verdict: Verdict, candidate: str) -> float:
@@ -326,7 +341,8 @@ def _conclude(
 def _combine(num_tokens: int, views: Sequence[Verdict], rule: Rule) -> Choice:
     """One candidate for all views of a bucket."""
     baseline = views[0].baseline.candidate
-    settled = all(view.settled for view in views if not view.on_host)
+    device = [view for view in views if not view.on_host]
+    settled = all(view.settled or not open_judgements(view, rule) for view in device)
     if len(views) == 1:
         view, name = views[0], views[0].candidate
         reason = _why_kept(view) if name == baseline else _why_chosen(view, name)

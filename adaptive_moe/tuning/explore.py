@@ -28,13 +28,12 @@ from adaptive_moe.policy.buckets import first_buckets, halfway
 from adaptive_moe.policy.coverage import Coverage, Situation
 from adaptive_moe.policy.evidence import Bucket, Evidence, Rule
 from adaptive_moe.policy.verdict import (
-    TIE_MARGINS,
     Choice,
     Judgement,
-    Standing,
     Verdict,
     choose,
     gap_loss,
+    open_judgements,
     rounds_to_confirm,
 )
 from adaptive_moe.tuning.clocks import Clock, Neutral, clock_for
@@ -430,14 +429,14 @@ def _promise(verdict: Verdict, rule: Rule) -> float:
     if verdict.settled:
         return 0.0
     chosen = verdict.judgement(verdict.candidate).gain or 0.0
-    most = 0.0
-    for judgement in verdict.judgements:
-        if judgement.gain is None or judgement.standing is not Standing.UNSETTLED:
-            continue
-        gain, error = judgement.gain - chosen, judgement.error
-        if gain + 2.0 * error > TIE_MARGINS * rule.margin:
-            most = max(most, _expected_gain(gain, error) / (1.0 - judgement.gain))
-    return most
+    return max(
+        (
+            _expected_gain(judgement.gain - chosen, judgement.error) / (1.0 - judgement.gain)
+            for judgement in open_judgements(verdict, rule)
+            if judgement.gain is not None
+        ),
+        default=0.0,
+    )
 
 
 def _expected_gain(gain: float, error: float) -> float:

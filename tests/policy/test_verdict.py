@@ -109,6 +109,12 @@ def test_an_unsettled_rival_matters_only_while_it_might_overtake():
     assert not judged(winner, two(0.3, noise=0.2)).settled
 
 
+@pytest.mark.parametrize(("gain", "settled"), [(0.02, False), (-0.03, True)])
+def test_a_doubt_that_promises_nothing_leaves_a_bucket_settled(gain, settled):
+    choice = judged(one(gain, noise=0.1))
+    assert (standing(choice), choice.settled) == (Standing.UNSETTLED, settled)
+
+
 @pytest.mark.parametrize("wrong", [True, False])
 def test_an_excluded_candidate_never_serves_and_says_why(wrong):
     excluded = {"policy 1": Exclusion("policy 1", wrong, "returned nonsense")}

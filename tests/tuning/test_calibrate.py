@@ -354,10 +354,10 @@ def test_a_winner_in_force_stays_where_measuring_again_settles_nothing():
     noisy = random.Random(1)
 
     def us(call: Call) -> float:
-        usual = {0: 100.0, 1: 60.0, 2: 62.0}[call.policy]
-        return usual * math.exp(noisy.gauss(0.0, 1.5 if call.policy == 2 else 0.0))
+        usual = {0: 100.0, 1: 60.0, 2: 50.0}[call.policy]
+        return usual * math.exp(noisy.gauss(0.0, 0.8 if call.policy == 2 else 0.0))
 
-    first = Simulated(us).calibrate(max_tokens=1, budget_s=0.1)
+    first = Simulated(us).calibrate(max_tokens=1, budget_s=0.05)
     assert (first.open_counts, first.candidate(1)) == (1, "policy 1")
     table = Simulated(lambda call: 100.0 * math.exp(noisy.gauss(0.0, 1.0))).calibrate(
         max_tokens=1, budget_s=0.02, earlier=first.evidence
