@@ -1,10 +1,9 @@
-"""adaptive-moe calibrate: measure one model's sort, decide, and keep the table."""
+"""adaptive-moe calibrate: measure one model's sort, decide, and keep the result in the store."""
 
 import argparse
 import logging
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptive_moe.cli import kernel, options, output
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from adaptive_moe.policy.table import PolicyTable
     from adaptive_moe.store.key import TableKey
 
-# What a key names in place of an engine.
+# What the store names in place of an engine.
 ENGINE = "no engine"
 
 
@@ -47,7 +46,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
     if name == "cpu" and args.budget is None and not os.environ.get("ADAPTIVE_MOE_BUDGET_S"):
         settings = replace(settings, budget_s=options.CPU_BUDGET_S)
     _say(quiet, f"calibrating {why}")
-    return _finish(args, settings, *_measure(args, name, settings, quiet=quiet))
+    key, table = _measure(args, name, settings, quiet=quiet)
+    return _finish(args, settings, key, table)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -82,11 +82,12 @@ def _measure(
     plan = Plan(settings.buckets, settings.budget_s, Rule(margin=settings.margin))
     _say(quiet, calls_words(coverage))
     key = key_for(sorts, coverage, plan.rule, engine=ENGINE, first=plan.first)
-    stored = None if settings.recalibrate else Folder(cache_folder(settings)).get(key)
+    folder = Folder(cache_folder(settings))
+    earlier = None if settings.recalibrate else folder.get(key)
     with Progress(settings.budget_s, quiet=quiet) as progress:
         table = calibrate(
             *(sorts, coverage, plan),
-            earlier=stored.evidence if stored else None,
+            earlier=earlier.evidence if earlier else None,
             progress=progress,
         )
     return key, table
@@ -96,6 +97,7 @@ def _finish(
     args: argparse.Namespace, settings: Settings, key: "TableKey", table: "PolicyTable"
 ) -> int:
     """Print first, then keep: what was measured is not lost to a full disk."""
+    from adaptive_moe.store.folder import Folder, cache_folder
     from adaptive_moe.store.text import to_text
 
     text = to_text(key.request, table)
@@ -103,35 +105,23 @@ def _finish(
         print(text, end="")
     elif args.output != output.STDOUT:
         print("\n".join(_lines(table)))
+    path = Folder(cache_folder(settings)).file(key)
     try:
-        kept = _keep(settings, key, table)
+        output.write(str(path), text.encode("utf-8"))
     finally:  # a disk that is full here may have room there
         if args.output is not None:
             output.write(args.output, text.encode("utf-8"))
     if not args.json and args.output != output.STDOUT:
-        files = [kept, *([args.output] if args.output else [])]
-        print("\n".join(f"written to {path}" for path in files))
+        files = [str(path), *([args.output] if args.output else [])]
+        print("\n".join(f"written to {file}" for file in files))
         print("next: adaptive-moe explain --tokens 24, plot --output times.svg, page start.html")
     return 0
 
 
-def _keep(settings: Settings, key: "TableKey", table: "PolicyTable") -> Path:
-    """Write it to the cache folder. OSError naming the file."""
-    from adaptive_moe.store.folder import Folder, cache_folder
-
-    folder = Folder(cache_folder(settings))
-    path = folder.file(key)
-    try:
-        folder.write(key, table)
-    except OSError as error:
-        raise OSError(error.errno, f"not written, {error.strerror}", str(path)) from error
-    return path
-
-
 def _lines(table: "PolicyTable") -> list[str]:
-    from adaptive_moe.report.text import advice, bucket_table, headline
+    from adaptive_moe.report.text import advice, table_lines
 
-    return [headline(table), *bucket_table(table), *advice(table)]
+    return [*table_lines(table), *advice(table)]
 
 
 def _say(quiet: bool, line: str) -> None:

@@ -68,7 +68,7 @@ def load_aiter(coverage: "Coverage", sorts: tuple[str, ...]) -> "SortKernel":
     from adaptive_moe.kernels.aiter import MODULE, SEAM, seam_problem
     from adaptive_moe.kernels.call import Live, is_rounded
     from adaptive_moe.kernels.live import live_kernel
-    from adaptive_moe.tuning.routing import Routing, default_mask, route, sorting_inputs
+    from adaptive_moe.tuning.inputs import Routing, default_mask, route, sorting_inputs
 
     try:
         module = import_module(MODULE)

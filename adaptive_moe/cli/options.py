@@ -148,7 +148,7 @@ def coverage_from(args: argparse.Namespace, *, on_cpu: bool) -> "Coverage":
 
 
 def cache_folder_here() -> Path:
-    """The cache folder, whatever else the environment holds."""
+    """The folder of the store, whatever else the environment holds."""
     from adaptive_moe.store.folder import cache_folder
 
     settings, _ = read_for_serving()

@@ -14,30 +14,37 @@ from typing import Any
 from adaptive_moe.cli import output
 from adaptive_moe.cli.options import UsageError, cache_folder_here
 from adaptive_moe.models import ModelError, find_model
+from adaptive_moe.policy.coverage import Situation
+from adaptive_moe.policy.savings import savings
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.explain import explain, is_for
 from adaptive_moe.report.page import page
 from adaptive_moe.report.plot import draw, inline_svg, plot_format
-from adaptive_moe.report.text import advice, bucket_table, headline, summary
-from adaptive_moe.report.words import calls_words, plural
+from adaptive_moe.report.text import advice, result_line, settled_words, table_lines
+from adaptive_moe.report.words import calls_words, plural, title_words, where_words
 from adaptive_moe.store.folder import read_file, stored_files
-from adaptive_moe.store.key import Request
 from adaptive_moe.store.text import StoredTable, read_any, to_text
 
 
 @dataclass(frozen=True)
 class Found:
-    """A table, the file it was read from, and the request it answers."""
+    """A table, and the file it was read from."""
 
-    table: PolicyTable
+    stored: StoredTable
     path: Path
-    request: Request
+
+    @property
+    def table(self) -> PolicyTable:
+        return self.stored.table
+
+    @property
+    def engine(self) -> str:
+        return self.stored.request.engine
 
     def describe(self) -> str:
         """One line: what the table is for, and on what it was measured."""
-        found = self.table.evidence
-        words = f"{calls_words(found.coverage)}, on {found.kernel} for {self.request.engine}"
-        return f"{words} ({found.environment.device})"
+        evidence = self.table.evidence
+        return f"{calls_words(evidence.coverage)}; {where_words(evidence)}, for {self.engine}"
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,9 @@ def run_list(args: argparse.Namespace) -> int:
     selection = _all_in(folder) if args.table is None else select(args.table)
     lines = []
     for found in selection.tables:
-        measured = f"measured {found.table.evidence.created}: {summary(found.table)}"
-        lines += [found.path.name, f"  {found.describe()}", f"  {measured}"]
+        measured = f"{settled_words(found.table)}; measured {found.table.evidence.created}"
+        lines += [result_line(found.table), f"  {found.describe()}", f"  {measured}"]
+        lines.append(f"  {found.path.name}")
     lines += [f"{path.name}: not usable, {why}" for path, why in selection.unusable]
     entries = [_entry(found) for found in selection.tables]
     entries += [
@@ -74,18 +82,19 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def _entry(found: Found) -> dict[str, Any]:
-    evidence = found.table.evidence
+    table, evidence = found.table, found.table.evidence
     return {
         "file": str(found.path),
         "usable": True,
-        "engine": found.request.engine,
+        "engine": found.engine,
+        "title": title_words(evidence.coverage),
         "coverage": asdict(evidence.coverage),
         "kernel": evidence.kernel,
         "environment": asdict(evidence.environment),
         "candidates": evidence.candidates,
         "measured": evidence.created,
-        "settled": not found.table.open_counts,
-        "summary": summary(found.table),
+        "savings": {situation.value: asdict(savings(table, situation)) for situation in Situation},
+        "result": result_line(table),
     }
 
 
@@ -100,10 +109,9 @@ def run_show(args: argparse.Namespace) -> int:
     selection = select(args.table)
     lines = [selection.where]
     for found in selection.tables:
-        lines += [headline(found.table, measured_now=False), *bucket_table(found.table)]
-        lines += [*advice(found.table), ""]
+        lines += [*table_lines(found.table, measured_now=False), *advice(found.table), ""]
     # One table is itself, so that its JSON can be read again; several are a report.
-    plain = [json.loads(to_text(found.request, found.table)) for found in selection.tables]
+    plain = [json.loads(to_text(found.stored.request, found.table)) for found in selection.tables]
     output.report(args, lines[:-1], plain[0] if len(plain) == 1 else plain)
     return 0
 
@@ -210,7 +218,7 @@ def select(table: str | None) -> Selection:
     """
     folder = cache_folder_here()
     if table is None:
-        path = _newest(folder)
+        path = max(stored_files(folder), key=_written, default=None)
         if path is None:
             raise UsageError(
                 f"nothing is kept in {folder}: run `adaptive-moe calibrate`, or give --table FILE"
@@ -226,7 +234,8 @@ def select(table: str | None) -> Selection:
         return Selection(tuple(_read(path)), str(path))
     if path.is_absolute() or (path.suffix == ".json" and path.parent != Path(".")):
         raise UsageError(f"{path} does not exist: give a file, or part of a name in {folder}")
-    paths = _with_name(folder, table) or _of_model(folder, table)
+    paths = [path for path in stored_files(folder) if table.lower() in path.name]
+    paths = paths or _of_model(folder, table)
     if not paths:
         raise UsageError(
             f"--table={table!r} is no file, no part of a name in {folder} and no model with a "
@@ -251,13 +260,14 @@ def _all_in(folder: Path) -> Selection:
     tables, unusable = [], []
     for path in stored_files(folder):
         try:
-            stored = read_file(path)
-            name = f"{stored.key.name}.json"
+            found = Found(read_file(path), path)
+            name = f"{found.stored.key.name}.json"
             if name != path.name:
                 raise ValueError(f"its content belongs into {name}")
-            tables.append(_found(stored, path))
+            found.table  # noqa: B018  raises where the evidence is not whole
+            tables.append(found)
         except (OSError, ValueError) as error:
-            unusable.append((path, str(error)))
+            unusable.append((path, getattr(error, "strerror", None) or str(error)))
     return Selection(tuple(tables), str(folder), tuple(unusable))
 
 
@@ -265,39 +275,23 @@ def _start_of(latest: Found) -> Selection:
     """The tables that were kept for the same engine, kernel and machine as this one."""
 
     def origin(found: Found) -> tuple[Any, ...]:
-        evidence = found.table.evidence
-        return found.request.engine, evidence.kernel, evidence.environment
+        return found.engine, found.table.evidence.kernel, found.table.evidence.environment
 
     folder = latest.path.parent
     tables = tuple(f for f in _all_in(folder).tables if origin(f) == origin(latest))
-    return Selection(tables, f"{folder}, {latest.request.engine}")
+    return Selection(tables, f"{folder}, {latest.engine}")
 
 
 def _read(path: Path) -> Iterator[Found]:
     """The tables of one file."""
-    for stored in read_any(path):
-        yield _found(stored, path)
-
-
-def _found(stored: StoredTable, path: Path) -> Found:
-    return Found(stored.table, path, stored.request)
-
-
-def _newest(folder: Path) -> Path | None:
-    """The stored file that was written last; None where there is none."""
-    return max(stored_files(folder), key=_written, default=None)
+    return (Found(stored, path) for stored in read_any(path))
 
 
 def _written(path: Path) -> float:
     try:
-        return path.lstat().st_mtime
-    except FileNotFoundError:  # removed meanwhile
+        return path.stat().st_mtime
+    except OSError:  # removed meanwhile
         return 0.0
-
-
-def _with_name(folder: Path, part: str) -> list[Path]:
-    """The stored files whose name contains that text, in any case, by name."""
-    return [path for path in stored_files(folder) if part.lower() in path.name]
 
 
 def _of_model(folder: Path, name: str) -> list[Path]:

@@ -1,7 +1,7 @@
 """Where a SortingShape comes from: a known model, a Hugging Face id or config, or numbers."""
 
 from adaptive_moe.models.config import model_from_config
-from adaptive_moe.models.known import find_model, hub_config, known_models
+from adaptive_moe.models.known import find_model, hub_config, known_models, title_of
 from adaptive_moe.models.model import FUSED, Model, ModelError
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "hub_config",
     "known_models",
     "model_from_config",
+    "title_of",
 ]

@@ -3,30 +3,21 @@ whose config lies in the local Hugging Face cache. Nothing here reaches for the 
 """
 
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from adaptive_moe.models.config import CONFIG_FILES, model_from_config
 from adaptive_moe.models.model import FUSED, Model, ModelError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 HUB = "https://huggingface.co/"
 
 
 def known_models() -> dict[str, Model]:
     """Every model of calibration/models.toml, and NAME-fused where it has shared experts."""
-    models: dict[str, Model] = {}
-    for name, facts in _facts().items():
-        models[name] = model = _model(name, facts)
-        if model.shared_experts:
-            models[name + FUSED] = model.fused()
-    return models
+    return dict(_models(_facts()))
 
 
 def find_model(name: str, *, fuse_shared: bool = False) -> Model:
@@ -58,6 +49,20 @@ def find_model(name: str, *, fuse_shared: bool = False) -> Model:
     return found.fused() if fuse_shared and not found.name.endswith(FUSED) else found
 
 
+@cache
+def title_of(num_experts: int, topk: int, model_dim: int) -> str:
+    """What people call the models with such a sort, such as `DeepSeek-V3`; empty where none is
+    known. Never raises: a log line must not depend on it."""
+    try:
+        facts = _facts()
+        models = [(_title(facts[name.removesuffix(FUSED)], name), m) for name, m in _models(facts)]
+    except Exception:
+        return ""
+    shape = (num_experts, topk, model_dim)
+    same = [title for title, m in models if (m.num_experts, m.topk, m.model_dim) == shape]
+    return " or ".join(same)
+
+
 def hub_config(model_id: str, environ: Mapping[str, str] = os.environ) -> Path | None:
     """The config of that id in the local Hugging Face cache, or None. Never downloads."""
     if model_id.count("/") != 1:  # OWNER/NAME
@@ -83,8 +88,34 @@ def _facts() -> dict[str, dict[str, Any]]:
     installed = Path(__file__).with_name("models.toml")
     in_tree = Path(__file__).parents[2] / "calibration/models.toml"
     path = installed if installed.exists() else in_tree
-    facts: dict[str, dict[str, Any]] = tomllib.loads(path.read_bytes().decode())
+    facts: dict[str, dict[str, Any]] = _toml(path.read_bytes().decode())
     return facts
+
+
+def _toml(text: str) -> Any:
+    for name in ("tomllib", "tomli"):  # the first since Python 3.11
+        try:
+            return import_module(name).loads(text)
+        except ModuleNotFoundError:
+            continue
+    raise ModelError(
+        "models by name need the package tomli on Python 3.10: pip install tomli; or give "
+        "--config PATH, or --experts, --topk and --hidden"
+    )
+
+
+def _models(all_facts: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Model]]:
+    for name, facts in all_facts.items():
+        model = _model(name, facts)
+        yield name, model
+        if model.shared_experts:
+            yield name + FUSED, model.fused()
+
+
+def _title(facts: Mapping[str, Any], name: str) -> str:
+    """The model's own name, out of the address its numbers were read at."""
+    title = str(facts["source"]).removeprefix(HUB).split("/")[1]
+    return f"{title} with its shared experts" if name.endswith(FUSED) else title
 
 
 def _model(name: str, facts: Mapping[str, Any]) -> Model:

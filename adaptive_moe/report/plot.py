@@ -2,8 +2,8 @@
 
 Made for print and for every reader: candidates differ in marker, line and hatch as well as in
 colour (Okabe and Ito's, which colour-blind readers tell apart). Above, the time of each candidate;
-below it, what each saves of the baseline's time with its interval; at the bottom a band with what
-is applied. Hollow markers are unsettled.
+below it, what each saves of the baseline's time with its interval; at the bottom a band with who
+sorts. Hollow markers are not settled; an arrow at the edge stands for a loss beyond it.
 """
 
 import io
@@ -11,18 +11,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import log2
 from pathlib import Path
 from typing import Any
 
-from adaptive_moe.policy.decision import Result, Standing
 from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.policy.verdict import OPEN, Judgement
 from adaptive_moe.report.words import (
     calls_words,
     candidate_words,
-    sections,
+    measured,
     situation_words,
     time_us,
+    title_words,
+    where_words,
 )
 
 FORMATS = ("png", "svg")
@@ -30,6 +33,9 @@ FORMATS = ("png", "svg")
 MOST_LOST = 0.6
 # Intervals at one count are drawn beside each other.
 APART = 1.012
+# Labels of the band and of tokens nearer than this share of the axis would run into each other.
+LABEL_SHARE = 0.07
+MOST_TICKS = 9
 MARGIN_LINE = (0, (1, 2))
 
 
@@ -49,7 +55,7 @@ STYLES = (
     Style("#0072B2", "s", "--", "////"),
     Style("#D55E00", "^", "-.", "\\\\\\\\"),
     Style("#009E73", "D", ":", "xxxx"),
-    Style("#CC79A7", "v", "-", "----"),
+    Style("#CC79A7", "p", "-", "----"),
     Style("#56B4E9", "P", "--", "||||"),
     Style("#E69F00", "X", "-.", "++++"),
     Style("#666666", "*", ":", "//||"),
@@ -80,29 +86,30 @@ def draw(table: PolicyTable, image_format: str = "svg") -> bytes:
     return as_file(figure_of(table), image_format)
 
 
-def figure_of(table: PolicyTable) -> Any:
+def figure_of(table: PolicyTable, *, titled: bool = True) -> Any:
     """The plot of a table as matplotlib's Figure. ValueError as of `draw`."""
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    found = table.evidence
-    measured = list(sections(found))
-    figure = Figure(figsize=(max(4.4 * len(measured), 6.4) + 2.4, 5.6), layout="constrained")
+    situations = list(measured(table))
+    figure = Figure(figsize=(11.0, 6.4), layout="constrained")
     grid: Any = figure.subplots(
-        3, len(measured), squeeze=False, sharex="col", height_ratios=(3.0, 2.0, 0.35)
+        3, len(situations), squeeze=False, sharex="col", height_ratios=(3.0, 2.0, 0.3)
     )
-    for column, situation in enumerate(measured):
+    for column, situation in enumerate(situations):
         times, savings, band = grid[:, column]
         _draw_points(times, savings, table, situation)
         _draw_band(band, table, situation)
-        times.set_title(situation_words(found, situation), fontsize=10)
+        times.set_title(f"{situation_words(situation)} calls", fontsize=10)
     _draw_legend(figure, table)
-    figure.suptitle(
-        f"{calls_words(found.coverage)}\n{found.kernel}, {found.environment.device}",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
+    if titled:
+        coverage = table.evidence.coverage
+        figure.suptitle(
+            f"{title_words(coverage)}: {calls_words(coverage)}\n{where_words(table.evidence)}",
+            fontsize=10,
+            x=0.01,
+            ha="left",
+        )
     return figure
 
 
@@ -119,8 +126,9 @@ def as_file(figure: Any, image_format: str) -> bytes:
 
 
 def inline_svg(table: PolicyTable, prefix: str) -> str:
-    """The plot as an <svg> element for a page with several: ids begin with the prefix."""
-    text = draw(table).decode()
+    """The plot as an <svg> element for a page with several: ids begin with the prefix. The page's
+    own heading says what it shows."""
+    text = as_file(figure_of(table, titled=False), "svg").decode()
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text)
     return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -129,23 +137,21 @@ def inline_svg(table: PolicyTable, prefix: str) -> str:
 def _draw_points(times: Any, savings: Any, table: PolicyTable, situation: Situation) -> None:
     from matplotlib.ticker import LogFormatter, PercentFormatter
 
-    found = table.evidence
-    for index, name in enumerate(found.candidates):
+    for index, name in enumerate(table.evidence.candidates):
         style = STYLES[index % len(STYLES)]
         points = list(_points(table, situation, name))
         if not points:
             continue
-        counts = [count for count, _, _ in points]
         line = {"color": style.colour, "ls": style.line, "lw": 1.2}
-        times.plot(counts, [us for _, us, _ in points], **line)
-        for count, us, result in points:
-            _mark(times, count, us, style, result)
-        gains = [(count, r) for count, _, r in points if r.gain is not None]
-        savings.plot([c for c, _ in gains], [_shown(r.gain) for _, r in gains], **line)
-        for count, result in gains:
-            _mark(savings, count, _shown(result.gain), style, result)
-            if result.gain_low is not None and result.gain_high is not None:
-                ends = (_shown(result.gain_low), _shown(result.gain_high))
+        times.plot([count for count, _, _ in points], [us for _, us, _ in points], **line)
+        for count, us, judgement in points:
+            _mark(times, count, us, style, judgement)
+        gains = [(count, j) for count, _, j in points if j.gain is not None]
+        savings.plot([c for c, _ in gains], [_shown(j.gain) for _, j in gains], **line)
+        for count, judgement in gains:
+            _mark(savings, count, _shown(judgement.gain), style, judgement)
+            if judgement.gain_low is not None and judgement.gain_high is not None:
+                ends = (_shown(judgement.gain_low), _shown(judgement.gain_high))
                 savings.vlines(count * APART**index, *ends, color=style.colour, lw=1.0)
     for axes in (times, savings):
         axes.set_xscale("log", base=2)
@@ -155,58 +161,73 @@ def _draw_points(times: Any, savings: Any, table: PolicyTable, situation: Situat
     times.yaxis.set_major_formatter("{x:g}")
     times.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.6)))
     times.set_ylabel("us a call")
-    savings.axhline(found.rule.margin, color="grey", lw=0.9, ls=MARGIN_LINE)
-    savings.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    savings.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    savings.axhline(table.evidence.rule.margin, color="grey", ls=MARGIN_LINE, lw=1.0)
     savings.set_ylabel("time saved")
 
 
 def _draw_band(axes: Any, table: PolicyTable, situation: Situation) -> None:
-    """What is applied at each count, with the counts where it changes."""
-    found = table.evidence
+    names = table.evidence.candidates
     runs = table.runs(captured=situation is Situation.GRAPH)
-    least = found.coverage.counts(situation)[0]
-    shown = found.coverage.busy_from - 1 if situation is Situation.IDLE else runs[-1][1]
+    least, most = runs[0][0], runs[-1][1]
+    low, high = 0.9 * least, max(most, 2 * least) * 1.1
+    labelled, begins = 0.0, max(least - 0.5, 0.75)
     for first, last, name in runs:
-        style = STYLES[found.candidates.index(name) % len(STYLES)]
-        # Spans meet halfway between counts, so that the band has no gaps.
-        axes.axvspan(max(first - 0.5, 0.75), last + 0.5, **_fill(style))
-        if least < first <= shown:
+        style = STYLES[names.index(name) % len(STYLES)]
+        # Each span begins where the one before ends, so that the band has no gaps.
+        axes.axvspan(begins, last + 0.5, **_fill(style))
+        begins = last + 0.5
+        place = log2(first / low) / log2(high / low)
+        if first > least and place - labelled >= LABEL_SHARE:
+            labelled = place
             where = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
             axes.annotate(str(first), (first, 1.04), fontsize=7, **where)
     axes.set_yticks([])
     axes.set_ylim(0, 1)
+    axes.set_xlim(low, high)
+    axes.set_xticks(_ticks(least, most))
+    axes.minorticks_off()
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlim(0.9 * least, max(shown, 2 * least) * 1.1)
     axes.set_xlabel("tokens")
-    axes.set_ylabel("applied", rotation=0, ha="right", va="center")
+    axes.set_ylabel("sorted by", rotation=0, ha="right", va="center")
+
+
+def _ticks(least: int, most: int) -> list[int]:
+    """Powers of two within the axis, so many that their labels have room."""
+    first, last = (least - 1).bit_length(), max(most.bit_length() - 1, (least - 1).bit_length())
+    step = -(-(last - first + 1) // MOST_TICKS)
+    return [1 << k for k in range(first, last + 1, step)]
 
 
 def _draw_legend(figure: Any, table: PolicyTable) -> None:
-    """Beside the data, a line and a piece of the band a candidate."""
+    """Beneath the data, so that it has the whole width: a line and a piece of the band each."""
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    found = table.evidence
+    rule = table.evidence.rule
     handles: list[Any] = []
     labels = []
-    for index, name in enumerate(found.candidates):
+    for index, name in enumerate(table.evidence.candidates):
         style = STYLES[index % len(STYLES)]
         line = Line2D([], [], color=style.colour, ls=style.line, marker=style.marker, ms=4.5)
         handles.append((line, Patch(**_fill(style))))
         labels.append(candidate_words(name) + (", baseline" if index == 0 else ""))
     handles.append(Line2D([], [], color="grey", ls="", marker="o", mfc="white"))
+    labels.append("hollow: not settled")
+    handles.append(Line2D([], [], color="grey", ls="", marker="v"))
+    labels.append(f"at the edge: loses more than {MOST_LOST:.0%}")
     handles.append(Line2D([], [], color="grey", ls=MARGIN_LINE))
+    labels.append(f"margin, {rule.margin:.1%}; bars: {rule.confidence:.0%} intervals")
     figure.legend(
         handles=handles,
-        labels=[*labels, "hollow: unsettled", f"margin, {found.rule.margin:.1%}"],
+        labels=labels,
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0.6)},
         handlelength=4.5,
-        loc="outside right upper",
+        loc="outside lower center",
+        ncols=3,
         fontsize=8,
         frameon=False,
-        title="line; band: applied",
-        title_fontsize=8,
     )
 
 
@@ -219,22 +240,23 @@ def _fill(style: Style) -> dict[str, Any]:
 
 def _points(
     table: PolicyTable, situation: Situation, name: str
-) -> Iterator[tuple[int, float, Result]]:
-    """(tokens, us, result) where the candidate was timed. The first fill speaks for a bucket."""
-    for bucket in table.evidence.section(situation):
-        verdict = bucket.fills[0].verdict
-        result, us = verdict.result(name), time_us(verdict, name)
-        if result is not None and us is not None:
-            yield bucket.num_tokens, us, result
+) -> Iterator[tuple[int, float, Judgement]]:
+    """(tokens, us, judgement) where the candidate was timed. The first fill speaks for a count."""
+    for choice in table.choices(situation):
+        view = choice.device[0]
+        us = time_us(view, name)
+        if us is not None:
+            yield choice.num_tokens, us, view.judgement(name)
 
 
-def _mark(axes: Any, x: float, y: float, style: Style, result: Result) -> None:
-    unsettled = result.standing is Standing.UNSETTLED
+def _mark(axes: Any, x: float, y: float, style: Style, judgement: Judgement) -> None:
+    is_beyond = y == -MOST_LOST
     axes.plot(
-        *([x], [y], style.marker),
+        *([x], [y], "v" if is_beyond else style.marker),
         ms=4.5,
         mec=style.colour,
-        mfc="white" if unsettled else style.colour,
+        mfc="white" if judgement.standing in OPEN else style.colour,
+        clip_on=not is_beyond,
     )
 
 

@@ -1,4 +1,5 @@
-"""A table in lines of text: the headline of logs, the bucket table, what to do where much is open.
+"""Tables in lines of text: the one line of a start, a table's result, its counts, what to do where
+much is open.
 
 Whoever prints one takes it from here; the words are those of words.py.
 """
@@ -6,170 +7,250 @@ Whoever prints one takes it from here; the words are those of words.py.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from adaptive_moe.policy.decision import OUT, Standing
-from adaptive_moe.policy.evidence import Bucket, Calibration
 from adaptive_moe.policy.coverage import Situation
-from adaptive_moe.policy.table import PolicyTable, Run
+from adaptive_moe.policy.savings import savings
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.policy.verdict import Choice, Standing
 from adaptive_moe.report.words import (
-    bucket_words,
+    CPU_KERNEL,
+    TUNES_NOTHING,
+    between_words,
     calls_words,
     candidate_words,
+    measured,
     percent,
     plural,
-    sections,
     situation_words,
+    span_words,
     time_us,
-    was_measured,
+    title_words,
+    verdict_words,
+    view_label,
+    where_words,
 )
 
-# From this share of open buckets on, a reader is told what to do about it.
+# From this share of open counts on, a reader is told what to do about it.
 MANY_OPEN = 0.25
-UNSETTLED, UNMEASURED = "unsettled", "not measured"
+# Columns of the one line of a start.
+MOST_COLUMNS = 120
+UNSETTLED, UNMEASURED = "not settled", "not measured"
 
 
-def summary(table: PolicyTable) -> str:
-    """What is applied, and what became of the buckets that stay with the baseline. Such as
-    `policy 1 (one-shot) up to 24 tokens, policy 0 (AITER's rule) from 25; kept: 3 buckets tied`."""
-    eager = _applied(table.runs())
-    if table.graph == table.eager:
-        return eager + _kept_words(table.evidence)
-    graph = _applied(table.runs(captured=True))
-    return f"graph: {graph} | eager: {eager}{_kept_words(table.evidence)}"
+def start_line(tables: Sequence[PolicyTable], *, continues: bool = True) -> str:
+    """The one line of a start that chose by these tables, for whoever greps the log.
 
-
-def headline(table: PolicyTable, *, measured_now: bool = True) -> str:
-    """One line: what was calibrated, on what, what was decided, and how long that took or when it
-    was."""
-    found = table.evidence
-    when = f"{found.seconds:.2f} s" if measured_now else f"as measured {found.created}"
-    return (
-        f"{calls_words(found.coverage)}, on {found.kernel} ({found.environment.device}), baseline "
-        f"{candidate_words(found.coverage.baseline)}: {summary(table)}; {gains(table)}; {when}"
-    )
-
-
-def kept(found: Calibration) -> str:
-    """How many buckets stay with the baseline, by why, such as `3 buckets tied`."""
-    return ", ".join(f"{plural(n, 'bucket')} {why}" for why, n in sorted(_kept(found).items()))
-
-
-def gains(table: PolicyTable) -> str:
-    """What the buckets save whose winner is applied where they were measured."""
-    found = table.evidence
-    won = [
-        bucket
-        for situation in sections(found)
-        for bucket in found.section(situation)
-        if bucket.candidate != found.coverage.baseline
-        and bucket.candidate
-        == table.candidate(bucket.num_tokens, captured=situation is Situation.GRAPH)
-    ]
-    gains = [
-        result.gain
-        for bucket in won
-        for verdict in bucket.verdicts
-        if (result := verdict.result(bucket.candidate)) is not None and result.gain is not None
-    ]
+    continues: will the next start measure what is open? Such as `adaptive_moe: on, 2 shapes,
+    captured calls save 3 to 12% of the sort at 14 of 51 counts; details below`.
+    """
+    if not tables:
+        return "adaptive_moe: no table, so nothing changes; the warnings above say why"
+    counts = sum(savings(t, s).counts for t in tables for s in Situation)
+    open_counts = sum(table.open_counts for table in tables)
+    left = f"{open_counts} of {plural(counts, 'count')} unsettled"
+    gains = [words for situation in Situation if (words := _gains_of(tables, situation))]
     if not gains:
-        return "saves nothing"
-    low, high = f"{min(gains):.0%}", f"{max(gains):.0%}"
-    span = low if low == high else f"{low} to {high}"
-    return f"saves {span} at {plural(len(won), 'bucket')}"
+        if not open_counts:
+            return f"adaptive_moe: no gain found at {plural(counts, 'count')}, all settled"
+        then = "the next start continues" if continues else "measured as often as starts do"
+        return f"adaptive_moe: no gain found; {left}, {then}"
+    head = f"adaptive_moe: on, {plural(len(tables), 'shape')}"
+    for more in (gains, gains[:1]):
+        line = f"{head}, {', '.join(more)}; details below"
+        if len(line) <= MOST_COLUMNS:
+            break
+    return line
+
+
+def fixed_line(policy: int, variable: str, value: str) -> str:
+    """The one line of a start with a fixed policy, which that variable asked for."""
+    return f"adaptive_moe: policy {policy} for every call ({variable}={value})"
+
+
+def result_line(table: PolicyTable) -> str:
+    """What came out of it, in one sentence, such as `DeepSeek-V3, block 32, on AMD Instinct MI300X:
+    captured calls, 3 to 12% off the sort at 9 to 24 tokens; the baseline elsewhere`."""
+    evidence = table.evidence
+    gained = [words for situation in measured(table) if (words := _off(table, situation))]
+    if gained:
+        said = f"{'; '.join(gained)}; the baseline elsewhere"
+        if all(_is_everywhere(table, situation) for situation in measured(table)):
+            said = "; ".join(gained)
+    else:
+        said = f"no gain found, the baseline everywhere{_open_words(table)}"
+    return f"{title_words(evidence.coverage)}, on {evidence.environment.device}: {said}"
+
+
+def table_lines(
+    table: PolicyTable, *, measured_now: bool = True, with_counts: bool = True
+) -> list[str]:
+    """A table as a log has it: its result first; beneath what it is for, who sorts, why the
+    baseline was kept, where and when it was measured; and with_counts a line for each count."""
+    evidence = table.evidence
+    when = f"in {evidence.seconds:.2f} s" if measured_now else f"at {evidence.created}"
+    lines = [
+        result_line(table),
+        f"  {calls_words(evidence.coverage)}",
+        f"  baseline {candidate_words(evidence.coverage.baseline)}; "
+        f"{where_words(evidence)}; measured {when}",
+        *(f"  {situation_words(s)}: {_who_sorts(table, s)}" for s in measured(table)),
+    ]
+    if why := kept_words(table):
+        lines.append(f"  the baseline stays at {why}")
+    if evidence.kernel == CPU_KERNEL:
+        lines.append(f"  {TUNES_NOTHING}")
+    return [*lines, *(bucket_table(table) if with_counts else ())]
+
+
+def settled_words(table: PolicyTable) -> str:
+    """Such as `12 of 14 counts settled`, with how many starts it took."""
+    counts = sum(len(table.choices(situation)) for situation in Situation)
+    starts = plural(table.evidence.starts, "start")
+    return f"{counts - table.open_counts} of {plural(counts, 'count')} settled in {starts}"
+
+
+def kept_words(table: PolicyTable) -> str:
+    """How many counts stay with the baseline, by why, such as `3 counts tied`."""
+    return ", ".join(f"{plural(n, 'count')} {why}" for why, n in sorted(_kept(table).items()))
 
 
 def bucket_table(table: PolicyTable) -> list[str]:
     """The evidence as aligned lines, a block a situation: us of each candidate (empty where nothing
     was measured), what the winner saves, rounds, and the verdict in words."""
-    found = table.evidence
     lines: list[str] = []
-    measured = list(sections(found))
-    for situation in measured:
-        if len(measured) > 1:
-            lines.append(situation_words(found, situation))
-        lines += _aligned([bucket_heads(found), *bucket_rows(found, situation)])
+    situations = list(measured(table))
+    for situation in situations:
+        if len(situations) > 1:
+            lines.append(situation_words(situation))
+        lines += _aligned([bucket_heads(table), *bucket_rows(table, situation)])
     return lines
 
 
-def bucket_heads(found: Calibration) -> list[str]:
+def bucket_heads(table: PolicyTable) -> list[str]:
     """The columns of `bucket_rows`."""
-    return ["tokens", *(f"{name} us" for name in found.candidates), "saves", "rounds", "verdict"]
+    names = table.evidence.candidates
+    return ["tokens", *(f"{name} us" for name in names), "saves", "rounds", "verdict"]
 
 
-def bucket_rows(found: Calibration, situation: Situation) -> Iterator[list[str]]:
-    """One row of cells a bucket, or a row a fill where a bucket has several."""
-    for bucket in found.section(situation):
-        for fill in bucket.fills:
-            verdict = fill.verdict
-            took = [time_us(verdict, name) for name in found.candidates]
+def bucket_rows(table: PolicyTable, situation: Situation) -> Iterator[list[str]]:
+    """A row of cells for each measured count, or for each view of it where it has several."""
+    evidence = table.evidence
+    for choice in table.choices(situation):
+        for view in choice.verdicts:
+            took = [time_us(view, name) for name in evidence.candidates]
             times = ["" if us is None else f"{us:.1f}" for us in took]
-            chosen = verdict.result(bucket.candidate)
-            left = bucket.candidate != found.coverage.baseline and chosen is not None
-            tokens = str(bucket.num_tokens)
-            if len(bucket.fills) > 1:
-                tokens += f" ({100 * fill.fraction:.3g}% real)"
-            saves = percent(chosen.gain) if left and chosen else ""
-            rounds = str(verdict.rounds or "")
-            yield [tokens, *times, saves, rounds, bucket_words(bucket, [verdict])]
+            is_kept = choice.candidate == choice.baseline
+            saves = "" if is_kept else percent(view.judgement(choice.candidate).gain)
+            words = verdict_words(choice, view, evidence.rule.confidence)
+            yield [view_label(choice, view), *times, saves, str(view.rounds or ""), words]
 
 
 def advice(table: PolicyTable) -> list[str]:
     """What to do where much was left open; nothing where little was."""
-    found = table.evidence
-    why = _kept(found)
+    evidence, why = table.evidence, _kept(table)
+    counts = sum(len(table.choices(situation)) for situation in Situation)
     open_still = [f"{why[word]} {word}" for word in (UNSETTLED, UNMEASURED) if why[word]]
-    if why[UNSETTLED] + why[UNMEASURED] < MANY_OPEN * len(found.buckets):
+    if why[UNSETTLED] + why[UNMEASURED] < MANY_OPEN * counts:
         return []
     # One that ended before its budget did had nothing left that promised enough.
     more = ""
-    if found.seconds >= found.budget_s:
-        more = f", or give more time, such as {4 * found.budget_s:g} s "
+    if evidence.seconds >= evidence.budget_s:
+        more = f", or give more time, such as {4 * evidence.budget_s:g} s "
         more += "(--budget, ADAPTIVE_MOE_BUDGET_S)"
     return [
-        f"{' and '.join(open_still)} of {plural(len(found.buckets), 'bucket')}: times varied too "
-        "much to tell a gain from noise, so these stay with the baseline.",
+        f"{' and '.join(open_still)} of {plural(counts, 'count')}: times varied too much to tell a "
+        "gain from noise, so these stay with the baseline.",
         f"Other work on this machine is the usual cause: calibrate again when it is quiet{more}. "
         "What is settled is not measured again.",
     ]
 
 
-def _applied(runs: Sequence[Run]) -> str:
+def changed_spans(table: PolicyTable, situation: Situation) -> list[tuple[int, int]]:
+    """First and last of the token counts in a row that get another candidate than the baseline."""
+    spans: list[tuple[int, int]] = []
+    extends = False
+    for first, last, name in table.runs(captured=situation is Situation.GRAPH):
+        changed = name != table.evidence.coverage.baseline
+        if changed and extends:
+            spans[-1] = (spans[-1][0], last)
+        elif changed:
+            spans.append((first, last))
+        extends = changed
+    return spans
+
+
+def _gains_of(tables: Sequence[PolicyTable], situation: Situation) -> str:
+    """Such as `captured calls save 3 to 12% of the sort at 14 of 51 counts`, or nothing."""
+    found = [savings(table, situation) for table in tables]
+    gains = [(one.least, one.most) for one in found if one.least is not None]
+    if not gains:
+        return ""
+    least = min(low for low, _ in gains if low is not None)
+    most = max(high for _, high in gains if high is not None)
+    counts = f"{sum(one.improved for one in found)} of {sum(one.counts for one in found)}"
+    return (
+        f"{situation_words(situation)} calls save {between_words(least, most)} of the sort at "
+        f"{counts} counts"
+    )
+
+
+def _off(table: PolicyTable, situation: Situation) -> str:
+    """Such as `captured calls, 3 to 12% off the sort at 9 to 24 tokens`; nothing without a gain."""
+    found, spans = savings(table, situation), changed_spans(table, situation)
+    if found.least is None or found.most is None or not spans:
+        return ""
+    gain = between_words(found.least, found.most)
+    return f"{situation_words(situation)} calls, {gain} off the sort at {span_words(spans)}"
+
+
+def _is_everywhere(table: PolicyTable, situation: Situation) -> bool:
+    runs = table.runs(captured=situation is Situation.GRAPH)
+    return all(name != table.evidence.coverage.baseline for _, _, name in runs)
+
+
+def _open_words(table: PolicyTable) -> str:
+    counts = sum(len(table.choices(situation)) for situation in Situation)
+    return f"; {table.open_counts} of {counts} counts not settled" if table.open_counts else ""
+
+
+def _who_sorts(table: PolicyTable, situation: Situation) -> str:
+    """Such as `policy 1 (one-shot) 2 to 24, else policy 0 (AITER's rule)`."""
+    runs = table.runs(captured=situation is Situation.GRAPH)
+    baseline = table.evidence.coverage.baseline
     if len(runs) == 1:
-        return f"{candidate_words(runs[0][2])} at every token count"
+        return f"{candidate_words(runs[0][2])} at every count"
     pieces = []
-    for first, last, name in runs:
-        words = candidate_words(name)
-        if first == 1:
-            pieces.append(f"{words} up to {plural(last, 'token')}")
-        elif (first, last, name) == runs[-1]:
-            pieces.append(f"{words} from {first}")
-        else:
-            pieces.append(f"{words} at {first}" if first == last else f"{words} {first} to {last}")
-    return ", ".join(pieces)
+    for name in dict.fromkeys(name for *_, name in runs if name != baseline):
+        spans = [(first, last) for first, last, one in runs if one == name]
+        words = [f"{first}" if first == last else f"{first} to {last}" for first, last in spans]
+        pieces.append(f"{candidate_words(name)} at {', '.join(words)}")
+    if any(name == baseline for *_, name in runs):
+        pieces.append(f"else {candidate_words(baseline)}")
+    return "; ".join(pieces)
 
 
-def _kept_words(found: Calibration) -> str:
-    why = kept(found)
-    return f"; baseline kept: {why}" if why else ""
+def _kept(table: PolicyTable) -> Counter[str]:
+    """How many counts stay with the baseline, by why."""
+    choices = [choice for situation in Situation for choice in table.choices(situation)]
+    return Counter(_why_kept(choice) for choice in choices if choice.candidate == choice.baseline)
 
 
-def _kept(found: Calibration) -> Counter[str]:
-    """How many buckets stay with the baseline, by why."""
-    return Counter(_why_kept(b) for b in found.buckets if b.candidate == found.coverage.baseline)
-
-
-def _why_kept(bucket: Bucket) -> str:
-    results = [r for verdict in bucket.verdicts for r in verdict.results]
-    failed = {r.candidate: r.standing for r in results if r.standing in OUT[1:]}
+def _why_kept(choice: Choice) -> str:
+    judgements = [j for view in choice.verdicts for j in view.judgements]
+    failed = {
+        j.candidate: j.standing
+        for j in judgements
+        if j.standing in (Standing.WRONG, Standing.FAILED)
+    }
     if failed:
         return "where " + ", ".join(
             f"{name} {'failed' if standing is Standing.FAILED else 'was wrong'}"
             for name, standing in failed.items()
         )
-    if not all(map(was_measured, bucket.verdicts)):
+    if not choice.was_measured:
         return UNMEASURED
-    if not all(verdict.settled for verdict in bucket.verdicts):
+    if not choice.settled:
         return UNSETTLED
-    tied = any(r.standing is Standing.TIED for r in results)
+    tied = any(j.standing is Standing.TIED for j in judgements)
     return "tied" if tied else "where it is fastest"
 
 

@@ -1,14 +1,16 @@
-"""The words of reports: what candidates and situations are called, and how numbers are written.
+"""The words of reports: what candidates, models and situations are called, and how numbers are
+written.
 
 Logs, the command line, plots and the page all take them from here.
 """
 
 from collections.abc import Iterator, Sequence
 
-from adaptive_moe.policy.coverage import Coverage
-from adaptive_moe.policy.decision import Result, Standing, Verdict
-from adaptive_moe.policy.evidence import Bucket, Calibration
-from adaptive_moe.policy.coverage import Situation
+from adaptive_moe.models import title_of
+from adaptive_moe.policy.coverage import Coverage, Situation
+from adaptive_moe.policy.evidence import Evidence
+from adaptive_moe.policy.table import PolicyTable
+from adaptive_moe.policy.verdict import Choice, Judgement, Standing, Verdict
 
 # What a candidate's name does not say by itself.
 _MEANINGS = {
@@ -17,19 +19,35 @@ _MEANINGS = {
     "policy 2": "multi-phase",
     # What became of a 0 and a 2 where AITER's schema made a bool of it.
     "policy False": "AITER's rule",
-    "policy True": "multi-phase",
+    "policy True": "one-shot",
 }
-_SITUATIONS = {
-    Situation.GRAPH: "graph replay",
-    Situation.BUSY: "eager, device busy",
-    Situation.IDLE: "eager, device idle",
+_SITUATIONS = {Situation.GRAPH: "captured", Situation.EAGER: "eager"}
+_STANDINGS = {
+    Standing.UNSETTLED: "not settled",
+    Standing.UNCONFIRMED: "not confirmed yet",
+    Standing.DROPPED: "far slower",
 }
+# The kernel that every machine has and no engine uses.
+CPU_KERNEL = "cpu"
+TUNES_NOTHING = "measured on the CPU sort, which no engine uses: it shows the method, tunes nothing"
 
 
 def candidate_words(name: str) -> str:
     """Such as `policy 1 (one-shot)`; other sorts' names speak for themselves."""
     meaning = _MEANINGS.get(name)
     return f"{name} ({meaning})" if meaning else name
+
+
+def title_words(coverage: Coverage) -> str:
+    """What a table is called: by the model where its shape is known, such as `DeepSeek-V3, block
+    32`, else by the shape."""
+    shape = coverage.shape
+    name = title_of(shape.num_experts, shape.topk, shape.model_dim)
+    name = name or f"{shape.num_experts} experts, topk {shape.topk}, dim {shape.model_dim}"
+    words = [name, f"block {shape.block_size}"]
+    if shape.local_experts is not None:
+        words.append(f"{shape.local_experts} local experts")
+    return ", ".join(words)
 
 
 def calls_words(coverage: Coverage) -> str:
@@ -41,72 +59,114 @@ def calls_words(coverage: Coverage) -> str:
     return f"{coverage.describe()}, {spans} tokens"
 
 
-def sections(found: Calibration) -> Iterator[Situation]:
+def where_words(evidence: Evidence) -> str:
+    """What was measured on what, such as `aiter 0.1.22 opus, 0123, on AMD Instinct MI300X`."""
+    return f"{evidence.kernel}, on {evidence.environment.device}"
+
+
+def measured(table: PolicyTable) -> Iterator[Situation]:
     """The situations that were measured, in the order they are read."""
-    return (situation for situation in Situation if found.section(situation))
+    return (situation for situation in Situation if table.choices(situation))
 
 
-def situation_words(found: Calibration, situation: Situation) -> str:
-    """What a section is called; one that serves all eager calls is not called busy or idle."""
-    if situation is Situation.BUSY and found.coverage.busy_from == 1 and not found.idle:
-        return "eager"
+def situation_words(situation: Situation) -> str:
     return _SITUATIONS[situation]
 
 
-def was_measured(verdict: Verdict) -> bool:
-    """Was it begun, or decided without?"""
-    return verdict.settled or verdict.rounds > 0
-
-
-def bucket_words(bucket: Bucket, verdicts: Sequence[Verdict]) -> str:
-    """Why the bucket gets what it gets, as far as these verdicts of it go."""
-    if any(map(was_measured, verdicts)):
-        return bucket.reason
-    return f"kept {bucket.candidate}: not measured, no time was left"
+def span_words(spans: Sequence[tuple[int, int]]) -> str:
+    """Such as `9 to 24, 64 and 725 to 1,024 tokens`; of many spans only the ends."""
+    if len(spans) > 3:
+        return f"{len(spans)} spans from {spans[0][0]:,} to {spans[-1][1]:,} tokens"
+    words = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in spans]
+    joined = ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
+    return f"{joined} {'token' if spans == [(1, 1)] else 'tokens'}"
 
 
 def percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{100.0 * fraction:.1f}%"
 
 
-def time_us(verdict: Verdict, candidate: str) -> float | None:
+def between_words(least: float, most: float) -> str:
+    """Such as `3 to 12%`, or `5%` where both ends are that."""
+    low, high = f"{100 * least:.0f}", f"{100 * most:.0f}"
+    return f"{low}%" if low == high else f"{low} to {high}%"
+
+
+def time_us(view: Verdict, candidate: str) -> float | None:
     """What a call took, in microseconds; None for what was not measured.
 
     The baseline's median, and of another what that is less what it saves: rounds are compared in
     pairs, and medians of a machine that changes its speed may contradict them.
     """
-    result, base = verdict.result(candidate), verdict.baseline.median_us
-    if result is None or result.median_us is None:
+    judgement, base = view.judgement(candidate), view.baseline.median_us
+    if judgement.median_us is None:
         return None
-    paired = base * (1.0 - result.gain) if base and result.gain is not None else 0.0
-    return paired or result.median_us
+    paired = base * (1.0 - judgement.gain) if base and judgement.gain is not None else 0.0
+    return paired or judgement.median_us
 
 
-def gain_words(result: Result) -> str:
-    """Such as `saves 20.0% (surely 12.0% to 24.0%)` or `takes 6.2% longer (surely ...)`."""
-    gain, low, high = result.gain or 0.0, result.gain_low, result.gain_high
+def view_label(choice: Choice, view: Verdict) -> str:
+    """The count, and which of several views of it: `64`, `64 (50% real)`, `64 host`."""
+    if view.on_host:
+        return f"{choice.num_tokens} host"
+    if len(choice.device) > 1:
+        return f"{choice.num_tokens} ({100 * view.fraction:.3g}% real)"
+    return str(choice.num_tokens)
+
+
+def gain_words(judgement: Judgement, confidence: float) -> str:
+    """Such as `saves 20.0%, 99% interval 12.0% to 24.0%` or `takes 6.2% longer, ...`."""
+    gain, low, high = judgement.gain or 0.0, judgement.gain_low, judgement.gain_high
+    words = "saves {}"
     if gain < 0.0:
         # The other way round, so that both words and both ends are of positive numbers.
         words, gain = "takes {} longer", -gain
         low, high = (None if end is None else -end for end in (high, low))
-    else:
-        words = "saves {}"
     if low is None or high is None:
         sure = "too few rounds for an interval"
     else:
-        sure = f"surely {percent(low)} to {percent(high)}"
-    return f"{words.format(percent(gain))} ({sure})"
+        sure = f"{confidence:.0%} interval {percent(low)} to {percent(high)}"
+    return f"{words.format(percent(gain))}, {sure}"
 
 
-def result_words(verdict: Verdict, result: Result) -> str:
-    """One candidate of one verdict: where it stands, its time, and what it saves."""
-    line = f"{candidate_words(result.candidate)}: {result.standing.value}"
-    if (took := time_us(verdict, result.candidate)) is not None:
+def standing_words(judgement: Judgement) -> str:
+    """Such as `tied`; `not measured` for what has no time at all."""
+    standing = judgement.standing
+    if standing is Standing.UNSETTLED and judgement.median_us is None:
+        return "not measured"
+    return _STANDINGS.get(standing, standing.value)
+
+
+def verdict_words(choice: Choice, view: Verdict, confidence: float) -> str:
+    """Why the count gets what it gets, as far as this view of it goes."""
+    if not choice.was_measured:
+        return "not measured, no time was left"
+    baseline, *others = view.judgements
+    if choice.candidate != baseline.candidate:
+        others = [view.judgement(choice.candidate)]
+    said = [_short_words(judgement, confidence) for judgement in others]
+    return "; ".join(said) or "it is the only candidate"
+
+
+def judgement_words(view: Verdict, judgement: Judgement, confidence: float) -> str:
+    """One candidate of one view: its standing, its time, and what it saves."""
+    line = f"{candidate_words(judgement.candidate)}: {standing_words(judgement)}"
+    if (took := time_us(view, judgement.candidate)) is not None:
         line += f", {took:.1f} us"
-    if result.gain is not None and result.standing is not Standing.BASELINE:
-        line += f", {gain_words(result)}"
-    return line + (f": {result.reason}" if result.reason else "")
+    if judgement.gain is not None and judgement.standing is not Standing.BASELINE:
+        line += f", {gain_words(judgement, confidence)}"
+    return line + (f": {judgement.reason}" if judgement.reason else "")
 
 
 def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _short_words(judgement: Judgement, confidence: float) -> str:
+    name, standing = judgement.candidate, judgement.standing
+    if standing is Standing.FASTER:
+        return f"{name} {gain_words(judgement, confidence)}"
+    if standing in (Standing.UNSETTLED, Standing.UNCONFIRMED) and judgement.gain is not None:
+        return f"{name} {gain_words(judgement, confidence)}: {standing_words(judgement)}"
+    reason = f" ({judgement.reason})" if judgement.reason else ""
+    return f"{name} {standing_words(judgement)}{reason}"

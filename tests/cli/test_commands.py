@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,14 @@ from adaptive_moe import cli
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.store.folder import Folder, stored_files
-from adaptive_moe.store.text import read_any, report_text
+from adaptive_moe.store.key import Request, key_of
+from adaptive_moe.store.text import read_any, report_text, to_text
 from tests.cli.running import SHAPE, SMALL, run
-from tests.store.making import REQUEST, key_for_table, made_table
-
-ENGINE = REQUEST.engine
+from tests.store.making import REQUEST, made_table
 
 
-def table_of(block_size):
+def deepseek(block_size):
+    """A table of DeepSeek-V3's sort with both situations, in which policy 1 wins everywhere."""
     shape = SortingShape(256, 8, 7168, block_size=block_size)
     return made_table(coverage=Coverage.up_to(shape, 64, (1, 2), busy_from=1))
 
@@ -30,7 +29,7 @@ def calibrated(tmp_path_factory) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     done = run("calibrate", *SMALL, cache=cache)
     assert done.returncode == 0, done.stderr
-    assert "a rehearsal that tunes nothing" in done.stdout
+    assert "tunes nothing" in done.stdout
     assert "policy 0 us" in done.stdout
     assert f"written to {cache}" in done.stdout
     # No terminal: plain lines, no control characters.
@@ -43,9 +42,16 @@ def calibrated(tmp_path_factory) -> Path:
 def engines_cache(tmp_path, monkeypatch):
     """A folder as an engine's warm-up leaves it: two tables."""
     monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", str(tmp_path / "cache"))
-    for table in (table_of(16), table_of(64)):
-        Folder(tmp_path / "cache").write(key_for_table(table), table)
+    for block_size in (16, 64):
+        keep(tmp_path / "cache", deepseek(block_size))
     return tmp_path / "cache"
+
+
+def keep(folder, table, request=REQUEST):
+    """Where it is kept."""
+    key = key_of(request, table.evidence)
+    assert Folder(folder).replace(key, table)
+    return Folder(folder).file(key)
 
 
 def main(capsys, *words, code=0):
@@ -69,10 +75,11 @@ def test_show_says_which_and_its_json_is_the_table(calibrated, monkeypatch, caps
     assert "8 experts, topk 2" in lines[1]
     found = json.loads(main(capsys, "show", "--json"))
     assert found["evidence"]["coverage"]["shape"]["num_experts"] == 8
+    assert read_any(path)[0].table.evidence.kernel == "cpu"
     assert found["applied"]["eager"][-1][1] == 32
 
 
-@pytest.mark.parametrize("which", ["256x8", "GFX942", ENGINE.replace(" ", "-"), "deepseek-v3"])
+@pytest.mark.parametrize("which", ["256x8", "gfx942", "vllm-0.33.0", "deepseek-v3"])
 def test_tables_are_found_by_part_of_a_name_or_by_model(engines_cache, capsys, which):
     out = main(capsys, "show", "--table", which)
     assert out.splitlines()[0] == f"2 files of {engines_cache}"
@@ -81,12 +88,13 @@ def test_tables_are_found_by_part_of_a_name_or_by_model(engines_cache, capsys, w
 
 def test_a_stored_file_a_folder_and_a_report_are_all_read(engines_cache, tmp_path, capsys):
     (first, second) = stored_files(engines_cache)
+    stored = [one for path in (first, second) for one in read_any(path)]
     copied, report = tmp_path / "copied", tmp_path / "report.json"
     shutil.copytree(engines_cache, copied)
-    report.write_text(report_text(path.read_text() for path in (first, second)))
+    report.write_text(report_text(to_text(one.request, one.table) for one in stored))
     for path, number in ((first, 1), (copied, 2), (report, 2)):
-        assert main(capsys, "list", "--table", path).count("measured ") == number
-        assert main(capsys, "show", "--table", path).count("graph replay") == number
+        assert main(capsys, "list", "--table", path).count("; measured ") == number
+        assert main(capsys, "show", "--table", path).count("\ncaptured\n") == number
         assert main(capsys, "explain", "--tokens", 9, "--table", path).count("9 tokens,") == number
         picture = tmp_path / f"{path.stem}.svg"
         main(capsys, "plot", "--output", picture, "--table", path)
@@ -100,15 +108,13 @@ def test_a_stored_file_a_folder_and_a_report_are_all_read(engines_cache, tmp_pat
 
 
 def test_the_page_of_a_start_has_its_tables_and_no_others(engines_cache, tmp_path, capsys):
-    table = table_of(32)
-    key = key_for_table(table, replace(REQUEST, engine="sglang 0.5.23"))
-    folder = Folder(engines_cache)
-    folder.write(key, table)
-    os.utime(folder.file(key), (1, 1))  # older than vLLM's
+    path = keep(engines_cache, deepseek(32), Request("sglang 0.5.23"))
+    os.utime(path, (1, 1))  # older than vLLM's
     main(capsys, "page", tmp_path / "start.html")
     text = (tmp_path / "start.html").read_text()
     assert text.count("<section") == 2
-    assert ENGINE in text
+    assert "vllm 0.33.0" in text
+    assert "DeepSeek-V3, block 16, on AMD Instinct MI300X: captured calls, 30% off" in text
 
 
 def test_explain_says_who_sorts_and_why(engines_cache, capsys):
@@ -117,7 +123,8 @@ def test_explain_says_who_sorts_and_why(engines_cache, capsys):
     assert found["why"][0].startswith(f"9 tokens, eager: {found['candidate']}")
     assert found["captured"] is False
     found = json.loads(main(capsys, "explain", "--tokens", 2, "--graph", "--json", "--table", name))
-    assert "graph replay, measured at 2 tokens" in found["why"][1]
+    assert "2 tokens, captured into a graph" in found["why"][0]
+    assert "measured at 2 tokens" in found["why"][1]
 
 
 def test_plot_says_what_it_wrote_and_writes_pngs_and_standard_output(
@@ -146,11 +153,21 @@ def test_list_names_what_is_kept_and_what_is_not_usable(engines_cache, capsys):
     bad = engines_cache / "something-0123456789abcdef.json"
     bad.write_text("{}")
     lines = main(capsys, "list").splitlines()
-    assert len(lines) == 2 * 3 + 1
-    assert sum(f"for {ENGINE} (AMD Instinct MI300X)" in line for line in lines) == 2
+    assert len(lines) == 2 * 4 + 1
+    assert sum("captured calls, 30% off the sort at 1 to 2 tokens" in line for line in lines) == 2
+    assert sum("5 of 5 counts settled in 1 start; measured 2026" in line for line in lines) == 2
+    assert sum(line.endswith(", for vllm 0.33.0") for line in lines) == 2
     assert any(bad.name in line and "not usable" in line for line in lines)
     entries = json.loads(main(capsys, "list", "--json"))["entries"]
     assert sorted(entry["usable"] for entry in entries) == [False, True, True]
+    (one, _) = (entry for entry in entries if entry["usable"])
+    assert one["savings"]["graph"] == {
+        "counts": 2,
+        "settled": 2,
+        "improved": 2,
+        "least": 0.3,
+        "most": 0.3,
+    }
 
 
 def test_list_of_nothing(tmp_path, monkeypatch, capsys):
@@ -168,14 +185,11 @@ def test_a_renamed_file_is_not_usable(engines_cache, capsys):
 def test_a_second_calibration_measures_only_what_is_open(tmp_path):
     again = [*SMALL, "--max-tokens", "4", "--json"]
     first = json.loads(run("calibrate", *again, cache=tmp_path).stdout)
-    settled = {
-        bucket["num_tokens"]: bucket
-        for bucket in first["busy"]
-        if all(fill["verdict"]["settled"] for fill in bucket["fills"])
-    }
     second = json.loads(run("calibrate", *again, cache=tmp_path).stdout)
-    kept = {bucket["num_tokens"]: bucket for bucket in second["busy"]}
-    assert all(kept[count] == bucket for count, bucket in settled.items())
+    starts = [text["evidence"]["starts"] for text in (first, second)]
+    assert starts == [1, 2]
+    third = json.loads(run("calibrate", *again, "--again", cache=tmp_path).stdout)
+    assert third["evidence"]["starts"] == 1
     assert len(stored_files(tmp_path)) == 1
 
 
@@ -185,7 +199,7 @@ def test_output_is_written_whole_and_may_be_standard_output(tmp_path):
     assert f"written to {file}" in done.stdout
     assert run("show", "--table", str(file), cache=tmp_path).returncode == 0
     done = run("calibrate", *SMALL, "--output", "-", cache=tmp_path / "cache")
-    assert json.loads(done.stdout)["kernel"] == "cpu"
+    assert json.loads(done.stdout)["evidence"]["kernel"] == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +224,7 @@ def test_output_is_written_whole_and_may_be_standard_output(tmp_path):
         (["calibrate", "--config", "/nowhere/config.json"], "cannot be read"),
         (["show", "--table", "/nowhere/x.json"], "does not exist"),
         (["show", "--table", "nothing"], "`adaptive-moe list` prints what is kept"),
-        (["show", "--table", __file__], "is not JSON"),
+        (["show", "--table", __file__], "holds no tables"),
         (["plot", "--output", "times.pdf"], "ends in .svg or .png"),
         (["page", "/proc/nowhere/x.html"], "cannot be written"),
         (["explain", "--tokens", "0"], "--tokens=0"),
@@ -291,7 +305,7 @@ def test_a_full_disk_loses_nothing_that_was_measured(tmp_path, monkeypatch, caps
     assert "policy 0 us" in said.out
     last = said.err.splitlines()[-1]
     assert last.startswith(f"adaptive-moe calibrate: {cache}")
-    assert last.endswith("not written, No space left on device")
+    assert last.endswith("No space left on device")
     assert list(cache.iterdir()) == []
 
 

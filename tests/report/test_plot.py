@@ -1,17 +1,14 @@
-"""The plot as a file, and as a reader without colours sees it; what is drawn is in plot.txt."""
+"""The plot as a file, and as a reader without colours sees it."""
 
 import re
 import sys
 import xml.etree.ElementTree as ET
-from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
-from adaptive_moe.policy.table import PolicyTable
-from adaptive_moe.report.page import page
 from adaptive_moe.report.plot import STYLES, draw, figure_of, inline_svg, plot_format
-from tests.report.shown import padded
-from tests.report.test_text import ALL_TIED, ONE_FASTER, table_of, verdict
+from tests.report.making import everything, faster, table_of, tied, with_host
 
 
 def test_candidates_differ_in_more_than_colour():
@@ -23,56 +20,60 @@ def test_candidates_differ_in_more_than_colour():
 
 
 def test_both_formats_and_the_same_bytes_again():
-    png = draw(padded(), "png")
+    png = draw(everything(), "png")
     assert png.startswith(b"\x89PNG\r\n")
-    # 8.8 x 5.6 inches at 150 dots an inch.
-    assert [int.from_bytes(png[at : at + 4], "big") for at in (16, 20)] == [1320, 840]
-    svg = draw(padded())
-    assert svg == draw(padded(), "svg")
+    svg = draw(everything())
+    assert svg == draw(everything(), "svg")
     words = "".join(ET.fromstring(svg).itertext())
-    for said in ("policy 1 (one-shot)", "hollow: unsettled", "margin, 1.0%", "us a call"):
+    for said in ("policy 1 (one-shot)", "not settled", "99% intervals", "us a call", "DeepSeek-V3"):
         assert said in words
 
 
-def test_a_table_for_some_counts_shows_no_others():
-    """Neither on the axis nor as a span that is sorted by something."""
-    table = table_of({64: ONE_FASTER, 512: ALL_TIED})
-    coverage = replace(table.evidence.coverage, eager=((33, 512),))
-    table = PolicyTable(replace(table.evidence, coverage=coverage))
-    words = [text.strip() for text in ET.fromstring(draw(table)).itertext()]
-    assert "64" in words
-    assert "16" not in words
-    assert "<td>33 to 64</td>" in page([table], "here", [])
+def test_a_loss_beyond_the_edge_is_an_arrow_at_it():
+    savings = figure_of(everything()).axes[2]
+    arrows = [line for line in savings.get_lines() if line.get_marker() == "v"]
+    assert arrows
+    assert {line.get_ydata()[0] for line in arrows} == {-0.6}
+    calm = figure_of(with_host()).axes[1]
+    assert not [line for line in calm.get_lines() if line.get_marker() == "v"]
 
 
-def test_the_legend_is_beside_the_data():
-    figure = figure_of(padded())
+def boxes(figure):
+    """Every text of a panel, as (left, right, bottom, top) in pixels."""
     figure.draw_without_rendering()
-    (legend,) = figure.legends
-    begins = legend.get_window_extent().x0
-    assert begins > max(axes.get_tightbbox().x1 for axes in figure.axes)
-    assert legend.get_window_extent().x1 <= figure.bbox.x1
+    for axes in figure.axes:
+        texts = [*axes.get_xticklabels(), *axes.texts]
+        yield [t.get_window_extent() for t in texts if t.get_text() and t.get_visible()]
 
 
-@pytest.mark.parametrize(
-    ("least", "most", "written"),
-    [(20, 60, "20 30 40 50 60 70 80 90"), (20, 150, "20 30 40 60"), (10, 200, "")],
-)
-def test_times_between_powers_of_ten_are_written_where_there_is_room(least, most, written):
-    times = figure_of(table_of({8: verdict(least, least, most)})).axes[0]
-    assert times.get_ylim()[0] < least < most < times.get_ylim()[1]
-    write = times.yaxis.get_minor_formatter()
-    assert " ".join(filter(None, write.format_ticks(range(20, 100, 10)))) == written
+def test_labels_do_not_run_into_each_other():
+    """With a change of sort at every other count, and captured sizes beside eager counts."""
+    eager = [(faster if n % 2 else tied)(n) for n in range(1, 40)]
+    graph = [(tied if n % 2 else faster)(n) for n in range(1, 24)]
+    for panel in boxes(figure_of(table_of([*eager, tied(16384)], graph))):
+        rows = {}
+        for box in panel:
+            rows.setdefault(round(box.y0), []).append(box)
+        for row in rows.values():
+            row.sort(key=lambda box: box.x0)
+            for left, right in pairwise(row):
+                assert left.x1 <= right.x0
+
+
+def test_the_band_has_no_gaps_between_captured_sizes():
+    band = figure_of(everything()).axes[4]
+    spans = sorted((patch.get_x(), patch.get_x() + patch.get_width()) for patch in band.patches)
+    assert all(left[1] == right[0] for left, right in pairwise(spans))
 
 
 def test_a_plot_within_a_page_brings_only_what_is_used_there():
-    svg = inline_svg(padded(), "p3")
+    svg = inline_svg(everything(), "p3")
     assert svg.startswith("<svg ")
     assert "<metadata" not in svg
-    assert ET.fromstring(svg).text.strip() == ""
     ids = re.findall(r'\bid="([^"]*)"', svg)
     assert set(ids) == set(re.findall(r'(?:href="|url\()#([^")]*)', svg))
     assert all(name.startswith("p3") for name in ids)
+    assert "DeepSeek-V3" not in svg  # the page's heading says it
 
 
 def test_the_format_is_by_the_suffix():
@@ -82,7 +83,7 @@ def test_the_format_is_by_the_suffix():
         plot_format("times.pdf")
 
 
-@pytest.mark.parametrize("plot", [lambda: plot_format("a.svg"), lambda: draw(padded())])
+@pytest.mark.parametrize("plot", [lambda: plot_format("a.svg"), lambda: draw(everything())])
 def test_without_matplotlib_it_says_what_to_install(monkeypatch, plot):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"^plots need matplotlib: pip install matplotlib$"):
