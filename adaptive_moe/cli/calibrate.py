@@ -88,6 +88,7 @@ def _measure(
         table = calibrate(
             *(sorts, coverage, plan),
             earlier=earlier.evidence if earlier else None,
+            clock_factory=kernel.cpu_clock if name == "cpu" else None,
             progress=progress,
         )
     return key, table

@@ -3,8 +3,11 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from adaptive_moe.kernels import SortKernel
-    from adaptive_moe.policy.coverage import Coverage
+    from adaptive_moe.policy.coverage import Coverage, Situation
+    from adaptive_moe.tuning.clocks import Clock
 
 # Our own kernels, best first, and what it means to calibrate one.
 WHY = {
@@ -51,6 +54,16 @@ def load(name: str) -> "SortKernel":
     if name == "cpu":
         torch.set_num_threads(1)
     return load_kernel(name)
+
+
+def cpu_clock(situation: "Situation", device: "torch.device") -> "Clock":
+    """The processor's time of the one thread that sorts, which other work on the machine does not
+    lengthen as it does a wall clock's."""
+    import time
+
+    from adaptive_moe.tuning.clocks import Neutral, WallClock
+
+    return WallClock(time.thread_time, Neutral(device))
 
 
 def load_aiter(coverage: "Coverage", sorts: tuple[str, ...]) -> "SortKernel":

@@ -1,9 +1,12 @@
 """MoE sorting on the CPU: the embedded default, with AITER's policies and output contract.
 
-Policy 1, one-shot: one stable sort of all entries by expert; few operations, so little overhead.
-Policy 2, multi-phase: a counting sort in phases over chunks of the batch, each phase spread over
-all cores: sort each chunk, count each chunk's experts, turn the counts into bases, scatter.
-Policy 0 picks one-shot where its working set fits, as AITER's heuristic does.
+Policy 1, one-shot: one stable sort of all entries by expert.
+Policy 2, multi-phase: a counting sort, in phases over a mesh of experts by entries: mark, count,
+turn the counts into places, scatter. No comparison, but work for each expert.
+Policy 0 picks one of them by a rule of AITER's kind, which knows nothing of this machine.
+
+So they cross: where there are few experts the mesh wins from some token count on, and where it does
+depends on the machine.
 """
 
 from typing import NamedTuple
@@ -13,14 +16,10 @@ from torch import Tensor
 
 from adaptive_moe.kernels.contract import TOKEN_BITS, buffer_length
 
-# AITER's one-shot keeps its counters in a compute unit's 64 KiB of LDS; ours sorts 12 bytes an
-# entry and is meant to stay within a core's own cache the same way.
-ONE_SHOT_BYTES = 64 * 1024
-ENTRY_BYTES = 12
+# AITER's one-shot counts in a compute unit's 64 KiB of LDS, so that its policy 0 takes one-shot up
+# to a token count that falls with the number of experts: 904 for 8, 56 for 128, none from 512 on.
+ONE_SHOT_BYTES, BYTES_A_COUNTER = 64 * 1024, 9
 MANY_EXPERTS = 512
-
-# Entries a chunk: small enough for a core's first-level cache, large enough to pay for itself.
-CHUNK = 2048
 
 
 def moe_sorting(
@@ -47,7 +46,7 @@ def moe_sorting(
     num_rows, topk = topk_ids.shape
     local_tokens = num_rows if num_local_tokens is None else int(num_local_tokens[0])
     if dispatch_policy == 0:
-        dispatch_policy = policy_zero(num_rows, topk, num_experts)
+        dispatch_policy = policy_zero(num_rows, num_experts)
 
     ids = topk_ids[:local_tokens].reshape(-1)
     # Experts that are not here get the last key: they sort behind all others and fall off the end.
@@ -63,9 +62,11 @@ def moe_sorting(
     total = int(group_blocks.sum()) * block_size
     sorted_ids = torch.empty(length, dtype=torch.int32)
     sorted_ids[:total] = (topk << TOKEN_BITS) | local_tokens
-    sorted_ids[destination] = (order % topk << TOKEN_BITS | order // topk).int()
+    slots, tokens = (torch.arange(n, dtype=torch.int32) for n in (topk, local_tokens))
+    entries = (slots << TOKEN_BITS) | tokens.unsqueeze(1)
+    sorted_ids[destination] = entries.view(-1)[order]
     sorted_weights = torch.empty(length, dtype=torch.float32)
-    sorted_weights[destination] = topk_weights.reshape(-1)[order]
+    sorted_weights[destination] = topk_weights[:local_tokens].reshape(-1)[order]
     local_index = torch.arange(num_experts, dtype=torch.int32)
     if expert_mask is not None:
         local_index = ((expert_mask != 0).cumsum(0) - 1).int()
@@ -77,15 +78,15 @@ def moe_sorting(
     return sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf
 
 
-def policy_zero(num_tokens: int, topk: int, num_experts: int) -> int:
-    """What policy 0 runs: 1 where the one-shot working set fits, else 2; many experts go to 2."""
-    fits = num_tokens * topk * ENTRY_BYTES <= ONE_SHOT_BYTES
+def policy_zero(num_tokens: int, num_experts: int) -> int:
+    """What policy 0 runs: 1 where AITER's counters would fit, else 2."""
+    fits = num_tokens * num_experts * BYTES_A_COUNTER <= ONE_SHOT_BYTES
     return 1 if fits and num_experts < MANY_EXPERTS else 2
 
 
 class _Ranks(NamedTuple):
-    order: Tensor  # int64, flat (token, slot) index of each kept entry
-    destination: Tensor  # int64, where in sorted_ids that entry goes
+    order: Tensor | slice  # which entries, flat over (token, slot), in this order
+    destination: Tensor  # int64, where in sorted_ids each of them goes
     counts: Tensor  # int64 [num_experts], entries of each expert
 
 
@@ -105,25 +106,16 @@ def _one_shot(keys: Tensor, num_experts: int, block_size: int) -> _Ranks:
 
 
 def _multi_phase(keys: Tensor, num_experts: int, block_size: int) -> _Ranks:
-    chunks = max(1, -(-keys.numel() // CHUNK))
-    width = -(-keys.numel() // chunks) if keys.numel() else 1
-    tail = chunks * width - keys.numel()
-    grid = torch.nn.functional.pad(keys, (0, tail), value=num_experts).view(chunks, width)
-
-    grid, order = grid.short().sort(dim=1, stable=True)
-    bins = num_experts + 1
-    row = torch.arange(chunks).unsqueeze(1)
-    cells = (row * bins + grid).view(-1)
-    histogram = torch.bincount(cells, minlength=chunks * bins).view(chunks, bins)
-    counts = histogram[:, :num_experts].sum(0)
-    # An entry's place: its expert's start, the earlier chunks' entries, its place in its own chunk.
-    earlier_chunks = histogram.cumsum(0) - histogram
-    earlier_in_row = histogram.cumsum(1) - histogram
-    base = earlier_chunks - earlier_in_row
-    base[:, :num_experts] += _group_starts(counts, block_size)
-    destination = torch.arange(width) + base.view(-1)[cells].view(chunks, width)
-    kept = grid < num_experts
-    return _Ranks((order + row * width)[kept], destination[kept], counts)
+    mesh = keys == torch.arange(num_experts, dtype=keys.dtype).unsqueeze(1)
+    # An entry's place in its group: how many entries of its expert there are up to it.
+    places = mesh.cumsum(1, dtype=torch.int32)
+    counts = mesh.sum(1)
+    all_kept = int(counts.sum()) == keys.numel()
+    order = slice(None) if all_kept else (keys < num_experts).nonzero().view(-1)
+    kept = keys[order].long()
+    base = _group_starts(counts, block_size) - 1
+    destination = places[:, order].gather(0, kept.unsqueeze(0))[0] + base[kept]
+    return _Ranks(order, destination, counts)
 
 
 def _check(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, block_size: int) -> None:
