@@ -4,8 +4,8 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from adaptive_moe.engines.key import Key
 from adaptive_moe.engines.own import OwnTables
+from adaptive_moe.kernels.call import CallKey
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.ranks.agreement import Channel, agree, limit_for, look
@@ -50,8 +50,8 @@ class Others:
             return cls(lost=lost)
 
     def agree(
-        self, own: OwnTables, before: Mapping[Key, PolicyTable]
-    ) -> tuple[dict[Key, PolicyTable], tuple[str, ...]]:
+        self, own: OwnTables, before: Mapping[CallKey, PolicyTable]
+    ) -> tuple[dict[CallKey, PolicyTable], tuple[str, ...]]:
         """The tables to set now, and why others have none. A rank that is alone sets its own."""
         mine = {key: one.table for key, one in own.tables.items()}
         if self.channel is None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from adaptive_moe.disk import folder as store
-from adaptive_moe.engines.coverage import Wanted
-from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.key import Key
+from adaptive_moe.engines.wanted import Wanted
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels import POLICIES, Candidate, SortKernel, policy_name
+from adaptive_moe.kernels.call import CallKey
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.decision import Rule
 from adaptive_moe.policy.evidence import Calibration
@@ -48,7 +48,7 @@ class OwnTables:
     """
 
     kept: store.Store | None = None
-    tables: dict[Key, OwnTable] = field(default_factory=dict)
+    tables: dict[CallKey, OwnTable] = field(default_factory=dict)
     failed: dict[Coverage, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 

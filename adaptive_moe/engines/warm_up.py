@@ -1,7 +1,7 @@
 """Warm-up: a table for every shape seen at the seam so far, the same on all ranks. Never while
 serving.
 
-    coverages     which tables are wanted, each for which calls (coverage.py)
+    coverages     which tables are wanted, each for which calls (wanted.py)
     make_own      this rank's, stored by an earlier start or measured now, and what failed (own.py)
     others.agree  one exchange with the other ranks, which this rank comes to whatever became of it,
                   and brings all tables it has to (others.py)
@@ -12,18 +12,17 @@ A dummy batch's own ids are never sorted here: they route every token to the sam
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from adaptive_moe.disk import folder as store
-from adaptive_moe.engines.choosers import Chooser
-from adaptive_moe.engines.coverage import Batches, Wanted, coverages
-from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.key import Key
 from adaptive_moe.engines.others import Connect, Others, rank_and_size
 from adaptive_moe.engines.own import Measure, OwnTables, make_own, make_ready
+from adaptive_moe.engines.wanted import Batches, Wanted, coverages
+from adaptive_moe.hook.hook import AiterHook
+from adaptive_moe.kernels.call import CallKey
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report import text as report
 from adaptive_moe.settings import LogDetail, Mode
@@ -41,25 +40,20 @@ class WarmUp:
     seconds   wall-clock time it took
     """
 
-    tables: Mapping[Key, PolicyTable]
+    tables: Mapping[CallKey, PolicyTable]
     problems: tuple[str, ...]
     seconds: float
-    origins: Mapping[Key, str] = field(default_factory=dict)
+    origins: Mapping[CallKey, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         made = ", ".join(f"{key.describe()} {origin}" for key, origin in self.origins.items())
         return f"WarmUp([{made}], {len(self.problems)} problems, {self.seconds:.2f} s)"
 
 
-def warm_up(
+def warm_up_hook(
     hook: AiterHook,
-    max_tokens: int,
-    capture_sizes: Sequence[int] = (),
+    batches: Batches,
     *,
-    busy_from: int | None = None,
-    pooled: int = 1,
-    padding_rows: bool = False,
-    choosers: Sequence[Chooser] = (),
     engine: str = "plain",
     measure: Measure | None = None,
     connect: Connect | None = None,
@@ -67,13 +61,7 @@ def warm_up(
     """Make a table for every shape seen that has none for all of these batches, and set them.
 
     Args:
-        max_tokens: the largest batch to expect, in tokens of this rank.
-        capture_sizes: token counts that will be captured into graphs.
-        busy_from: from so many tokens on, eager calls meet a busy device; by default above the
-            captured sizes. ADAPTIVE_MOE_BUSY_FROM wins.
-        pooled: ranks whose tokens reach the sort together.
-        padding_rows: may rows have ids of -1?
-        choosers: of layers that do not ask AITER for their block_size.
+        batches: their `busy_from` gives way to ADAPTIVE_MOE_BUSY_FROM.
         engine: name and version, a part of what a stored table is good for.
         connect: how to reach other ranks. All that it reaches end with the same tables, and all of
             them must call this equally often; see ranks/agreement.py for how long one waits.
@@ -84,14 +72,7 @@ def warm_up(
     tables there are.
     """
     begun = time.monotonic()
-    batches = Batches(
-        max_tokens,
-        tuple(sorted(set(capture_sizes))),
-        pooled,
-        padding_rows,
-        hook.settings.busy_from or busy_from,
-        tuple(choosers),
-    )
+    batches = replace(batches, busy_from=hook.settings.busy_from or batches.busy_from)
     speaks = rank_and_size()[0] == 0
     with hook.warming:
         wanted, problems = _wanted(hook, batches, speaks)
@@ -113,7 +94,7 @@ def warm_up(
             )
         tables, refusals = others.agree(own, hook.tables)
         hook.set_tables(tables)
-        hook.warmed_up = True
+        hook.end_warm_up(tables, batches.owner)
         for key, one in own.tables.items():
             if key in tables:
                 make_ready(one, tables[key])
@@ -157,7 +138,7 @@ def _wanted(hook: AiterHook, batches: Batches, speaks: bool) -> tuple[list[Wante
         return [], [f"{type(error).__name__}: {error}"]
 
 
-def _origin(own: OwnTables, key: Key, table: PolicyTable) -> str:
+def _origin(own: OwnTables, key: CallKey, table: PolicyTable) -> str:
     one = own.tables.get(key)
     if one is None or table != one.table:
         return "agreed"
@@ -165,7 +146,7 @@ def _origin(own: OwnTables, key: Key, table: PolicyTable) -> str:
 
 
 def _worth_keeping(
-    own: OwnTables, tables: Mapping[Key, PolicyTable]
+    own: OwnTables, tables: Mapping[CallKey, PolicyTable]
 ) -> dict[store.Key, PolicyTable]:
     """What the ranks run, where that is news here; else what was measured, for the next start. The
     store itself refuses a table in which something failed: that is for this process only."""
@@ -177,7 +158,7 @@ def _worth_keeping(
     return keep
 
 
-def _name_files(own: OwnTables, tables: Mapping[Key, PolicyTable]) -> None:
+def _name_files(own: OwnTables, tables: Mapping[CallKey, PolicyTable]) -> None:
     """A line for each table that is set and kept on disk."""
     for key, one in own.tables.items():
         path = own.kept.folder / one.place.file_name() if own.kept else None
@@ -191,7 +172,9 @@ def _calibrate(*args: Any, **kwargs: Any) -> PolicyTable:
     return calibrate(*args, **kwargs)
 
 
-def _report(hook: AiterHook, tables: Mapping[Key, PolicyTable], origins: Mapping[Key, str]) -> None:
+def _report(
+    hook: AiterHook, tables: Mapping[CallKey, PolicyTable], origins: Mapping[CallKey, str]
+) -> None:
     settings = hook.settings
     for key, table in tables.items():
         logger.info("%s", report.headline(table, measured_now=origins[key] != "stored"))

@@ -1,5 +1,5 @@
 """Other sorts that can answer a call of AITER's seam. To add one: write a module with a function
-`sorts(live, shape)` as kernels/ours.py has it, and add a line to REGISTRY.
+`sorts(seen, shape)` as kernels/ours.py has it, and add a line to REGISTRY.
 """
 
 import functools
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptive_moe.kernels.call import Live
+    from adaptive_moe.kernels.call import SortCall
     from adaptive_moe.shape import SortingShape
 
 logger = logging.getLogger("adaptive_moe")
@@ -63,7 +63,7 @@ class OtherSort:
 
 
 def offered(
-    live: "Live",
+    seen: "SortCall",
     shape: "SortingShape",
     names: Iterable[str],
     environ: Mapping[str, str] = os.environ,
@@ -75,12 +75,12 @@ def offered(
     chosen = any(environ.get(variable) for variable in BACKEND_VARIABLES)
     if chosen and asked == set(GROUPS["aiter"]):
         return []  # the user's own choice of a backend; only `all` or a name goes beyond it
-    if not live.is_known:
+    if not seen.is_known:
         return []
     found: list[OtherSort] = []
     for module in dict.fromkeys(REGISTRY[name] for name in REGISTRY if name in asked):
         try:
-            found += list(importlib.import_module(module).sorts(live, shape))
+            found += list(importlib.import_module(module).sorts(seen, shape))
         except Exception as error:  # anybody's module: it costs nobody but its own sorts
             say_once(f"the sorts of {module} are not offered: {type(error).__name__}: {error}")
     return [sort for name in REGISTRY for sort in found if sort.name == name in asked]

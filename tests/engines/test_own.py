@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from adaptive_moe.engines.coverage import Wanted
 from adaptive_moe.engines.own import OwnTable, make_ready
+from adaptive_moe.engines.wanted import Wanted
 from adaptive_moe.kernels import Candidate, SortKernel
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.shape import SortingShape

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from adaptive_moe.disk import folder as store
 from adaptive_moe.engines import others, own, process, warm_up
-from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.wanted import Batches
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels import SortKernel, policy_candidates
 from adaptive_moe.kernels.cpu_sort import moe_sorting
 from adaptive_moe.policy.decision import Standing
@@ -30,10 +31,10 @@ from adaptive_moe.report import text
 from adaptive_moe.settings import LogDetail, Mode, Settings
 from adaptive_moe.tuning.calibrator import calibrate
 from tests.aiter_standin.load import forget_aiter, load_aiter
-from tests.engines.at_once import at_once
-from tests.engines.hooking import seam_of, sort_arguments
 from tests.engines.seen import hook_with, seen_call
 from tests.faults.made_up import made_up_table
+from tests.hook.at_once import at_once
+from tests.hook.hooking import seam_of, sort_arguments
 from tests.tables import make_table, measure_as
 
 COUNTS = (1, 8, 64)
@@ -86,8 +87,8 @@ class Rank:
 
     def warm_up(self, channel):
         connect = None if channel is None else (lambda: channel)
-        return warm_up.warm_up(
-            self.hook, 64, measure=self.measure, connect=connect, engine="vllm 0.33.0"
+        return warm_up.warm_up_hook(
+            self.hook, Batches(64), measure=self.measure, connect=connect, engine="vllm 0.33.0"
         )
 
     def applied(self):
@@ -252,7 +253,7 @@ def test_a_group_that_cannot_be_reached_costs_the_tables_and_one_line(tmp_path, 
         raise RuntimeError("no such group")
 
     rank = Rank(tmp_path, 1)
-    made = warm_up.warm_up(rank.hook, 64, measure=rank.measure, connect=connect)
+    made = warm_up.warm_up_hook(rank.hook, Batches(64), measure=rank.measure, connect=connect)
     assert made.tables == rank.applied() == {}
     (line,) = [r.message for r in caplog.records if r.levelno >= logging.WARNING]
     assert "no such group" in line
@@ -399,7 +400,7 @@ def test_what_is_stored_serves_where_going_on_with_it_fails(tmp_path):
 def test_another_engine_or_version_measures_for_itself(tmp_path):
     Rank(tmp_path, 1).warm_up(None)
     other = Rank(tmp_path, 2)
-    warm_up.warm_up(other.hook, 64, measure=other.measure, engine="vllm 0.34.0")
+    warm_up.warm_up_hook(other.hook, Batches(64), measure=other.measure, engine="vllm 0.34.0")
     assert other.measured == [64]
 
 
@@ -410,10 +411,10 @@ def test_a_later_warm_up_with_larger_batches_extends_the_table(tmp_path):
     rank = Rank(tmp_path, 1)
     rank.warm_up(None)
     (before,) = rank.hook.tables.values()
-    warm_up.warm_up(rank.hook, 64, measure=rank.measure)
-    warm_up.warm_up(rank.hook, 50, measure=rank.measure)
+    warm_up.warm_up_hook(rank.hook, Batches(64), measure=rank.measure)
+    warm_up.warm_up_hook(rank.hook, Batches(50), measure=rank.measure)
     assert rank.measured == [64]
-    warm_up.warm_up(rank.hook, 128, measure=rank.measure)
+    warm_up.warm_up_hook(rank.hook, Batches(128), measure=rank.measure)
     assert rank.measured == [64, 64]
     assert rank.earlier == [None, before.evidence]
     (after,) = rank.hook.tables.values()
@@ -430,7 +431,7 @@ def test_the_users_variable_is_the_last_word_on_a_busy_device(tmp_path, busy_fro
         asked.append(coverage.busy_from)
         return make_table({64: 1})
 
-    warm_up.warm_up(hook, 64, (8,), busy_from=5, measure=measure)
+    warm_up.warm_up_hook(hook, Batches(64, (8,), busy_from=5), measure=measure)
     assert asked == [said]
 
 
@@ -452,7 +453,7 @@ def test_measuring_runs_as_the_seen_call_ran(tmp_path):
 
     found, rank = [], Rank(tmp_path, dims=())
     contextvars.copy_context().run(call)
-    warm_up.warm_up(rank.hook, 64, measure=look)
+    warm_up.warm_up_hook(rank.hook, Batches(64), measure=look)
     assert found == [("mxfp4", False, True)]
     assert SHAPE_FLAG.get("unset") == "unset"
     (table,) = rank.hook.tables.values()
@@ -465,7 +466,7 @@ def test_a_calibration_under_another_default_dtype_finds_every_policy_right(tmp_
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        made = warm_up.warm_up(rank.hook, 8, measure=calibrate)
+        made = warm_up.warm_up_hook(rank.hook, Batches(8), measure=calibrate)
     finally:
         torch.set_default_dtype(before)
     assert made.problems == ()
@@ -483,7 +484,9 @@ def test_the_calibrator_sorts_with_the_layers_own_mask(tmp_path):
     module.moe_sorting(*arguments)
     masks.clear()
     assert hook.counts().unknown == 1
-    warm_up.warm_up(hook, 8)  # by default with calibrate(), which nothing sorts for here
+    warm_up.warm_up_hook(
+        hook, Batches(8)
+    )  # by default with calibrate(), which nothing sorts for here
     assert masks
     assert all(one is mask for one in masks)
 
@@ -500,7 +503,7 @@ def gpu_hook(*seen, settings):
     """A hook that saw calls on GPUs, whose kernel is the CPU's."""
     hook = hook_with(*seen)
     hook.layer = SimpleNamespace(module=None, chooser=None)
-    hook.settings, hook.warming, hook.warmed_up = settings, threading.Lock(), False
+    hook.settings, hook.warming = settings, threading.Lock()
     hook.set_tables = hook.tables.update
     hook.kernel = lambda seen, key, coverage: SortKernel(
         "cpu", torch.device("cpu"), policy_candidates(moe_sorting)
@@ -520,7 +523,7 @@ def test_layers_on_two_gpus_are_measured_each_on_its_own(tmp_path):
         return make_table({64: next(chosen)}, kernel=kernel.name)
 
     hook = two_gpus(tmp_path)
-    made = warm_up.warm_up(hook, 64, measure=measure)
+    made = warm_up.warm_up_hook(hook, Batches(64), measure=measure)
     assert {key.device: table.candidate(8) for key, table in made.tables.items()} == {
         0: "policy 1",
         1: "policy 2",

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from adaptive_moe.disk.folder import read_file, stored_files
-from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.warm_up import WarmUp, warm_up
+from adaptive_moe.engines.wanted import Batches
+from adaptive_moe.engines.warm_up import WarmUp, warm_up_hook
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels import Candidate, SortKernel
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import Mode, Settings
@@ -98,7 +99,7 @@ def start(cache: Path, flaky: Flaky) -> WarmUp:
     ids = torch.arange(2, dtype=torch.int32).repeat(MAX_TOKENS, 1)
     aiter.moe_sorting(ids, torch.ones((MAX_TOKENS, 2)), 4, 16, torch.bfloat16)
     try:
-        return warm_up(hook, MAX_TOKENS, measure=flaky.measure)
+        return warm_up_hook(hook, Batches(MAX_TOKENS), measure=flaky.measure)
     finally:
         hook.uninstall()
         forget_aiter()
