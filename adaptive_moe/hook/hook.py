@@ -140,7 +140,8 @@ class AiterHook:
         those that another owner, an engine in this process, has warmed up."""
 
         def is_anothers(key: CallKey) -> bool:
-            other = self._owners[key]() if key in self._owners else None
+            reference = self._owners.get(key)
+            other = None if reference is None else reference()
             return other is not None and other is not owner
 
         with self._lock:
@@ -215,6 +216,7 @@ class AiterHook:
             for key in keys:
                 kept.pop(key, None)
         self._tables = {k: table for k, table in self._tables.items() if k not in keys}
+        self._slow_path.warmed_up = bool(self._tables)
         self._renew()
 
     def _falls_back(self, choice: Any, error: Exception) -> bool:
@@ -225,7 +227,7 @@ class AiterHook:
             if isinstance(choice, int):
                 names = {policy_name(choice)}
             else:
-                sorts = [item for sorts in self._sorts.values() for item in sorts.items()]
+                sorts = [item for sorts in list(self._sorts.values()) for item in sorts.items()]
                 names = {name for name, sort in sorts if sort is choice}
             is_new = not names <= self._off
             self._off |= names

@@ -1,5 +1,6 @@
 """Other sorts that can answer a call of AITER's seam. To add one: write a module with a function
-`sorts(seen, shape)` as kernels/ours.py has it, and add a line to REGISTRY.
+`sorts(seen, shape)` as kernels/ours.py has it, and name it in an entry point of the group
+ENTRY_POINTS in your own package, or in a line of REGISTRY.
 """
 
 import functools
@@ -8,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +20,18 @@ logger = logging.getLogger("adaptive_moe")
 
 _AITERS, _OURS = "adaptive_moe.kernels.aiter_sorts", "adaptive_moe.kernels.ours"
 
+# The group in which other packages name their sorts: a candidate's name, and its module.
+ENTRY_POINTS = "adaptive_moe.sorts"
+
+
+def _of_other_packages() -> dict[str, str]:
+    try:
+        return {point.name: point.module for point in entry_points(group=ENTRY_POINTS)}
+    except Exception as error:  # a package with broken metadata
+        logger.warning("sorts of other packages are not known: %r", error)
+        return {}
+
+
 # A candidate's name -> the module that makes it. Its place here is its place among candidates.
 REGISTRY: dict[str, str] = {
     "ck": _AITERS,
@@ -26,6 +40,8 @@ REGISTRY: dict[str, str] = {
     "triton one-shot": _OURS,
     "triton multi-phase": _OURS,
 }
+# A name of ours stays ours.
+REGISTRY = {**REGISTRY, **{n: m for n, m in _of_other_packages().items() if n not in REGISTRY}}
 
 # What a user may say for several of them, `policies` being those of AITER's configured backend.
 POLICIES_WORD = "policies"
