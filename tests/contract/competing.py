@@ -48,8 +48,9 @@ WORDS = {
 @dataclass(frozen=True)
 class Engine:
     """baseline: what it passes. padding_rows: can rows of -1 occur? load: its plugins, as in a new
-    process. warm_up: its first forward and what comes then; what it returns is kept. layer(num_tokens): one MoE layer of
-    EXPERTS, TOPK and DIM; its result, and the weights of its routing."""
+    process. warm_up: its first forward and what comes then; what it returns is kept alive.
+    layer(num_tokens): one MoE layer of EXPERTS, TOPK and DIM; its result, and the weights of its
+    routing."""
 
     baseline: str
     padding_rows: bool
