@@ -57,7 +57,7 @@ def _ck_and_opus(seen: "SortCall") -> Iterator[OtherSort]:
     if not seen.local_ids and has_ck(Path(seen.module.__file__ or "").parent):
         ck = functools.partial(call, False, options)
         yield OtherSort("ck", ck, "ck", takes_padding=False)
-    # Where nobody stands in its place, Opus under policy 0 is AITER's default already.
+    # Where no function replaces it, Opus under policy 0 is AITER's default already.
     if seen.backend(0) != "opus" or standing is not implementation:
         opus = functools.partial(call, True, options)
         yield OtherSort("opus", opus, "opus", takes_padding=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from adaptive_moe.kernels import POLICIES, Candidate, SortKernel, policy_name
 from adaptive_moe.kernels.aiter import installed_version
 from adaptive_moe.kernels.call import Buffer, SortCall
-from adaptive_moe.kernels.identity import content, digest, strangers
+from adaptive_moe.kernels.identity import content, digest, replacements
 from adaptive_moe.kernels.sorts import POLICIES_WORD, OtherSort, offered, say_once
 from adaptive_moe.policy.coverage import Coverage
 
@@ -45,12 +45,12 @@ def live_kernel(
 
 
 def name(seen: SortCall, others: Sequence[OtherSort] = ()) -> str:
-    """What a calibration of it is valid for: version, who sorts, and a digest of all their
+    """What a calibration of it is valid for: version, backends, and a digest of all their
     sources, since a source checkout keeps its version over pulls."""
     found = f"aiter {installed_version()} {seen.backend(seen.baseline)}"
     by_policy = {seen.backend(policy) for policy in POLICIES} - {seen.backend(seen.baseline)}
     found += "".join(f" or {other}" for other in sorted(by_policy))
-    found += "".join(f", {who}" for who in strangers(seen.module, seen.seam))
+    found += "".join(f", {name}" for name in replacements(seen.module, seen.seam))
     found += f", {content(seen.module, seen.seam)}"
     if others:
         found += f", {digest((), [sort.identity.encode() for sort in others])}"

@@ -97,7 +97,7 @@ def offered(
     for module in dict.fromkeys(REGISTRY[name] for name in REGISTRY if name in asked):
         try:
             found += list(importlib.import_module(module).sorts(seen, shape))
-        except Exception as error:  # anybody's module: it costs nobody but its own sorts
+        except Exception as error:  # a module of another package: skip only its own sorts
             say_once(f"the sorts of {module} are not offered: {type(error).__name__}: {error}")
     return [sort for name in REGISTRY for sort in found if sort.name == name in asked]
 
