@@ -16,7 +16,7 @@ _IN_CSRC = ("include/moe_sorting*", "py_itfs_*/moe_sorting*")
 
 def content(module: ModuleType, seam: Callable[..., Any]) -> str:
     """A digest of everything below the seam that decides how a call is sorted: AITER's fused_moe.py
-    and the sources of its sorts, and the functions that wrap or replace the seam or what it calls."""
+    and the sources of its sorts, and the functions in place of the seam or of what it calls."""
     functions = [seam, getattr(module, IMPLEMENTATION, None)]
     files = {file for function in functions for file in _files(function)}
     if getattr(module, "__file__", None):
