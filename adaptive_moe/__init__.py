@@ -22,17 +22,17 @@ import sys
 
 TYPE_CHECKING = False  # what type checkers take for true; importing typing would cost milliseconds
 if TYPE_CHECKING:  # the names of _NAMES once more, as type checkers read no mapping
-    from adaptive_moe.engines.counters import Counts as Counts
-    from adaptive_moe.engines.key import Key as Key
     from adaptive_moe.engines.process import counts as counts
     from adaptive_moe.engines.process import install as install
     from adaptive_moe.engines.process import uninstall as uninstall
     from adaptive_moe.engines.process import warm_up as warm_up
     from adaptive_moe.engines.warm_up import WarmUp as WarmUp
+    from adaptive_moe.hook.counters import Counts as Counts
     from adaptive_moe.kernels import Candidate as Candidate
     from adaptive_moe.kernels import KernelUnavailableError as KernelUnavailableError
     from adaptive_moe.kernels import SortKernel as SortKernel
     from adaptive_moe.kernels import load_kernel as load_kernel
+    from adaptive_moe.kernels.call import CallKey as CallKey
     from adaptive_moe.policy.coverage import Coverage as Coverage
     from adaptive_moe.policy.decision import Result as Result
     from adaptive_moe.policy.decision import Rule as Rule
@@ -69,11 +69,11 @@ PREFIX = "ADAPTIVE_MOE_"
 
 # Every public name, by the module that has it.
 _NAMES = {
-    "engines.counters": "Counts",
-    "engines.key": "Key",
     "engines.process": "counts install uninstall warm_up",
     "engines.warm_up": "WarmUp",
+    "hook.counters": "Counts",
     "kernels": "Candidate KernelUnavailableError SortKernel load_kernel",
+    "kernels.call": "CallKey",
     "policy.coverage": "Coverage",
     "policy.decision": "Result Rule Standing Verdict",
     "policy.environment": "Environment",

@@ -1,7 +1,7 @@
 """Environment -> frozen Settings: every variable, what it accepts, and every error about it.
 
-`VARIABLES` is the one table of what exists; the readers read nothing else. Who types a command gets
-an error (`read_settings`). A server starts whatever the environment holds (`read_for_serving`).
+`VARIABLES` is the one table of what exists; the readers read nothing else. A command gets an
+error (`read_settings`). A server starts whatever the environment holds (`read_for_serving`).
 """
 
 import enum
@@ -156,7 +156,7 @@ VARIABLES = (
         "ADAPTIVE_MOE_SORTS",
         "policies",
         "policies, aiter, all, or sorts by name such as flydsl,triton one-shot",
-        "who may compete: the policies of the sort AITER is set to, all of AITER's sorts, or "
+        "the candidates: the policies of the sort AITER is set to, all of AITER's sorts, or "
         "this package's too",
         _sorts,
     ),

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.models import find_model
 from adaptive_moe.settings import Mode, Settings
 from calibration.interleaved import Interval, Sample, difference, interleave

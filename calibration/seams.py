@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels import Candidate, KernelUnavailableError, SortKernel, load_kernel
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
 from adaptive_moe.kernels.contract import SortingInputs, differences_from, expected

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.warm_up import warm_up
+from adaptive_moe.engines.wanted import Batches
+from adaptive_moe.engines.warm_up import warm_up_hook
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.models import find_model
 from adaptive_moe.settings import Mode, Settings
 from calibration.record import main, progress, stamp
@@ -129,7 +130,7 @@ def warm_start(seam: Seam, args: argparse.Namespace) -> dict[str, float]:
             try:
                 calls(2)
                 begun = time.perf_counter()
-                warm_up(hook, args.max_tokens, captured)
+                warm_up_hook(hook, Batches(args.max_tokens, tuple(captured)))
                 times.append((time.perf_counter() - begun) * 1e3)
             finally:
                 hook.uninstall()

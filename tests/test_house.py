@@ -9,12 +9,13 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "adaptive_moe"
-MOST_LINES, MOST_ROOMS, MOST_FLOORS = 300, 11, 9
+MOST_LINES, MOST_ROOMS, MOST_FLOORS = 300, 12, 9
 
 # From the top: a room imports only from floors below its own.
 FLOORS = (
     ("cli",),
     ("engines",),
+    ("hook",),
     ("store", "report"),
     ("tuning", "settings"),
     ("kernels",),
@@ -62,7 +63,7 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def test_at_most_eleven_rooms_at_top_level_and_each_has_its_floor():
+def test_at_most_twelve_rooms_at_top_level_and_each_has_its_floor():
     rooms = {room(name) for name in modules()} - {"", "__main__"}
     assert len(rooms) <= MOST_ROOMS
     assert rooms == set(FLOOR)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import adaptive_moe
-from adaptive_moe.engines.choosers import Piece
-from adaptive_moe.engines.seen import SeenCall
+from adaptive_moe.engines.block_sizes import Piece
 from adaptive_moe.engines.warm_up import WarmUp
+from adaptive_moe.kernels.call import SortCall
 from adaptive_moe.tuning.calibrator import Plan
 from tests.tables import make_table
 
@@ -88,7 +88,7 @@ def test_whatever_a_public_function_takes_or_returns_is_public():
         names = vars(sys.modules[function.__module__]) | {"dist": torch.distributed, "Piece": Piece}
         for hint in typing.get_type_hints(function, globalns=names).values():
             seen.update(ours(hint))
-    seen -= {Piece, SeenCall}  # of a chooser, which only an engine's plugin has
+    seen -= {Piece, SortCall}  # of a chooser, which only an engine's plugin has
     assert {Plan, WarmUp} < seen
     assert [cls for cls in seen if cls not in public] == []
 

@@ -78,7 +78,7 @@ def _measure(
 
     coverage = options.coverage_from(args, on_cpu=name == "cpu")
     on_aiter = name == "aiter"
-    sorts = kernel.load_aiter(coverage, settings.sorts) if on_aiter else kernel.load(name)
+    sorts = kernel.load_aiter(coverage, settings) if on_aiter else kernel.load(name)
     plan = Plan(settings.buckets, settings.budget_s, Rule(margin=settings.margin))
     _say(quiet, calls_words(coverage))
     key = key_for(sorts, coverage, plan.rule, engine=ENGINE, first=plan.first)

@@ -1,6 +1,9 @@
 """The kernel that sorts: --kernel auto, or the one that was given, and why that one in words."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from adaptive_moe.settings import Mode, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +19,7 @@ WHY = {
         "on the CPU kernel: this is a rehearsal that tunes nothing, since no engine sorts with it"
     ),
 }
-# Tokens of the call of AITER's sort that shows how it returns its results.
+# Tokens of the one call that the hook sees.
 _FIRST_TOKENS = 8
 
 
@@ -66,10 +69,9 @@ def cpu_clock(situation: "Situation", device: "torch.device") -> "Clock":
     return WallClock(time.thread_time, Neutral(device))
 
 
-def load_aiter(coverage: "Coverage", sorts: tuple[str, ...]) -> "SortKernel":
-    """AITER's sort as it is installed, called with no argument beyond the ninth, and the other
-    sorts of these names. It runs once, with a few tokens: what it returns says which other sorts
-    can answer for it.
+def load_aiter(coverage: "Coverage", settings: Settings) -> "SortKernel":
+    """AITER's sort as it is installed, called with nine arguments, and the other sorts that the
+    settings admit. It runs once, with a few tokens: that call is what is measured.
 
     Raises KernelUnavailableError where AITER cannot be imported or is not one we know.
     """
@@ -77,10 +79,9 @@ def load_aiter(coverage: "Coverage", sorts: tuple[str, ...]) -> "SortKernel":
 
     import torch
 
+    from adaptive_moe.hook.hook import AiterHook
     from adaptive_moe.kernels import KernelUnavailableError
-    from adaptive_moe.kernels.aiter import MODULE, SEAM, seam_problem
-    from adaptive_moe.kernels.call import Live, is_rounded
-    from adaptive_moe.kernels.live import live_kernel
+    from adaptive_moe.kernels.aiter import MODULE
     from adaptive_moe.tuning.inputs import Routing, default_mask, route, sorting_inputs
 
     try:
@@ -88,20 +89,22 @@ def load_aiter(coverage: "Coverage", sorts: tuple[str, ...]) -> "SortKernel":
     # AITER raises anything at import: no GPU, no compiler, a missing library.
     except Exception as error:
         raise KernelUnavailableError(f"{MODULE} cannot be imported: {error}") from error
-    if (problem := seam_problem(module)) is not None:
-        raise KernelUnavailableError(problem)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     if not gpu:
         torch.set_num_threads(1)  # as engines' workers have it
-    shape, seam = coverage.shape, getattr(module, SEAM)
-    tokens = route(shape, _FIRST_TOKENS, Routing.UNIFORM, 0, device)
-    inputs = sorting_inputs(shape, tokens, _FIRST_TOKENS, default_mask(shape, device))
-    outputs = seam(*inputs.arguments(0))
-    rounded = is_rounded(outputs, _FIRST_TOKENS, shape.topk, shape.num_experts, shape.block_size)
-    live = Live(module, seam, device, 0, {}, rounded, len(outputs))
-    kernel, _ = live_kernel(live, coverage, sorts)
-    return kernel
+    hook = AiterHook(replace(settings, mode=Mode.AUTO))
+    if not hook.install(module):
+        raise KernelUnavailableError(f"{MODULE} has no sort that can be measured, as said above")
+    try:
+        tokens = route(coverage.shape, _FIRST_TOKENS, Routing.UNIFORM, 0, device)
+        mask = default_mask(coverage.shape, device)
+        inputs = sorting_inputs(coverage.shape, tokens, _FIRST_TOKENS, mask)
+        module.moe_sorting(*inputs.arguments(0))
+        (call,) = hook.seen.values()
+        return hook.kernel(call, call.key, coverage)
+    finally:
+        hook.uninstall()
 
 
 def _has_triton() -> bool:

@@ -28,7 +28,7 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line."""
+    """argparse's parser, with errors of one line."""
 
     def error(self, message: str) -> "NoReturn":
         self.exit(2, f"{self.prog}: {message}: `{self.prog} --help` says what is accepted\n")

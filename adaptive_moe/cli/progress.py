@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-# Where nobody sees a line move, one is printed this often.
+# Where no terminal shows a line move, one is printed this often.
 PLAIN_EVERY_S = 10.0
 
 

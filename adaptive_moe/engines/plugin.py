@@ -60,18 +60,25 @@ def wrap(owner: Any, name: str, around: Callable[[Function], Function]) -> bool:
 
 
 def when_imported(name: str, action: Action) -> None:
-    """Call `action(module)` once `name` has been imported; now, if it already was.
+    """Call `action(module)` each time `name` has been loaded: now, if it already was, and again
+    whenever importlib.reload puts new functions into it.
 
-    An exception of the action is logged and never reaches whoever imports the module.
+    An exception of the action is logged and never reaches the importer of the module.
     """
+    with _finder.lock:
+        actions = _finder.waiting.setdefault(name, [])
+        if action not in actions:
+            actions.append(action)
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
     module = sys.modules.get(name)
     if module is not None and not _is_initializing(module):
         _run([action], module)
-        return
-    with _finder.lock:
-        _finder.waiting.setdefault(name, []).append(action)
-        if _finder not in sys.meta_path:
-            sys.meta_path.insert(0, _finder)
+
+
+def renew_lock() -> None:
+    """In a child that was forked: a lock that no thread holds."""
+    _finder.lock = threading.Lock()
 
 
 class _Finder:
@@ -110,10 +117,8 @@ class _Finder:
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            # Taken off the list only now: an import that raised is tried again later.
-            with self.lock:
-                actions = self.waiting.pop(name, [])
-            _run(actions, module)
+            if sys.modules.get(name) is module:
+                _run(list(self.waiting.get(name, ())), module)
 
         try:
             loader.exec_module = exec_module  # type: ignore[union-attr, method-assign]

@@ -10,12 +10,11 @@ from importlib import metadata
 from types import ModuleType
 
 from adaptive_moe import ENGINE_VARIABLE
-from adaptive_moe.engines.choosers import Chooser
-from adaptive_moe.engines.counters import Counters, Counts
-from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.plugin import when_imported
-from adaptive_moe.engines.warm_up import WarmUp
-from adaptive_moe.engines.warm_up import warm_up as warm_up_hook
+from adaptive_moe.engines import plugin
+from adaptive_moe.engines.wanted import Batches
+from adaptive_moe.engines.warm_up import WarmUp, warm_up_hook
+from adaptive_moe.hook.counters import Counters, Counts
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
 from adaptive_moe.settings import (
     NEUTRAL_VARIABLE,
@@ -65,7 +64,7 @@ def install(
             _hook = None
         _hook = _hook or AiterHook(settings, engine_policy=engine_policy)
         _engine, _wanted = engine, True
-    when_imported(MODULE, _install)
+    plugin.when_imported(MODULE, _install)
     return True
 
 
@@ -84,8 +83,6 @@ def warm_up(
     *,
     busy_from: int | None = None,
     padding_rows: bool = False,
-    pooled: int = 1,
-    choosers: Sequence[Chooser] = (),
 ) -> WarmUp:
     """Calibrate every shape seen since install(), for batches up to max_tokens; call it after a
     first forward and before capturing the sizes named. Call it again for larger batches or other
@@ -98,24 +95,23 @@ def warm_up(
         busy_from: from so many tokens on, eager calls meet a busy device (1: always). By default
             above the largest captured size, or from 2,048 on where nothing is captured.
         padding_rows: may rows of topk_ids be -1?
-        pooled: ranks whose tokens reach the sort together.
-        choosers: for layers whose block_size AITER does not pick; see engines/choosers.py.
 
     Returns what was set, and a sentence for each shape that has no table. Raises ValueError for a
     max_tokens below 1.
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens!r} is not accepted: give 1 or more tokens")
-    return warm_up_hook(
-        current() or AiterHook(Settings()),
-        max_tokens,
-        capture_sizes,
-        busy_from=busy_from,
-        pooled=pooled,
-        padding_rows=padding_rows,
-        choosers=choosers,
-        engine=_engine,
+    sizes = tuple(capture_sizes)
+    return warm_up_for(
+        Batches(max_tokens, sizes, busy_from=busy_from, padding_rows=padding_rows)
     )
+
+
+def warm_up_for(batches: Batches) -> WarmUp:
+    """`warm_up`, for plugins: they also say what only an engine knows of its batches."""
+    if batches.max_tokens < 1:
+        raise ValueError(
+            f"max_tokens={batches.max_tokens!r} is not accepted: give 1 or more tokens"
+        )
+    return warm_up_hook(current() or AiterHook(Settings()), batches, engine=_engine)
 
 
 def counts() -> Counts:
@@ -147,6 +143,19 @@ def named(engine: str) -> str:
 def is_first_process() -> bool:
     """Not one that multiprocessing started: engines load plugins in all of theirs."""
     return multiprocessing.parent_process() is None
+
+
+def _after_fork() -> None:
+    """In the child: another thread of the parent may have held a lock, and is not there to give it
+    back."""
+    global _lock  # noqa: PLW0603
+    _lock = threading.RLock()
+    plugin.renew_lock()
+    if _hook is not None:
+        _hook.renew_locks()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _install(module: ModuleType) -> None:

@@ -178,15 +178,17 @@ def _warm_up(capture_sizes: tuple[int, ...]) -> None:
     from sglang.srt.runtime_context import max_prefill_buffer_tokens
 
     from adaptive_moe.engines import process
+    from adaptive_moe.engines.wanted import Batches
 
     hook = process.current()
     _seen_before = 0 if hook is None else len(hook.seen)
-    process.warm_up(
+    batches = Batches(
         max_tokens=max(max_prefill_buffer_tokens(), *capture_sizes, 1),
-        capture_sizes=capture_sizes,
+        captured=capture_sizes,
         pooled=_pooled(),
         padding_rows=_has_padding_rows(),
     )
+    process.warm_up_for(batches)
 
 
 def _capture_sizes(width: int) -> tuple[int, ...]:

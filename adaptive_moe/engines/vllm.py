@@ -116,22 +116,25 @@ _int4: list[Any] = []
 
 
 def _watch_int4(module: ModuleType) -> None:
-    from adaptive_moe.engines.choosers import VllmInt4
+    from adaptive_moe.engines.block_sizes import VllmInt4
 
     _int4[:] = [VllmInt4(module)]
 
 
 def _warm_up(worker: Any) -> None:
     from adaptive_moe.engines import process
+    from adaptive_moe.engines.wanted import Batches
 
     config = worker.vllm_config
-    process.warm_up(
+    batches = Batches(
         max_tokens=config.scheduler_config.max_num_batched_tokens,
-        capture_sizes=config.compilation_config.cudagraph_capture_sizes or (),
+        captured=tuple(config.compilation_config.cudagraph_capture_sizes or ()),
         pooled=_pooled(config.parallel_config),
         padding_rows=_has_padding_rows(),
-        choosers=_int4,
+        choosers=tuple(_int4),
+        owner=worker,
     )
+    process.warm_up_for(batches)
 
 
 def _pooled(config: Any) -> int:

@@ -1,6 +1,6 @@
 """Warm-up: a table for every shape seen at the seam so far. Never while serving.
 
-    coverages  which tables are wanted, each for which calls (coverage.py)
+    coverages  which tables are wanted, each for which calls (wanted.py)
     table_for  each of them: from another rank, from the folder, or measured now (store/tables.py)
     checked    what a store had is compared with the baseline before it serves (checked.py)
     then       all tables are set at once, and the log says what they are and where they are kept
@@ -11,17 +11,16 @@ the same experts.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adaptive_moe.engines.checked import checked
-from adaptive_moe.engines.choosers import Chooser
-from adaptive_moe.engines.coverage import Batches, Wanted, coverages
-from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.key import Key
+from adaptive_moe.engines.wanted import Batches, Wanted, coverages
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels import SortKernel
+from adaptive_moe.kernels.call import CallKey
 from adaptive_moe.policy.evidence import Evidence, Rule
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report import text as report
@@ -54,10 +53,10 @@ class WarmUp:
     seconds   wall-clock time it took
     """
 
-    tables: Mapping[Key, PolicyTable]
+    tables: Mapping[CallKey, PolicyTable]
     problems: tuple[str, ...]
     seconds: float
-    origins: Mapping[Key, str] = field(default_factory=dict)
+    origins: Mapping[CallKey, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         made = ", ".join(f"{key.describe()} {origin}" for key, origin in self.origins.items())
@@ -73,28 +72,17 @@ class _Task:
     key: TableKey
 
 
-def warm_up(
+def warm_up_hook(
     hook: AiterHook,
-    max_tokens: int,
-    capture_sizes: Sequence[int] = (),
+    batches: Batches,
     *,
-    busy_from: int | None = None,
-    pooled: int = 1,
-    padding_rows: bool = False,
-    choosers: Sequence[Chooser] = (),
     engine: str = "plain",
     measure: Measure | None = None,
 ) -> WarmUp:
     """Make a table for every shape seen that has none for all of these batches, and set them.
 
     Args:
-        max_tokens: the largest batch to expect, in tokens of this rank.
-        capture_sizes: token counts that will be captured into graphs.
-        busy_from: from so many tokens on, eager calls meet a busy device; by default above the
-            captured sizes. ADAPTIVE_MOE_BUSY_FROM wins.
-        pooled: ranks whose tokens reach the sort together.
-        padding_rows: may rows have ids of -1?
-        choosers: of layers that do not ask AITER for their block_size.
+        batches: their `busy_from` gives way to ADAPTIVE_MOE_BUSY_FROM.
         engine: name and version, a part of what a stored table is valid for.
         measure: in place of tuning.calibrate.
 
@@ -104,14 +92,7 @@ def warm_up(
     later call with larger batches or other sizes extends the tables there are.
     """
     begun = time.monotonic()
-    batches = Batches(
-        max_tokens,
-        tuple(sorted(set(capture_sizes))),
-        pooled,
-        padding_rows,
-        hook.settings.busy_from or busy_from,
-        tuple(choosers),
-    )
+    batches = replace(batches, busy_from=hook.settings.busy_from or batches.busy_from)
     speaks = _rank() == 0
     with hook.warming:
         wanted, problems = _wanted(hook, batches, speaks)
@@ -135,7 +116,7 @@ def warm_up(
             )
         tables = {key: one.table for key, one in served.items()}
         hook.set_tables(tables)
-        hook.warmed_up = True
+        hook.end_warm_up(tables, batches.owner)
         if speaks:
             _report(hook, served, engine)
             for key, one in served.items():
@@ -144,10 +125,10 @@ def warm_up(
     return WarmUp(tables, tuple(problems), time.monotonic() - begun, origins)
 
 
-def _each(things: Mapping[Key, T], make: Callable[[T], Made]) -> tuple[dict[Key, Made], list[str]]:
+def _each(things: Mapping[CallKey, T], make: Callable[[T], Made]) -> tuple[dict[CallKey, Made], list[str]]:
     """What is made of each thing, and a sentence for each that raised: a shape that fails (out of
     memory, no shape we know) costs only itself."""
-    made: dict[Key, Made] = {}
+    made: dict[CallKey, Made] = {}
     problems: list[str] = []
     for key, thing in things.items():
         try:
@@ -237,7 +218,7 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _report(hook: AiterHook, served: Mapping[Key, Served], engine: str) -> None:
+def _report(hook: AiterHook, served: Mapping[CallKey, Served], engine: str) -> None:
     settings = hook.settings
     for one in served.values():
         logger.info("%s", report.headline(one.table, measured_now=one.origin == "measured"))

@@ -1,4 +1,4 @@
-"""Who sorts: one calling convention (AITER's own) in front of every kernel."""
+"""The kernels that sort, behind one calling convention: AITER's own."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

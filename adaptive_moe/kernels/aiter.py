@@ -102,7 +102,7 @@ def seam_problem(module: ModuleType) -> str | None:
     parameters = inspect.signature(seam).parameters
     names = tuple(parameters)
     if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
-        return None  # somebody's wrapper that hides what it wraps; it passes on what it is given
+        return None  # another tool's wrapper, which passes on what it is given
     if "dispatch_policy" not in names:
         return (
             f"this AITER's {SEAM}({', '.join(names)}) takes no dispatch_policy, so there is "

@@ -20,7 +20,7 @@ from adaptive_moe.kernels.identity import digest
 from adaptive_moe.kernels.sorts import OtherSort
 
 if TYPE_CHECKING:
-    from adaptive_moe.kernels.call import Live
+    from adaptive_moe.kernels.call import SortCall
     from adaptive_moe.shape import SortingShape
 
 _TEN = (
@@ -33,15 +33,15 @@ _FLYDSL = "aiter.ops.flydsl.kernels.moe_sorting_kernel"
 _ON_DEVICE = "has_local_tokens"
 
 
-def sorts(live: "Live", shape: "SortingShape") -> Iterator[OtherSort]:
-    if live.num_outputs != 5 + live.local_ids:
+def sorts(seen: "SortCall", shape: "SortingShape") -> Iterator[OtherSort]:
+    if seen.num_outputs != 5 + seen.local_ids:
         return
-    yield from _ck_and_opus(live)
-    yield from _flydsl(live, shape)
+    yield from _ck_and_opus(seen)
+    yield from _flydsl(seen, shape)
 
 
-def _ck_and_opus(live: "Live") -> Iterator[OtherSort]:
-    standing = getattr(live.module, IMPLEMENTATION, None)
+def _ck_and_opus(seen: "SortCall") -> Iterator[OtherSort]:
+    standing = getattr(seen.module, IMPLEMENTATION, None)
     if standing is None:
         return
     implementation = inspect.unwrap(standing)
@@ -49,16 +49,16 @@ def _ck_and_opus(live: "Live") -> Iterator[OtherSort]:
     if names[: len(_TEN)] != _TEN or not _KNOWN.issuperset(names):
         return
     options: dict[str, Any] = {}
-    if live.local_ids:
+    if seen.local_ids:
         options["return_local_topk_ids"] = True
     takes_accumulate = "accumulate" in names
     # Without that parameter it always accumulates, as then does whoever calls it.
     call = functools.partial(_implementation, implementation, takes_accumulate)
-    if not live.local_ids and has_ck(Path(live.module.__file__ or "").parent):
+    if not seen.local_ids and has_ck(Path(seen.module.__file__ or "").parent):
         ck = functools.partial(call, False, options)
         yield OtherSort("ck", ck, "ck", takes_padding=False)
-    # Where nobody stands in its place, Opus under policy 0 is AITER's default already.
-    if live.backend(0) != "opus" or standing is not implementation:
+    # Where no function replaces it, Opus under policy 0 is AITER's default already.
+    if seen.backend(0) != "opus" or standing is not implementation:
         opus = functools.partial(call, True, options)
         yield OtherSort("opus", opus, "opus", takes_padding=False)
 
@@ -88,11 +88,11 @@ def has_ck(package: Path, environ: Mapping[str, str] = os.environ) -> bool:
     return any((folder / header).is_file() for folder in folders)
 
 
-def _flydsl(live: "Live", shape: "SortingShape") -> Iterator[OtherSort]:
-    available = getattr(live.module, "is_flydsl_available", None)
-    if available is None or not available() or live.backend(0) == "flydsl":
+def _flydsl(seen: "SortCall", shape: "SortingShape") -> Iterator[OtherSort]:
+    available = getattr(seen.module, "is_flydsl_available", None)
+    if available is None or not available() or seen.backend(0) == "flydsl":
         return
-    if live.local_ids or live.rounded is None:
+    if seen.local_ids or seen.rounded is None:
         return
     try:
         kernels = importlib.import_module(_FLYDSL)
@@ -101,7 +101,7 @@ def _flydsl(live: "Live", shape: "SortingShape") -> Iterator[OtherSort]:
     file = Path(kernels.__file__ or "")
     if shape.num_local_tokens and not (file.is_file() and _ON_DEVICE in file.read_text("utf-8")):
         return
-    call = functools.partial(_sort_by_flydsl, kernels.moe_sorting_flydsl, live.rounded)
+    call = functools.partial(_sort_by_flydsl, kernels.moe_sorting_flydsl, seen.rounded)
     source = digest([file]) if file.is_file() else ""
     yield OtherSort("flydsl", call, f"flydsl {source}", takes_padding=False)
 

@@ -21,8 +21,8 @@ _BUILT = "module_moe_sorting"
 
 def content(module: ModuleType, seam: Callable[..., Any]) -> str:
     """A digest of everything below the seam that decides how a call is sorted: AITER's fused_moe.py
-    and the sources of its sorts, its built sorts, and whatever wraps or replaces the seam or the
-    function it calls."""
+    and the sources of its sorts, its built sorts, and the functions in place of the seam or of what
+    it calls."""
     functions = [seam, getattr(module, IMPLEMENTATION, None)]
     files = {file for function in functions for file in _files(function)}
     if getattr(module, "__file__", None):
@@ -37,8 +37,8 @@ def content(module: ModuleType, seam: Callable[..., Any]) -> str:
     return digest(sorted(files), [*code, *_built_sorts(module)])
 
 
-def strangers(module: ModuleType, seam: Callable[..., Any]) -> list[str]:
-    """Whose functions, in words, stand in for AITER's below the seam: `sglang.x.small_sort`."""
+def replacements(module: ModuleType, seam: Callable[..., Any]) -> list[str]:
+    """The functions that stand in for AITER's below the seam, such as `sglang.x.small_sort`."""
     own = getattr(module, "__file__", None)
     found = []
     for function in (seam, getattr(module, IMPLEMENTATION, None)):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from adaptive_moe.kernels import POLICIES, Candidate, SortKernel, policy_name
 from adaptive_moe.kernels.aiter import installed_version
-from adaptive_moe.kernels.call import Buffer, Live
-from adaptive_moe.kernels.identity import content, digest, strangers
+from adaptive_moe.kernels.call import Buffer, SortCall
+from adaptive_moe.kernels.identity import content, digest, replacements
 from adaptive_moe.kernels.sorts import POLICIES_WORD, OtherSort, offered, say_once
 from adaptive_moe.policy.coverage import Coverage
 
@@ -24,40 +24,40 @@ ONE_SHOT_NEVER_RETURNS_FROM = 819
 
 
 def live_kernel(
-    live: Live, coverage: Coverage, sorts: Sequence[str] = (POLICIES_WORD,)
+    seen: SortCall, coverage: Coverage, sorts: Sequence[str] = (POLICIES_WORD,)
 ) -> tuple[SortKernel, dict[str, Callable[..., Any]]]:
     """The candidates for such calls, the baseline first; and the functions that serve under the
     names of other sorts. sorts: names of kernels/sorts.py."""
     shape = coverage.shape
-    policies = _policies(live, coverage) if POLICIES_WORD in sorts else []
-    others = offered(live, shape, sorts)
+    policies = _policies(seen, coverage) if POLICIES_WORD in sorts else []
+    others = offered(seen, shape, sorts)
     if coverage.padding_rows:
         for sort in others:
             if not sort.takes_padding:
                 _not_offered(sort.name, coverage, "it may use such an id as an index")
         others = [sort for sort in others if sort.takes_padding]
     candidates = (
-        *(Candidate(policy_name(p), _seam(live, p)) for p in (live.baseline, *policies)),
-        *(Candidate(sort.name, _other(live, sort)) for sort in others),
+        *(Candidate(policy_name(p), _seam(seen, p)) for p in (seen.baseline, *policies)),
+        *(Candidate(sort.name, _other(seen, sort)) for sort in others),
     )
-    kernel = SortKernel(name(live, others), live.device, candidates)
+    kernel = SortKernel(name(seen, others), seen.device, candidates)
     return kernel, {sort.name: sort.call for sort in others}
 
 
-def name(live: Live, others: Sequence[OtherSort] = ()) -> str:
-    """What a calibration of it is valid for: version, who sorts, and a digest of all their
+def name(seen: SortCall, others: Sequence[OtherSort] = ()) -> str:
+    """What a calibration of it is valid for: version, backends, and a digest of all their
     sources, since a source checkout keeps its version over pulls."""
-    found = f"aiter {installed_version()} {live.backend(live.baseline)}"
-    by_policy = {live.backend(policy) for policy in POLICIES} - {live.backend(live.baseline)}
+    found = f"aiter {installed_version()} {seen.backend(seen.baseline)}"
+    by_policy = {seen.backend(policy) for policy in POLICIES} - {seen.backend(seen.baseline)}
     found += "".join(f" or {other}" for other in sorted(by_policy))
-    found += "".join(f", {who}" for who in strangers(live.module, live.seam))
-    found += f", {content(live.module, live.seam)}"
+    found += "".join(f", {name}" for name in replacements(seen.module, seen.seam))
+    found += f", {content(seen.module, seen.seam)}"
     if others:
         found += f", {digest((), [sort.identity.encode() for sort in others])}"
     return found
 
 
-def _policies(live: Live, coverage: Coverage) -> list[int]:
+def _policies(seen: SortCall, coverage: Coverage) -> list[int]:
     """The policies to try beside the baseline.
 
     Rows of padding have expert ids of -1 (docs/engines.md), and some of AITER's kernels use such an
@@ -65,12 +65,12 @@ def _policies(live: Live, coverage: Coverage) -> list[int]:
     there on it is what policy 0 runs itself: so beside policy 0 only policy 2 is safe, and beside
     any other baseline none is.
     """
-    policies = [p for p in POLICIES if p != live.baseline]
+    policies = [p for p in POLICIES if p != seen.baseline]
     if coverage.shape.num_experts >= ONE_SHOT_NEVER_RETURNS_FROM:
         policies = [p for p in policies if p != 1]
     if not coverage.padding_rows:
         return policies
-    safe = [2] if live.baseline == 0 else []
+    safe = [2] if seen.baseline == 0 else []
     for policy in policies:
         if policy not in safe:
             why = f"its kernel may use such an id as an index where {coverage.baseline} does not"
@@ -85,14 +85,14 @@ def _not_offered(candidate: str, coverage: Coverage, why: str) -> None:
     )
 
 
-def _seam(live: Live, policy: object) -> Callable[["SortingInputs"], "Call"]:
+def _seam(seen: SortCall, policy: object) -> Callable[["SortingInputs"], "Call"]:
     def bind(inputs: "SortingInputs") -> "Call":
         num_tokens = inputs.topk_ids.shape[0]
         extras = {
-            key: value.make(num_tokens, live.device) if isinstance(value, Buffer) else value
-            for key, value in live.extras.items()
+            key: value.make(num_tokens, seen.device) if isinstance(value, Buffer) else value
+            for key, value in seen.extras.items()
         }
-        call = functools.partial(live.seam, *inputs.arguments(policy), **extras)
+        call = functools.partial(seen.seam, *inputs.arguments(policy), **extras)
         return _without_smaller_batches(call, num_tokens)
 
     return bind
@@ -118,8 +118,8 @@ def _without_smaller_batches(call: "Call", num_tokens: int) -> "Call":
     return functools.partial(context.run, call)
 
 
-def _other(live: Live, sort: OtherSort) -> Callable[["SortingInputs"], "Call"]:
-    accumulate = live.extras.get("accumulate", True)
+def _other(seen: SortCall, sort: OtherSort) -> Callable[["SortingInputs"], "Call"]:
+    accumulate = seen.extras.get("accumulate", True)
 
     def bind(inputs: "SortingInputs") -> "Call":
         call = functools.partial(sort.call, *inputs.arguments(0)[:-1], accumulate)

@@ -9,14 +9,14 @@ from adaptive_moe.kernels.identity import digest
 from adaptive_moe.kernels.sorts import OtherSort
 
 if TYPE_CHECKING:
-    from adaptive_moe.kernels.call import Live
+    from adaptive_moe.kernels.call import SortCall
     from adaptive_moe.shape import SortingShape
 
 BLOCK_SIZES = range(16, 257, 16)
 PHASES = {"triton one-shot": 1, "triton multi-phase": 2}
 
 
-def sorts(live: "Live", shape: "SortingShape") -> Iterator[OtherSort]:
+def sorts(live: "SortCall", shape: "SortingShape") -> Iterator[OtherSort]:
     # A sixth result would be the local ids. Experts and topk of a SortingShape always fit.
     if live.device.type == "cpu" or live.rounded is None or live.num_outputs != 5:
         return

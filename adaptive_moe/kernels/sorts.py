@@ -1,5 +1,6 @@
 """Other sorts that can answer a call of AITER's seam. To add one: write a module with a function
-`sorts(live, shape)` as kernels/ours.py has it, and add a line to REGISTRY.
+`sorts(seen, shape)` as kernels/ours.py has it, and name it in an entry point of the group
+ENTRY_POINTS in your own package, or in a line of REGISTRY.
 """
 
 import functools
@@ -8,15 +9,28 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptive_moe.kernels.call import Live
+    from adaptive_moe.kernels.call import SortCall
     from adaptive_moe.shape import SortingShape
 
 logger = logging.getLogger("adaptive_moe")
 
 _AITERS, _OURS = "adaptive_moe.kernels.aiter_sorts", "adaptive_moe.kernels.ours"
+
+# The group in which other packages name their sorts: a candidate's name, and its module.
+ENTRY_POINTS = "adaptive_moe.sorts"
+
+
+def _of_other_packages() -> dict[str, str]:
+    try:
+        return {point.name: point.module for point in entry_points(group=ENTRY_POINTS)}
+    except Exception as error:  # a package with broken metadata
+        logger.warning("sorts of other packages are not known: %r", error)
+        return {}
+
 
 # A candidate's name -> the module that makes it. Its place here is its place among candidates.
 REGISTRY: dict[str, str] = {
@@ -26,6 +40,8 @@ REGISTRY: dict[str, str] = {
     "triton one-shot": _OURS,
     "triton multi-phase": _OURS,
 }
+# A name of ours stays ours.
+REGISTRY = {**REGISTRY, **{n: m for n, m in _of_other_packages().items() if n not in REGISTRY}}
 
 # What a user may say for several of them, `policies` being those of AITER's configured backend.
 POLICIES_WORD = "policies"
@@ -63,7 +79,7 @@ class OtherSort:
 
 
 def offered(
-    live: "Live",
+    seen: "SortCall",
     shape: "SortingShape",
     names: Iterable[str],
     environ: Mapping[str, str] = os.environ,
@@ -75,13 +91,13 @@ def offered(
     chosen = any(environ.get(variable) for variable in BACKEND_VARIABLES)
     if chosen and asked == set(GROUPS["aiter"]):
         return []  # the user's own choice of a backend; only `all` or a name goes beyond it
-    if not live.is_known:
+    if not seen.is_known:
         return []
     found: list[OtherSort] = []
     for module in dict.fromkeys(REGISTRY[name] for name in REGISTRY if name in asked):
         try:
-            found += list(importlib.import_module(module).sorts(live, shape))
-        except Exception as error:  # anybody's module: it costs nobody but its own sorts
+            found += list(importlib.import_module(module).sorts(seen, shape))
+        except Exception as error:  # a module of another package: skip only its own sorts
             say_once(f"the sorts of {module} are not offered: {type(error).__name__}: {error}")
     return [sort for name in REGISTRY for sort in found if sort.name == name in asked]
 

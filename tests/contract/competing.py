@@ -48,13 +48,14 @@ WORDS = {
 @dataclass(frozen=True)
 class Engine:
     """baseline: what it passes. padding_rows: can rows of -1 occur? load: its plugins, as in a new
-    process. warm_up: its first forward and what comes then. layer(num_tokens): one MoE layer of
-    EXPERTS, TOPK and DIM; its result, and the weights of its routing."""
+    process. warm_up: its first forward and what comes then; what it returns is kept alive.
+    layer(num_tokens): one MoE layer of EXPERTS, TOPK and DIM; its result, and the weights of its
+    routing."""
 
     baseline: str
     padding_rows: bool
     load: Callable[[], None]
-    warm_up: Callable[[], None]
+    warm_up: Callable[[], Any]
     layer: Callable[[int], tuple[Any, Any]]
 
 
@@ -130,7 +131,7 @@ def _start(engine: Engine, environ: dict[str, str], fastest: tuple[str, ...]) ->
     ours_on_cpu.register()
     engine.load()
     log = _heard()
-    engine.warm_up()
+    started = engine.warm_up()
     tables = {t.evidence.coverage.shape.block_size: t for t in process.current().tables.values()}
     runs = [run for table in tables.values() for run in table.runs()]
     # The last count of a run is one that the table is for.
@@ -152,7 +153,9 @@ def _start(engine: Engine, environ: dict[str, str], fastest: tuple[str, ...]) ->
         found["raises"] = [_who(engine, count)[0] for _ in range(2)]
         os.environ["AITER_STANDIN_FAIL"] = ""
         found["well again"] = [_who(engine, count)[0] for _ in range(2)]
-    return {**found, "said": log, "fell back": process.counts().fell_back}
+    fell_back = process.counts().fell_back
+    del started  # until here: an engine's tables go when it does
+    return {**found, "said": log, "fell back": fell_back}
 
 
 def _who(engine: Engine, num_tokens: int) -> tuple[list[str], int]:

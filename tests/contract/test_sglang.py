@@ -189,7 +189,7 @@ def test_every_graph_backend_warms_up(sglang):
 def test_a_failure_of_ours_does_not_stop_the_capture(sglang, monkeypatch, caplog):
     from adaptive_moe.engines import process
 
-    monkeypatch.setattr(process, "warm_up", lambda *arguments, **options: 1 / 0)
+    monkeypatch.setattr(process, "warm_up_for", lambda *arguments, **options: 1 / 0)
     runs = []
     capture_one(sglang.backends[0], lambda: runs.append(forward(sglang.runner, 8, dim=512)))
     assert [call.policy for call in runs] == [BASELINE] * 2

@@ -239,7 +239,7 @@ def test_a_failure_of_ours_does_not_stop_the_warm_up(envs, monkeypatch, caplog):
     gpu_worker = worker.import_worker()
     made = worker.make_worker(gpu_worker)
     worker.forward(8)
-    monkeypatch.setattr(process, "warm_up", lambda **options: 1 / 0)
+    monkeypatch.setattr(process, "warm_up_for", lambda *arguments, agree: 1 / 0)
     with caplog.at_level("ERROR", "adaptive_moe"):
         logging.getLogger("adaptive_moe").addHandler(caplog.handler)
         gpu_worker.kernel_warmup(made)
@@ -264,7 +264,9 @@ def test_the_sorts_that_were_asked_for_compete_serve_and_are_named(envs, sorts, 
 
     def warm_up():
         layer(worker.MAX_TOKENS)
-        gpu_worker.kernel_warmup(worker.make_worker(gpu_worker))
+        made = worker.make_worker(gpu_worker)
+        gpu_worker.kernel_warmup(made)
+        return made
 
     # Newer ones pad with rows of -1.
     padding_rows = "VLLM_MOE_SKIP_PADDING" in envs.environment_variables

@@ -1,5 +1,4 @@
-"""What tests of engines share: the stand-in for AITER, fresh in each test; throw-away packages;
-and a process that nobody has set up."""
+"""What tests of engines share: throw-away packages, and a process that nothing has set up."""
 
 import importlib
 import logging
@@ -10,26 +9,7 @@ import pytest
 
 from adaptive_moe.engines import plugin, process, sglang, vllm
 from adaptive_moe.settings import VARIABLES
-from tests.aiter_standin.load import VERSIONS, forget_aiter, load_aiter
-
-
-@pytest.fixture(params=VERSIONS)
-def any_aiter(request):
-    return load_aiter(request.param)
-
-
-@pytest.fixture
-def aiter():
-    return load_aiter("main")
-
-
-@pytest.fixture
-def switch_often():
-    """Threads switch a thousand times as often as usual, so that they meet at awkward places."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(usual / 1000)
-    yield
-    sys.setswitchinterval(usual)
+from tests.aiter_standin.load import forget_aiter
 
 
 @pytest.fixture

@@ -1,18 +1,17 @@
 """Calls as the hook would have seen them, and a hook that only holds them."""
 
 import contextvars
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 
-from adaptive_moe.engines.key import Key
-from adaptive_moe.engines.seen import SeenCall
 from adaptive_moe.kernels.aiter import ConfigCall
+from adaptive_moe.kernels.call import CallKey, SortCall
 
 ASKED = ConfigCall((), ())
 
 
-class OnAGpu(SeenCall):
+class OnAGpu(SortCall):
     """As seen on a GPU that this machine does not have."""
 
     def as_called(self, function, *args, **kwargs):
@@ -20,17 +19,18 @@ class OnAGpu(SeenCall):
 
 
 def seen_call(num_tokens=8, config=ASKED, **parts):
-    """One of 16 experts, topk 4. parts: of the key, of the call, or `mask`."""
-    only_of_call = set(SeenCall.__dataclass_fields__) - set(Key._fields)
+    """One of 16 experts, topk 4. parts: of the key, of the call, or `expert_mask`."""
+    only_of_call = set(SortCall.__dataclass_fields__) - set(CallKey._fields)
     of_call = {n: parts.pop(n) for n in list(parts) if n in only_of_call}
-    key = Key(
+    mask = parts.pop("expert_mask", None)
+    key = CallKey(
         **{
             "num_experts": 16,
             "topk": 4,
             "model_dim": 64,
             "dtype": torch.bfloat16,
             "block_size": 32,
-            "has_expert_mask": of_call.get("expert_mask") is not None,
+            "has_expert_mask": mask is not None,
             "has_num_local_tokens": False,
             "accumulate": True,
             "local_ids": False,
@@ -46,7 +46,9 @@ def seen_call(num_tokens=8, config=ASKED, **parts):
         "num_tokens": num_tokens,
         "device": torch.device("cuda", key.device) if on_gpu else torch.device("cpu"),
         "baseline": key.baseline,
-        "expert_mask": None,
+        "mask": None if mask is None else lambda: mask,
+        "module": ModuleType("aiter.fused_moe"),
+        "seam": lambda *arguments: (),
         "extras": {},
         "config": config,
         "context": contextvars.copy_context(),
@@ -54,15 +56,18 @@ def seen_call(num_tokens=8, config=ASKED, **parts):
         "inference": False,
         "stream": None,
     }
-    return (OnAGpu if on_gpu else SeenCall)(**{**facts, **of_call})
+    return (OnAGpu if on_gpu else SortCall)(**{**facts, **of_call})
 
 
 def hook_with(*seen, module=None, tables=None):
-    """What coverage.py reads of a hook. module: AITER's, whose chooser is asked."""
+    """What wanted.py reads of a hook. module: AITER's, whose chooser is asked."""
     layer = None
     if module is not None:
         layer = SimpleNamespace(module=module, chooser=module.get_2stage_cfgs)
-    return SimpleNamespace(seen={s.key: s for s in seen}, tables=tables or {}, layer=layer)
+    hook = SimpleNamespace(seen={s.key: s for s in seen}, tables=tables or {}, layer=layer)
+    hook.wanted_by = lambda owner: list(hook.seen.values())
+    hook.end_warm_up = lambda tables, owner: None
+    return hook
 
 
 def aiter_module(block_at, pad=None, log=None, **found):

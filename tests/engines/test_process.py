@@ -1,11 +1,17 @@
 """The one hook of a process, as `adaptive_moe.install()` has it."""
 
+import contextlib
+import importlib
+import os
+import signal
 import sys
+import threading
 
 import pytest
 
-from adaptive_moe.engines import process
-from adaptive_moe.engines.warm_up import warm_up
+from adaptive_moe.engines import plugin, process
+from adaptive_moe.engines.wanted import Batches
+from adaptive_moe.engines.warm_up import warm_up_hook
 from adaptive_moe.kernels.aiter import find_aiter
 from tests.aiter_standin.load import ROOT, forget_aiter, load_aiter
 from tests.engines.plugging import NAME, NEUTRAL, sort
@@ -24,7 +30,7 @@ def test_plain_use_from_install_to_uninstall():
     assert process.install()
     aiter = load_aiter()
     assert sort(aiter) == 0
-    warm_up(process.current(), 64, measure=measure_as({1: 2, 64: 2}))
+    warm_up_hook(process.current(), Batches(64), measure=measure_as({1: 2, 64: 2}))
     assert sort(aiter) == 2
     assert (process.counts().chosen, process.counts().unknown) == (1, 1)
     process.uninstall()
@@ -118,3 +124,51 @@ def test_a_missing_aiter_is_said_and_changes_nothing(monkeypatch, caplog):
 def test_warm_up_for_no_tokens_is_refused(max_tokens):
     with pytest.raises(ValueError, match=f"max_tokens={max_tokens}"):
         process.warm_up(max_tokens)
+
+
+def test_aiter_loaded_anew_is_wrapped_anew():
+    """Nothing of ours survives importlib.reload in a module."""
+    aiter = load_aiter()
+    process.install()
+    sort(aiter)
+    warm_up_hook(process.current(), Batches(64), measure=measure_as({1: 2, 64: 2}))
+    for _ in range(2):
+        importlib.reload(aiter)
+        assert sort(aiter) == 2
+    assert process.current().layer.module is aiter
+    process.uninstall()
+    importlib.reload(aiter)
+    assert sort(aiter) == 0
+    assert not hasattr(aiter.moe_sorting, "__wrapped__")
+
+
+def test_a_child_forked_during_a_warm_up_can_warm_up():
+    """The thread that holds the locks is not in the child."""
+    process.install()
+    hook = process.current()
+    locks = (hook.warming, hook._lock, process._lock, plugin._finder.lock)
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends a child that hangs
+        status = 1
+        with contextlib.suppress(BaseException):
+            process.warm_up(64)
+            process.install()
+            process.counts()
+            status = 0
+        os._exit(status)
+    over.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from adaptive_moe.engines import process, sglang
-from adaptive_moe.engines.warm_up import warm_up
+from adaptive_moe.engines.warm_up import warm_up_hook
 from tests.aiter_standin.load import ROOT, load_aiter
 from tests.engines.plugging import NAME, NEUTRAL, sort
 from tests.tables import measure_as
@@ -85,15 +85,14 @@ def start_sglang(package, monkeypatch, files=SGLANG):
 
 
 def asked(monkeypatch):
-    """What warm_up() was asked; it does it with a made-up measurement."""
+    """What warm_up_for() is given; it does it with a made-up measurement."""
     found = []
 
-    def by_hand(max_tokens, capture_sizes, **options):
-        found.append({"max_tokens": max_tokens, "capture_sizes": capture_sizes, **options})
-        hook = process.current()
-        warm_up(hook, max_tokens, capture_sizes, measure=measure_as({1: 2, 64: 2}))
+    def by_hand(batches, agree=False):
+        found.append({**vars(batches), "agree": agree})
+        warm_up_hook(process.current(), batches, measure=measure_as({1: 2, 64: 2}))
 
-    monkeypatch.setattr(process, "warm_up", by_hand)
+    monkeypatch.setattr(process, "warm_up_for", by_hand)
     return found
 
 
@@ -112,7 +111,7 @@ def test_sglang_calibrates_after_the_first_eager_run_and_only_for_new_shapes(pac
     assert hooked == [1, 2]
     # Requests times tokens a request; prefill is not captured.
     (options,) = found
-    assert (options["max_tokens"], options["capture_sizes"]) == (2048, (3, 24))
+    assert (options["max_tokens"], options["captured"]) == (2048, (3, 24))
     (table,) = process.current().tables.values()
     assert table.evidence.coverage.baseline == "policy 2"
     backend.capture_one("key", lambda: sort(aiter, policy=2))
@@ -152,7 +151,7 @@ def test_the_sizes_of_both_kinds_of_graphs_are_calibrated_for(
     found, aiter = asked(monkeypatch), sys.modules["aiter.fused_moe"]
     one.capture_one("key", lambda: sort(aiter, policy=2))
     (options,) = found
-    assert (options["capture_sizes"], options["max_tokens"]) == (sizes, largest)
+    assert (options["captured"], options["max_tokens"]) == (sizes, largest)
 
 
 def test_an_sglang_that_plans_no_graphs_or_no_tokens_has_at_least_one_token(package, monkeypatch):
@@ -161,7 +160,7 @@ def test_an_sglang_that_plans_no_graphs_or_no_tokens_has_at_least_one_token(pack
     context.config, context.prefill_tokens = None, 0
     found, aiter = asked(monkeypatch), sys.modules["aiter.fused_moe"]
     one.capture_one("key", lambda: sort(aiter, policy=2))
-    assert (found[0]["capture_sizes"], found[0]["max_tokens"]) == ((), 1)
+    assert (found[0]["captured"], found[0]["max_tokens"]) == ((), 1)
 
 
 def test_a_runner_of_unknown_width_has_a_token_a_request(package, monkeypatch):
@@ -169,7 +168,7 @@ def test_a_runner_of_unknown_width_has_a_token_a_request(package, monkeypatch):
     one._cuda_graph_runner = SimpleNamespace()
     found, aiter = asked(monkeypatch), sys.modules["aiter.fused_moe"]
     one.capture_one("key", lambda: sort(aiter, policy=2))
-    assert found[0]["capture_sizes"] == (1, 8)
+    assert found[0]["captured"] == (1, 8)
 
 
 def test_the_key_names_the_engine_and_its_version(package, monkeypatch):
@@ -273,7 +272,7 @@ def test_without_graphs_a_dummy_batch_shows_the_shapes(package, monkeypatch):
     assert model_runner(run, capture=lambda: "theirs").init_cuda_graphs() == "theirs"
     assert sizes == [2 * sglang.DUMMY_REQUESTS]
     (options,) = found
-    assert (options["max_tokens"], options["capture_sizes"]) == (2048, ())
+    assert (options["max_tokens"], options["captured"]) == (2048, ())
     assert sort(aiter, policy=2) == 1
 
 
@@ -391,7 +390,7 @@ def test_a_users_sglang_policy_wins(package, monkeypatch, caplog):
 
 def test_a_failing_warm_up_does_not_stop_sglangs_capture(package, monkeypatch, caplog):
     backend = start_sglang(package, monkeypatch)()
-    monkeypatch.setattr(process, "warm_up", lambda **options: 1 / 0)
+    monkeypatch.setattr(process, "warm_up_for", lambda *arguments, **options: 1 / 0)
     aiter = sys.modules["aiter.fused_moe"]
     assert backend.capture_one("key", lambda: sort(aiter, policy=2)) == ("captured", 2)
     assert "warm-up failed" in caplog.text

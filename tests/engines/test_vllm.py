@@ -65,9 +65,13 @@ def worker(max_tokens=8192, sizes=(1, 2, 4), **parallel):
 
 
 def asked(monkeypatch):
-    """What warm_up() was asked, instead of doing it."""
+    """What warm_up_for() is given, instead of doing it."""
     found = []
-    monkeypatch.setattr(process, "warm_up", lambda **options: found.append(options))
+
+    def by_hand(batches, agree=False):
+        found.append({**vars(batches), "agree": agree})
+
+    monkeypatch.setattr(process, "warm_up_for", by_hand)
     return found
 
 
@@ -242,7 +246,8 @@ def test_kernel_warmup_warms_up_wherever_it_was_imported(
     assert gpu_worker.kernel_warmup(one, process_local_only=True) == "theirs"
     assert kernels.warmed == [(one, "more", False), (one, True)]
     (options,) = found
-    assert (options["max_tokens"], options["capture_sizes"]) == (8192, (1, 2, 4))
+    assert (options["max_tokens"], options["captured"]) == (8192, (1, 2, 4))
+    assert options["owner"] is one
 
 
 def test_only_vllms_modules_that_hold_kernel_warmup_get_ours(package, monkeypatch, caplog):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from adaptive_moe.engines import warm_up
-from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.engines.wanted import Batches
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels import SortKernel, policy_candidates
 from adaptive_moe.kernels.cpu_sort import moe_sorting
 from adaptive_moe.kernels.environment import describe_environment
@@ -22,8 +23,8 @@ from adaptive_moe.settings import LogDetail, Mode, Settings
 from adaptive_moe.store.text import read_any
 from adaptive_moe.tuning.calibrate import calibrate
 from tests.aiter_standin.load import forget_aiter, load_aiter
-from tests.engines.hooking import policy_that_arrived, seam_of, sort_arguments
 from tests.engines.seen import hook_with, seen_call
+from tests.hook.hooking import policy_that_arrived, seam_of, sort_arguments
 from tests.tables import bucket, make_evidence, make_table, measure_as, result
 
 COUNTS = (1, 8, 64)
@@ -82,7 +83,8 @@ class Start:
 
     def warm_up(self, max_tokens=64, **options):
         options = {"measure": self.measure, "engine": "vllm 0.33.0", **options}
-        return warm_up.warm_up(self.hook, max_tokens, **options)
+        known = {n: options.pop(n) for n in list(options) if n in ("captured", "padding_rows")}
+        return warm_up.warm_up_hook(self.hook, Batches(max_tokens, **known), **options)
 
     def chosen(self):
         return {t.candidate(n) for t in self.hook.tables.values() for n in range(1, 65)}
@@ -378,7 +380,7 @@ def test_the_users_variable_is_the_last_word_on_a_busy_device(tmp_path, busy_fro
         asked.append(coverage.busy_from)
         return make_table({64: 1})
 
-    warm_up.warm_up(hook, 64, (8,), busy_from=5, measure=measure)
+    warm_up.warm_up_hook(hook, Batches(64, (8,), busy_from=5), measure=measure)
     assert asked == [said]
 
 
@@ -429,7 +431,9 @@ def test_the_calibrator_sorts_with_the_layers_own_mask(tmp_path):
     module.moe_sorting(*arguments)
     masks.clear()
     assert hook.counts().unknown == 1
-    warm_up.warm_up(hook, 8)  # by default with calibrate(), which nothing sorts for here
+    warm_up.warm_up_hook(
+        hook, Batches(8)
+    )  # by default with calibrate(), which nothing sorts for here
     assert masks
     assert all(one is mask for one in masks)
 
@@ -438,7 +442,7 @@ def gpu_hook(*seen, settings):
     """A hook that saw calls on GPUs, whose kernel is the CPU's."""
     hook = hook_with(*seen)
     hook.layer = SimpleNamespace(module=None, chooser=None)
-    hook.settings, hook.warming, hook.warmed_up = settings, threading.Lock(), False
+    hook.settings, hook.warming = settings, threading.Lock()
     hook.set_tables = hook.tables.update
     hook.kernel = lambda seen, key, coverage: SortKernel(
         "cpu", torch.device("cpu"), policy_candidates(moe_sorting)

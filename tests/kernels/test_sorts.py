@@ -2,7 +2,10 @@
 
 import functools
 import inspect
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -248,3 +251,34 @@ def test_what_measures_is_what_serves(made, added):
     given = inputs()
     measured = kernel.candidates[1].bind(given)()
     assert measured == serving["bitonic"](*given.arguments(0)[:-1], False)
+
+
+def test_a_package_of_its_own_registers_a_sort_by_an_entry_point(tmp_path):
+    """Without a line in ours."""
+    (tmp_path / "their_sorts.py").write_text("sorts = None")
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[adaptive_moe.sorts]\nbitonic = their_sorts\nopus = their_sorts\n"
+    )
+    code = (
+        "from adaptive_moe.kernels.sorts import REGISTRY\n"
+        "from adaptive_moe.settings import read_settings\n"
+        "print(REGISTRY['bitonic'], REGISTRY['opus'])\n"
+        "print(read_settings({'ADAPTIVE_MOE_SORTS': 'bitonic'}).sorts)\n"
+        "print('bitonic' in read_settings({'ADAPTIVE_MOE_SORTS': 'all'}).sorts)\n"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])},
+    )
+    assert done.stdout.splitlines() == [
+        "their_sorts adaptive_moe.kernels.aiter_sorts",
+        "('bitonic',)",
+        "True",
+    ]

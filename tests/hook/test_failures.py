@@ -8,9 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from adaptive_moe.engines.rare import MAX_FAILURES, MAX_SEEN
-from tests.engines.at_once import at_once
-from tests.engines.hooking import (
+from adaptive_moe.hook.slow_path import MAX_FAILURES, MAX_SEEN
+from tests.hook.at_once import at_once
+from tests.hook.hooking import (
     KEY,
     batch,
     installed,
@@ -77,7 +77,7 @@ def test_a_call_we_cannot_read_costs_itself_alone(what, caplog):
         aiter.moe_sorting(*odd)
         assert all(a is b for a, b in zip(received.pop(), odd, strict=True))
     assert hook.seen == {}
-    assert hook.counts().odd == hook.counts().total == 2 * MAX_FAILURES
+    assert hook.counts().unreadable == hook.counts().total == 2 * MAX_FAILURES
     hook.set_tables({KEY: make_table({1: 2, 64: 2})})
     aiter.moe_sorting(*sort_arguments(8))
     assert received.pop()[8] == 2
@@ -116,7 +116,7 @@ def test_our_failure_costs_that_call_its_choice_and_one_log_line(aiter, caplog):
     assert number_of_sorts() == before + 2
     assert hook.counts().failed == 1
     assert lines(caplog) == [
-        "a call ran as it came: choosing who sorts raised RuntimeError: driver says no"
+        "a call ran as it came: choosing a sort raised RuntimeError: driver says no"
     ]
 
 
@@ -131,7 +131,7 @@ def test_failures_that_repeat_make_the_hook_stand_aside(aiter, caplog):
         assert policy_that_arrived() == 0
     assert hook.counts().failed == MAX_FAILURES
     assert hook.layer is None
-    why = "choosing who sorts raised RuntimeError: driver says no"
+    why = "choosing a sort raised RuntimeError: driver says no"
     assert lines(caplog) == [
         f"a call ran as it came: {why}",
         f"stepping aside in this process, everything runs as it came: {why}",
@@ -176,7 +176,7 @@ def test_threads_that_fail_at_the_same_moment_share_the_lines(aiter, caplog):
     assert caplog.text.count("driver says no") == 1
 
 
-def test_aiters_own_exception_reaches_the_caller_after_one_call(aiter, caplog):
+def test_aiters_own_exception_of_the_baseline_reaches_the_caller_after_one_call(aiter, caplog):
     calls = []
 
     def failing(*args, **kwargs):
@@ -185,14 +185,98 @@ def test_aiters_own_exception_reaches_the_caller_after_one_call(aiter, caplog):
 
     aiter._moe_sorting_impl = failing
     hook = installed(aiter)
-    for expected in (1, 2):
-        if expected == 2:
-            hook.set_tables({KEY: make_table({1: 2, 64: 2})})
+    for number in (1, 2):
+        if number == 2:
+            hook.set_tables({KEY: make_table({1: 0, 64: 0})})
         with pytest.raises(ValueError, match="AITER's own") as caught:
             aiter.fused_moe(*batch(8))
-        assert len(calls) == expected
+        assert len(calls) == number
         assert caught.value.__context__ is None  # not "during handling of" something of ours
     assert not lines(caplog)
+
+
+# Candidates that raise while they serve
+
+
+class Failing:
+    """In place of AITER's implementation: raises for these policies; calls are those it was asked
+    for."""
+
+    def __init__(self, error, *policies):
+        self.error, self.policies, self.calls = error, policies, []
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append(args[8])
+        if args[8] in self.policies:
+            raise self.error
+        return "outputs"
+
+
+def test_a_policy_that_raises_hands_that_call_to_the_baseline_and_is_off(aiter, caplog):
+    """Policy 2 needs a workspace: that memory runs out is the likely case."""
+    hook = installed(aiter, tables={KEY: make_table({8: 2, 64: 1})})
+    aiter._moe_sorting_impl = failing = Failing(RuntimeError("no workspace"), 2)
+    assert [aiter.moe_sorting(*sort_arguments(8)) for _ in range(3)] == ["outputs"] * 3
+    assert failing.calls == [2, 0, 0, 0]
+    aiter.moe_sorting(*sort_arguments(64))
+    assert failing.calls[-1] == 1
+    assert lines(caplog) == [
+        "policy 2 is off in this process and the baseline serves in its place: it raised "
+        "RuntimeError: no workspace"
+    ]
+    counts = hook.counts()
+    assert (counts.fell_back, counts.chosen, counts.baseline, counts.total) == (1, 2, 2, 4)
+    hook.set_tables({KEY: make_table({64: 2})})  # off, whatever table comes
+    aiter.moe_sorting(*sort_arguments(64))
+    assert failing.calls[-1] == 0
+
+
+def test_a_baseline_is_never_off(aiter):
+    hook = installed(aiter, tables={KEY: make_table({64: 2})}, engine_policy=2)
+    aiter._moe_sorting_impl = Failing(RuntimeError("no workspace"), 2)
+    aiter.moe_sorting(*sort_arguments(8))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no workspace"):
+            aiter.moe_sorting(*sort_arguments(8)[:8], 2)
+    assert hook.counts().fell_back == 1
+
+
+def test_where_the_baseline_fails_too_its_own_exception_reaches_the_caller(aiter):
+    hook = installed(aiter, tables={KEY: make_table({64: 2})})
+    aiter._moe_sorting_impl = failing = Failing(ValueError("AITER's own"), 0, 2)
+    with pytest.raises(ValueError, match="AITER's own") as caught:
+        aiter.moe_sorting(*sort_arguments(8))
+    assert failing.calls == [2, 0]
+    assert caught.value.__context__ is None
+    assert hook.counts().fell_back == 1
+
+
+def test_under_capture_only_a_candidate_that_ran_out_of_memory_falls_back(aiter, caplog):
+    """What another one launched before it raised would run again at each replay."""
+    captured = [True]
+    tables = {KEY: make_table({64: 2}, {64: 2})}
+    hook = installed(aiter, tables=tables, is_capturing=lambda: captured[0])
+    aiter._moe_sorting_impl = failing = Failing(RuntimeError("launch failed"), 2)
+    with pytest.raises(RuntimeError, match="launch failed"):
+        aiter.moe_sorting(*sort_arguments(8))
+    assert failing.calls == [2]
+    assert hook.counts().fell_back == 0
+    assert aiter.moe_sorting(*sort_arguments(8)) == "outputs"  # it is off
+    assert failing.calls == [2, 0]
+    assert len(lines(caplog)) == 1
+
+    aiter._moe_sorting_impl = failing = Failing(torch.cuda.OutOfMemoryError("full"), 1)
+    hook.set_tables({KEY: make_table({64: 1}, {64: 1})})
+    assert aiter.moe_sorting(*sort_arguments(8)) == "outputs"
+    assert failing.calls == [1, 0]
+    assert hook.counts().fell_back == 1
+
+
+def test_where_nothing_says_whether_a_graph_is_captured_the_exception_passes_on(aiter):
+    installed(aiter, tables={KEY: make_table({64: 2}, {64: 2})}, is_capturing=broken)
+    aiter._moe_sorting_impl = Failing(RuntimeError("launch failed"), 2)
+    with pytest.raises(RuntimeError, match="launch failed"):
+        aiter.moe_sorting(*sort_arguments(8))
 
 
 def test_endless_new_shapes_do_not_fill_the_memory():
@@ -213,4 +297,4 @@ def test_endless_own_policies_do_not_fill_the_memory_either():
     for policy in range(3, 3 * MAX_SEEN):
         aiter.moe_sorting(*sort_arguments(1)[:8], policy)
     assert len(hook.layer.entries) <= 2 * MAX_SEEN
-    assert hook.counts().own == 3 * MAX_SEEN - 3
+    assert hook.counts().callers_policy == 3 * MAX_SEEN - 3

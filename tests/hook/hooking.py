@@ -5,15 +5,15 @@ from types import ModuleType
 
 import torch
 
-from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.key import Key
+from adaptive_moe.hook.hook import AiterHook
+from adaptive_moe.kernels.call import CallKey
 from adaptive_moe.settings import Mode, Settings
 
 AUTO = Settings(mode=Mode.AUTO)
 # Token count -> policy: different neighbours, so that an index that is off by one shows.
 POLICIES = {1: 1, 2: 2, 3: 0, 4: 1, 64: 2, 128: 1}
 # Of `batch` with no arguments, called as AITER of August 2026 does.
-KEY = Key(16, 4, 64, torch.bfloat16, 32, False, False, True, False, (), 0, -1)
+KEY = CallKey(16, 4, 64, torch.bfloat16, 32, False, False, True, False, (), 0, -1)
 TWO = ("policy 2", "policy 0", "policy 1")
 
 

@@ -4,12 +4,10 @@ same layers will ask for at other token counts; each for the counts that occur, 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from adaptive_moe.engines.choosers import Chooser, aiters_own, key_at, pieces_of
-from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.key import Key
-from adaptive_moe.engines.seen import SeenCall
+from adaptive_moe.engines.block_sizes import Chooser, aiters_choosers, key_at, pieces_of
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels.aiter import KNOWN
-from adaptive_moe.kernels.call import Buffer
+from adaptive_moe.kernels.call import Buffer, CallKey, SortCall
 from adaptive_moe.policy.coverage import BUSY_FROM, Coverage, Span
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
@@ -17,14 +15,16 @@ from adaptive_moe.shape import SortingShape
 
 @dataclass(frozen=True)
 class Batches:
-    """What will be batched, as one rank counts its tokens.
+    """What a warm-up is to make tables for, as one rank counts its tokens.
 
     max_tokens    the largest batch
-    captured      token counts captured into graphs
+    captured      token counts that will be captured into graphs
     pooled        ranks whose tokens reach the sort together, gathered from all of them
     padding_rows  may rows have ids of -1?
     busy_from     from so many tokens on the device is busy; None: above the captured sizes
-    choosers      of layers that do not ask AITER's; AITER's own is always asked
+    choosers      of layers that do not ask AITER's for their block_size; AITER's is always asked
+    owner         what the layers belong to, such as an engine's worker: their tables go when it is
+                  gone, and those of another owner are left as they are. None: of this process
     """
 
     max_tokens: int
@@ -33,6 +33,7 @@ class Batches:
     padding_rows: bool = False
     busy_from: int | None = None
     choosers: tuple[Chooser, ...] = ()
+    owner: object = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Wanted:
     earlier: the table there is already, which covers less.
     """
 
-    key: Key
-    seen: SeenCall
+    key: CallKey
+    seen: SortCall
     coverage: Coverage
     earlier: PolicyTable | None = None
 
@@ -51,10 +52,10 @@ class Wanted:
 def coverages(hook: AiterHook, batches: Batches) -> tuple[list[Wanted], list[str]]:
     """The tables wanted, one a key, and a sentence for each call that nothing can be made for.
     Where there is a table that covers all of it, none is wanted."""
-    choosers = (*batches.choosers, *aiters_own(hook))
-    wanted: dict[Key, Wanted] = {}
+    choosers = (*batches.choosers, *aiters_choosers(hook))
+    wanted: dict[CallKey, Wanted] = {}
     problems = []
-    for seen in list(hook.seen.values()):
+    for seen in hook.wanted_by(batches.owner):
         try:
             for key, spans, captured in _by_key(seen, batches, choosers):
                 earlier = hook.tables.get(key)
@@ -72,7 +73,7 @@ def coverages(hook: AiterHook, batches: Batches) -> tuple[list[Wanted], list[str
     return list(wanted.values()), problems
 
 
-def shape_of(key: Key, seen: SeenCall) -> SortingShape:
+def shape_of(key: CallKey, seen: SortCall) -> SortingShape:
     """What is sorted. ValueError where it is no shape we know."""
     mask = seen.expert_mask
     return SortingShape(
@@ -88,8 +89,8 @@ def shape_of(key: Key, seen: SeenCall) -> SortingShape:
 
 
 def _by_key(
-    seen: SeenCall, batches: Batches, choosers: Sequence[Chooser]
-) -> Iterator[tuple[Key, list[Span], list[int]]]:
+    seen: SortCall, batches: Batches, choosers: Sequence[Chooser]
+) -> Iterator[tuple[CallKey, list[Span], list[int]]]:
     """Each key the layer of that call will come with, the spans of counts and the captured counts
     that bring it."""
     # Pooled batches are multiples, as the ranks' captured batches are padded to one size.
@@ -98,7 +99,7 @@ def _by_key(
     if captured and seen.key.has_num_local_tokens:
         captured.add(seen.num_tokens)  # such layers are captured at their full capacity
     last = max(batches.max_tokens * pooled, seen.num_tokens, *captured)
-    spans: dict[Key, list[Span]] = {}
+    spans: dict[CallKey, list[Span]] = {}
     for piece in pieces_of(seen, last, choosers):
         if piece.request.sorts:
             spans.setdefault(key_at(seen, piece), []).append((piece.first, piece.last))
@@ -108,8 +109,8 @@ def _by_key(
 
 
 def _cover(
-    seen: SeenCall,
-    key: Key,
+    seen: SortCall,
+    key: CallKey,
     spans: Sequence[Span],
     captured: Sequence[int],
     batches: Batches,
@@ -133,7 +134,7 @@ def _cover(
     return coverage.on(seen.device.type)
 
 
-def _extras(seen: SeenCall) -> str:
+def _extras(seen: SortCall) -> str:
     """The arguments that tell this call from others of that shape: `name=value`, each."""
     words = []
     if seen.key.local_ids:

@@ -14,8 +14,8 @@ from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.settings import Mode, Settings
 from adaptive_moe.shape import SortingShape
 from tests.aiter_standin.load import load_aiter
-from tests.engines.at_once import at_once
-from tests.engines.hooking import (
+from tests.hook.at_once import at_once
+from tests.hook.hooking import (
     KEY,
     arrived,
     batch,
@@ -135,7 +135,7 @@ def test_a_sort_that_raises_hands_that_call_to_the_baseline_and_is_off(aiter, ot
     ]
     counts = hook.counts()
     assert (counts.fell_back, counts.chosen, counts.baseline) == (1, 1, 2)
-    assert counts.total == counts.chosen + counts.baseline + counts.own + counts.unknown
+    assert counts.total == counts.chosen + counts.baseline + counts.callers_policy + counts.unknown
     # The others go on.
     aiter.fused_moe(*batch(8))
     assert len(others.radix.calls) == 1

@@ -3,18 +3,21 @@
 import contextlib
 import contextvars
 import enum
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from adaptive_moe.engines.seen import SeenCall
-from adaptive_moe.kernels.call import Buffer, is_rounded
+from adaptive_moe.hook.calls import is_rounded, sort_call
+from adaptive_moe.kernels.call import Buffer
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.settings import Mode, Settings
 from adaptive_moe.shape import SortingShape
 from tests.aiter_standin.load import load_aiter
-from tests.engines.hooking import (
+from tests.engines.seen import seen_call
+from tests.hook.hooking import (
     KEY,
     batch,
     installed,
@@ -46,7 +49,7 @@ def test_a_batch_past_the_table_is_noted_so_that_a_later_warm_up_extends_it(aite
     aiter.fused_moe(*batch(8))
     hook.set_tables({KEY: make_table({1: 2, 64: 2})})
     aiter.fused_moe(*batch(300))
-    assert policy_that_arrived() == 2
+    assert policy_that_arrived() == 0
     assert hook.seen[KEY].num_tokens == 300
 
 
@@ -83,7 +86,7 @@ def test_how_the_chooser_was_asked_is_kept(aiter):
     ],
 )
 def test_whether_buffers_are_rounded_is_read_off_the_outputs(count, length, rounded):
-    assert is_rounded((torch.zeros(length),), count, 4, 16, 32) is rounded
+    assert is_rounded((torch.zeros(length),), count, KEY) is rounded
 
 
 def test_the_first_call_tells_where_it_can(aiter):
@@ -116,13 +119,71 @@ def test_an_unknown_shape_after_warm_up_is_said_once_with_its_baseline(aiter, ca
     hook = installed(aiter, engine_policy=2)
     aiter.fused_moe(*batch(8))
     assert not caplog.records
-    hook.warmed_up = True
+    hook.end_warm_up((), None)
     for count in (8, 9, 10):
         aiter.fused_moe(*batch(count, dim=128), moe_sorting_dispatch_policy=2)
     assert [r.message for r in caplog.records] == [
         "sorting 8 tokens of 16 experts, topk 4, dim 128, bfloat16, block 32 was first seen after "
         "warm-up: the baseline, policy 2, serves it until the next warm_up()"
     ]
+
+
+# How long it is kept
+
+
+def test_a_warm_up_keeps_an_expert_mask_until_it_is_over(aiter):
+    """A mask may be made for each call; one that its model keeps is there for a later warm-up."""
+    hook = installed(aiter)
+    mask = torch.ones(16, dtype=torch.int32)
+    kept = weakref.ref(mask)
+    aiter.fused_moe(*batch(8), expert_mask=mask)
+    del mask
+    gc.collect()
+    (call,) = hook.wanted_by(None)
+    assert call.expert_mask is kept()
+    hook.set_tables({call.key: make_table({64: 2})})
+    hook.end_warm_up((call.key,), None)
+    assert [known.expert_mask for known in hook.wanted_by(None)] == [kept()]
+    del call
+    gc.collect()
+    assert kept() is None
+    assert hook.wanted_by(None) == []  # there is no layer left to measure for
+    mask = torch.ones(16, dtype=torch.int32)
+    aiter.fused_moe(*batch(300), expert_mask=mask)
+    assert [call.expert_mask for call in hook.wanted_by(None)] == [mask]
+
+
+class Worker:
+    """An engine in this process, as its plugin names it."""
+
+
+def test_what_one_engine_has_warmed_up_is_not_measured_for_another(aiter):
+    hook, first, second = installed(aiter), Worker(), Worker()
+    aiter.fused_moe(*batch(8))
+    other = KEY._replace(model_dim=128)
+    for owner in (first, None):
+        assert [call.key for call in hook.wanted_by(owner)] == [KEY]
+    hook.set_tables({KEY: make_table({64: 2})})
+    hook.end_warm_up((KEY,), first)
+    aiter.fused_moe(*batch(8, dim=128))
+    assert [call.key for call in hook.wanted_by(second)] == [other]
+    assert [call.key for call in hook.wanted_by(first)] == [KEY, other]
+
+
+def test_an_engines_shapes_and_tables_go_when_it_is_gone(aiter, caplog):
+    hook, worker = installed(aiter), Worker()
+    aiter.fused_moe(*batch(8))
+    hook.set_tables({KEY: make_table({64: 2}), KEY._replace(block_size=64): make_table({64: 2})})
+    hook.end_warm_up(hook.tables, worker)
+    aiter.fused_moe(*batch(8))
+    assert policy_that_arrived() == 2
+    del worker
+    gc.collect()
+    assert (dict(hook.seen), dict(hook.tables)) == ({}, {})
+    aiter.fused_moe(*batch(8))  # the next engine's, with the same model
+    assert policy_that_arrived() == 0
+    assert [call.key for call in hook.wanted_by(Worker())] == [KEY]
+    assert caplog.records == []  # nothing was warmed up for it yet
 
 
 # Called again
@@ -136,7 +197,7 @@ class Format(enum.Enum):
 
 
 def seen_in(module, call):
-    """The SeenCall of a call made within a context of its own."""
+    """The SortCall of a call made within a context of its own."""
     hook = installed(module)
     contextvars.copy_context().run(call)
     (seen,) = hook.seen.values()
@@ -196,7 +257,8 @@ def test_a_call_on_a_gpu_is_made_again_on_its_device_and_stream(monkeypatch):
         "dispatch_policy": 0,
         "expert_mask": None,
     }
-    seen = SeenCall.now(KEY._replace(device=1), 8, named, {}, None)
+    layer = installed(seam_of(policy_of)).layer
+    seen = sort_call(layer, KEY._replace(device=1), 8, named, None)
     assert (seen.device, seen.stream) == (device, "stream of cuda:1")
     assert seen.as_called(within.copy) == [device, "stream of cuda:1"]
     assert within == []
@@ -284,5 +346,4 @@ def test_settings_of_torchs_compiler_tell_no_calls_apart():
 
     context = contextvars.Context().run(seen_context)
     assert len(context) > 1
-    seen = SeenCall(*[None] * 7, context, *[None] * 5)
-    assert seen.context_values() == "ours=1"
+    assert seen_call(context=context).context_values() == "ours=1"

@@ -4,9 +4,9 @@ import threading
 
 import torch
 
-from adaptive_moe.engines.hook import AiterHook
-from tests.engines.at_once import at_once
-from tests.engines.hooking import AUTO, KEY, installed, seam_of, sort_arguments
+from adaptive_moe.hook.hook import AiterHook
+from tests.hook.at_once import at_once
+from tests.hook.hooking import AUTO, KEY, installed, seam_of, sort_arguments
 from tests.tables import make_table
 
 

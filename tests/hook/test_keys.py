@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from adaptive_moe.engines.entries import Entries
-from adaptive_moe.engines.key import Key
-from tests.engines.hooking import (
+from adaptive_moe.hook.entries import Entries
+from adaptive_moe.kernels.call import CallKey
+from tests.hook.hooking import (
     KEY,
     batch,
     installed,
@@ -45,7 +45,9 @@ def test_shapes_are_told_apart_by(aiter, field):
     aiter.moe_sorting(*arguments, **options)
     assert policy_that_arrived() == (2 if field == "baseline" else 0)
     (noted,) = hook.seen
-    assert [name for name in Key._fields if getattr(noted, name) != getattr(KEY, name)] == [field]
+    assert [name for name in CallKey._fields if getattr(noted, name) != getattr(KEY, name)] == [
+        field
+    ]
     aiter.moe_sorting(*sort_arguments(8))
     assert policy_that_arrived() == 1
 
@@ -89,7 +91,7 @@ def test_a_later_aiters_argument_tells_shapes_apart_by_its_value():
     before = set(hook.seen)
     assert module.moe_sorting(*sort_arguments(8), order=torch.zeros(3)) == 0
     assert set(hook.seen) == before
-    assert hook.counts().odd == 1
+    assert hook.counts().unreadable == 1
 
 
 def test_a_masked_call_accumulates_whatever_it_says(aiter):

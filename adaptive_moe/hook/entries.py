@@ -1,9 +1,9 @@
-"""What the hot path reads, and how it is made from a table."""
+"""What the wrapper looks up, and how it is made from a table."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from adaptive_moe.engines.counters import Counters
+from adaptive_moe.hook.counters import Counters
 from adaptive_moe.kernels import POLICIES, policy_name
 from adaptive_moe.policy.table import PolicyTable
 
@@ -14,17 +14,18 @@ ASK = 255
 
 
 class Entries(dict[tuple[Any, ...], "Entry"]):
-    """By key; never changed, but replaced whole: the hot path reads it without a lock.
+    """By key; never changed, but replaced whole: the wrapper reads it without a lock.
 
-    latest: the key of the latest call and its entry. Layers of one model mostly come with the same
-    key, and comparing it takes half the time of hashing it.
+    latest: of the latest call, the arguments that make its key, and its entry, as the wrapper
+    unpacks them. Layers of one model mostly come with the same arguments, and comparing them one
+    by one takes less than building a key and hashing it. Empty before the first call.
     """
 
     __slots__ = ("latest",)
 
     def __init__(self, entries: Mapping[tuple[Any, ...], "Entry"]) -> None:
         super().__init__(entries)
-        self.latest: tuple[Any, ...] = (None,) * len(Entry._fields)
+        self.latest: tuple[Any, ...] = ()
 
 
 class Entry(NamedTuple):
@@ -32,15 +33,14 @@ class Entry(NamedTuple):
 
     array    a byte a token count: an index into `choices`, 0 for the call as it came, or ASK
     both     where it is ASK: the arrays of eager and of captured calls
-    choices  policies, and from index `plain` on other sorts
+    choices  policies (int) and other sorts (functions)
     stay, go what to count at index 0, and at any other
-    grows    True where the last byte speaks for every count beyond
+    grows    whether a count past the end makes the arrays longer, by zeros
     """
 
     array: bytes
     both: tuple[bytes, bytes]
     choices: tuple[Any, ...]
-    plain: int
     stay: Callable[[], int]
     go: Callable[[], int]
     grows: bool
@@ -54,23 +54,21 @@ def entry_for(
 ) -> Entry:
     """What a table says, with `off` candidates, and those that nothing here answers to, replaced by
     the baseline. sorts: what the names of other sorts stand for."""
+    answers = {**_POLICY_OF, **sorts}
     names = table.evidence.candidates
-    policies = [name for name in names[1:] if name in _POLICY_OF and name not in off]
-    others = [name for name in names[1:] if name in sorts and name not in off]
-    order = [names[0], *policies, *others]
-    places = bytes(order.index(name) if name in order else 0 for name in names)
+    chosen = [name for name in names[1:] if name in answers and name not in off]
+    places = bytes(chosen.index(name) + 1 if name in chosen else 0 for name in names)
     length = max(len(table.eager), len(table.graph))
-    both = tuple(
-        _stretched(array.translate(places.ljust(256, b"\0")), length)
+    eager, graph = (
+        _lengthened(array.translate(places.ljust(256, b"\0")), length)
         for array in (table.eager, table.graph)
     )
     return Entry(
-        array=_merged(*both),
-        both=(both[0], both[1]),
-        choices=(None, *(_POLICY_OF[name] for name in policies), *(sorts[name] for name in others)),
-        plain=1 + len(policies),
-        stay=counters.baseline.add,
-        go=counters.chosen.add,
+        array=_merged(eager, graph),
+        both=(eager, graph),
+        choices=(None, *(answers[name] for name in chosen)),
+        stay=counters["baseline"].add,
+        go=counters["chosen"].add,
         grows=True,
     )
 
@@ -84,18 +82,18 @@ def unanswered(table: PolicyTable, sorts: Mapping[str, Callable[..., Any]]) -> l
 def left_alone(count: Callable[[], int], num_tokens: int, *, grows: bool) -> Entry:
     """Every call up to that many tokens as it came, counted by `count`."""
     array = bytes(num_tokens + 1)
-    return Entry(array, (array, array), (None,), 1, count, count, grows)
+    return Entry(array, (array, array), (None,), count, count, grows)
 
 
 def grown(entry: Entry, num_tokens: int) -> Entry:
-    """The same up to that many tokens, and twice as many: the last byte speaks for all beyond."""
+    """The same up to twice that many tokens: what was not measured gets the baseline."""
     length = 2 * num_tokens + 1
-    both = (_stretched(entry.both[0], length), _stretched(entry.both[1], length))
-    return entry._replace(array=_stretched(entry.array, length), both=both)
+    eager, graph = (_lengthened(array, length) for array in entry.both)
+    return entry._replace(array=_lengthened(entry.array, length), both=(eager, graph))
 
 
-def _stretched(array: bytes, length: int) -> bytes:
-    return array.ljust(length, array[-1:])
+def _lengthened(array: bytes, length: int) -> bytes:
+    return array.ljust(length, b"\0")
 
 
 def _merged(eager: bytes, graph: bytes) -> bytes:

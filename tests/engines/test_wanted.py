@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_moe.engines.choosers import Piece, VllmInt4
-from adaptive_moe.engines.coverage import Batches, coverages
+from adaptive_moe.engines.block_sizes import Piece, VllmInt4
+from adaptive_moe.engines.wanted import Batches, coverages
 from adaptive_moe.kernels.aiter import SortRequest
 from adaptive_moe.kernels.call import Buffer
 from adaptive_moe.policy.coverage import BUSY_FROM

@@ -2,8 +2,9 @@
 
 Every argument but one goes through as it came, and binding them costs a third of what
 `*args, **kwargs` would. What happens at each call is written out here once, in one function,
-because a call of another one costs as much as the look-up: build a key, find the entry, index its
-array by the token count. Everything rarer is left to rare.py, in plain Python.
+because a call of another one costs as much as the look-up: compare the arguments with those of
+the latest call, one by one, and index its array by the token count. A call that differs builds a
+key and finds its entry. Everything rarer is left to slow_path.py, in plain Python.
 """
 
 import functools
@@ -11,13 +12,13 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from adaptive_moe.engines.entries import ASK
-from adaptive_moe.engines.key import TRUE
+from adaptive_moe.hook.entries import ASK
 from adaptive_moe.kernels.aiter import BUFFERS, KNOWN, LEADING, UNSORTED
+from adaptive_moe.kernels.call import TRUE
 
 if TYPE_CHECKING:
-    from adaptive_moe.engines.counters import Counters
-    from adaptive_moe.engines.seam import Layer
+    from adaptive_moe.hook.counters import Counters
+    from adaptive_moe.hook.layer import Layer
 
 # AITER's own, for a seam that does not say.
 _DEFAULTS = {
@@ -26,48 +27,64 @@ _DEFAULTS = {
     "return_local_topk_ids": False,
     "accumulate": True,
 }
-# One sort, by whoever sorts it: the leading arguments without the policy, and accumulate.
+# One sort, by whatever sorts it: the leading arguments without the policy, and accumulate.
 SORT_ARGUMENTS = (*LEADING[:-1], "accumulate")
+
+# The arguments that make the key and what the latest call had there, the likeliest to differ first:
+# AITER picks block_size by token count, and the rest differs by layer. What is not equal costs only
+# the building of a key. `is` where Python has one object of each value.
+_COMPARED = (
+    ("block_size == {latest}", "block_size"),
+    ("num_experts == {latest}", "num_experts"),
+    ("dispatch_policy is {latest}", "dispatch_policy"),
+    ("model_dim == {latest}", "model_dim"),
+    ("topk == {latest}", "topk"),
+    ("moebuf_dtype is {latest}", "moebuf_dtype"),
+    ("(expert_mask is None) is {latest}", "expert_mask is None"),
+    ("(num_local_tokens is None) is {latest}", "num_local_tokens is None"),
+)
 
 _MEASURED = """
 def moe_sorting({heads}):
-    sort = None
+    choice = None
     try:
         num_tokens, topk = topk_ids.shape
-        if topk_ids.__class__ is not _Tensor or not num_tokens{unsorted}:
-            sort = _rare
+        if topk_ids.__class__ is not _Tensor:
+            choice = _slow
+        elif not num_tokens{unsorted}:
+            _layer.passed()
         else:
-            key = (
-                num_experts, topk, model_dim, moebuf_dtype, block_size, expert_mask is not None,
-                num_local_tokens is not None, expert_mask is not None or {accumulate}, {local_ids},
-                {more}, {baseline}, {device},
-            )
             entries = _layer.entries
-            known, array, both, choices, plain, stay, go = entries.latest
-            if key != known:
-                array, both, choices, plain, stay, go, _ = entry = entries[key]
-                entries.latest = (key, *entry[:-1])
+            {latest}, array, both, choices, stay, go = entries.latest or _NEVER
+            if not ({same}):
+                array, both, choices, stay, go, _ = entries[
+                    num_experts, topk, model_dim, moebuf_dtype, block_size,
+                    expert_mask is not None, num_local_tokens is not None,
+                    expert_mask is not None or {accumulate}, {local_ids}, {more}, {baseline},
+                    {device},
+                ]
+                entries.latest = ({arguments}, array, both, choices, stay, go)
             index = array[num_tokens]
             if index == {ASK}:
                 index = both[_is_capturing()][num_tokens]
-            if not index:
-                stay()
-            elif index < plain:
-                dispatch_policy = choices[index]
+            if index:
+                choice = choices[index]
                 go()
             else:
-                sort = choices[index]
-                go()
+                stay()
     except Exception:
-        sort = _rare
-    if sort is None:
+        choice = _slow
+    if choice is None:
         return _seam({given})
-    if sort is _rare:
-        return _rare({all})
+    if choice is _slow:
+        return _slow({all})
     try:
-        return sort({sort_arguments})
+        if choice.__class__ is int:
+            return _seam({chosen})
+        return choice({sort_arguments})
     except Exception as error:
-        _broke(sort, error)
+        if not _falls_back(choice, error):
+            raise
     return _seam({given})
 """
 
@@ -76,25 +93,26 @@ def moe_sorting({heads}):
     try:
         if _layer.active:
             if not topk_ids.shape[0]{unsorted}:
-                _passed()
+                _layer.passed()
             else:
                 _fixed()
                 dispatch_policy = _policy
     except Exception:
-        _odd()
+        _unreadable()
     return _seam({given})
 """
 
 
 def measured(
     layer: "Layer",
-    rare: Callable[..., Any],
-    broke: Callable[[Any, Exception], None],
+    slow: Callable[..., Any],
+    falls_back: Callable[[Any, Exception], bool],
 ) -> Callable[..., Any]:
     """The seam of `layer`, answered as `layer.entries` says.
 
-    rare(layer, values, call) answers what has no entry; broke(sort, error) hears of a sort that
-    raised, before the baseline answers. Neither raises what AITER does not.
+    slow(layer, values, made) answers what has no entry and raises nothing that AITER does not.
+    falls_back(choice, error) is told of a candidate that raised; True where the baseline may answer
+    the same call, False where the error has to pass on.
     """
     import torch
 
@@ -102,14 +120,13 @@ def measured(
         "ASK": ASK,
         # Only a schema of bool makes it True, of an engine's own; to others both are not ours.
         "baseline": f"{TRUE!r} if dispatch_policy is True else dispatch_policy",
-        "device": "topk_ids.get_device()" if layer.device is None else str(layer.device),
     }
     scope = {
         "_layer": layer,
         "_Tensor": torch.Tensor,
         "_is_capturing": layer.is_capturing,
-        "_rare": functools.partial(rare, layer),
-        "_broke": broke,
+        "_slow": functools.partial(slow, layer),
+        "_falls_back": falls_back,
     }
     return _around(layer, _MEASURED, words, scope)
 
@@ -117,17 +134,16 @@ def measured(
 def fixed(layer: "Layer", policy: int | None, counters: "Counters") -> Callable[..., Any]:
     """The seam of `layer` with that policy at every call that sorts."""
 
-    def unread(values: tuple[Any, ...], call: Any) -> Any:
-        counters.odd.add()
-        return layer.seam(*call[0], **call[1])
+    def unread(values: tuple[Any, ...], made: Any) -> Any:
+        counters["unreadable"].add()
+        return layer.seam(*made[0], **made[1])
 
     scope = {
         "_layer": layer,
-        "_rare": unread,
+        "_slow": unread,
         "_policy": policy,
-        "_passed": counters.passed.add,
-        "_fixed": counters.fixed.add,
-        "_odd": counters.odd.add,
+        "_fixed": counters["fixed"].add,
+        "_unreadable": counters["unreadable"].add,
     }
     return _around(layer, _FIXED, {}, scope)
 
@@ -141,8 +157,10 @@ def _around(
         return _around_opaque(layer, template, words, scope)
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     layer.names = tuple(p.name for p in parameters)
-    values = ", ".join(layer.names)
-    wrapper = _compile(template, layer.names, defaults, {**words, "given": values}, scope, layer)
+    given = ", ".join(layer.names)
+    chosen = ", ".join("choice" if n == "dispatch_policy" else n for n in layer.names)
+    words = {**words, "given": given, "chosen": chosen}
+    wrapper = _compile(template, layer.names, defaults, words, scope, layer)
     return functools.wraps(layer.seam)(wrapper)
 
 
@@ -159,24 +177,24 @@ def _around_opaque(
     defaults = _DEFAULTS | defaults
     layer.names = names
 
-    def again(call: Any, policy: Any) -> Any:
-        args, kwargs, asked = call
-        if policy is asked:
+    def again(made: Any, policy: Any) -> Any:
+        args, kwargs, callers = made
+        if policy is callers:
             return seam(*args, **kwargs)
         if len(args) >= len(LEADING):
             return seam(*args[: len(LEADING) - 1], policy, *args[len(LEADING) :], **kwargs)
         return seam(*args, **{**kwargs, "dispatch_policy": policy})
 
-    words = {**words, "given": "_call, dispatch_policy"}
+    words = {**words, "given": "_made, dispatch_policy", "chosen": "_made, choice"}
     inner = _compile(template, names, dict.fromkeys(names) | defaults, words, scope, layer, again)
 
     @functools.wraps(seam)
     def moe_sorting(*args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if len(args) > len(names) or not given.keys() <= set(names):
-            return scope["_rare"]((), (args, kwargs, None))
-        asked = given.get("dispatch_policy", defaults["dispatch_policy"])
-        return inner(**given, _call=(args, kwargs, asked))
+            return scope["_slow"]((), (args, kwargs, None))
+        callers = given.get("dispatch_policy", defaults["dispatch_policy"])
+        return inner(**given, _made=(args, kwargs, callers))
 
     return moe_sorting
 
@@ -192,21 +210,44 @@ def _compile(
 ) -> Callable[..., Any]:
     heads = [f"{name}=_default[{name!r}]" if name in defaults else name for name in names]
     unknown = [name for name in names[len(LEADING) :] if name not in KNOWN]
-    more = [f"(() if {name} is None else ({name!r},))" for name in BUFFERS if name in names]
+    buffers = [name for name in BUFFERS if name in names]
+    more = [f"(() if {name} is None else ({name!r},))" for name in buffers]
     if unknown:
         more = [f"({', '.join(unknown)},)", *more]
+    compared = [
+        *_COMPARED,
+        *(("{latest} is " + n, n) for n in ("accumulate", "return_local_topk_ids") if n in names),
+        *(("{latest} == " + n, n) for n in unknown),
+        *((f"({n} is None) is {{latest}}", f"{n} is None") for n in buffers),
+    ]
+    device = "topk_ids.get_device()" if layer.device is None else str(layer.device)
+    if layer.device is None:
+        compared.append((f"{{latest}} == {device}", device))
+    latest = [f"latest_{number}" for number in range(len(compared))]
     values = f"({', '.join(names)},)"
     source = template.format(
         **words,
-        heads=", ".join(heads if again is None else [*heads, "_call=None"]),
-        all=values if again is None else f"{values}, _call",
+        heads=", ".join(heads if again is None else [*heads, "_made=None"]),
+        all=values if again is None else f"{values}, _made",
         unsorted="".join(f" or {name}" for name in UNSORTED if name in names),
+        latest=", ".join(latest),
+        same=" and ".join(
+            test.format(latest=name) for name, (test, _) in zip(latest, compared, strict=True)
+        ),
+        arguments=", ".join(value for _, value in compared),
         accumulate="accumulate" if "accumulate" in names else "True",
         local_ids="return_local_topk_ids" if "return_local_topk_ids" in names else "False",
         more=" + ".join(more) or "()",
+        device=device,
         sort_arguments=", ".join(n if n in names else "True" for n in SORT_ARGUMENTS),
     )
-    function: dict[str, Any] = {**scope, "_seam": again or layer.seam, "_default": defaults}
+    function: dict[str, Any] = {
+        **scope,
+        "_seam": again or layer.seam,
+        "_default": defaults,
+        # Equal to no call: nothing is None there.
+        "_NEVER": (None,) * (len(compared) + 5),
+    }
     exec(compile(source, f"<{__name__}>", "exec"), function)
     compiled: Callable[..., Any] = function["moe_sorting"]
     return compiled

@@ -1,5 +1,6 @@
-"""Who picks a layer's block_size by token count. A forward shows few counts, and another block_size
-is another table: so whoever picked the one that was seen is asked about the other counts."""
+"""Which block_size a layer comes with at each token count. A forward shows few counts, and another
+block_size is another table: so the chooser that picked the one that was seen is asked about the
+other counts."""
 
 import functools
 import logging
@@ -12,10 +13,9 @@ from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
-from adaptive_moe.engines.hook import AiterHook
-from adaptive_moe.engines.key import Key
-from adaptive_moe.engines.seen import SeenCall
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels.aiter import CHOOSER, MODULE, SortRequest, request_at
+from adaptive_moe.kernels.call import CallKey, SortCall
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -29,18 +29,18 @@ class Piece:
     request: SortRequest
 
 
-# Who picks block_size by token count for the layer of a call: 1 to `last` in pieces, rising and
-# without gaps, or None where it is not this one that picks it.
-Chooser = Callable[[SeenCall, int], "Sequence[Piece] | None"]
+# Divides 1 to `last` into pieces, rising and without gaps, as the layer of that call picks its
+# block_size; None where it does not pick the layer's.
+Chooser = Callable[[SortCall, int], "Sequence[Piece] | None"]
 
 
-def pieces_of(seen: SeenCall, last: int, choosers: Sequence[Chooser]) -> Sequence[Piece]:
+def pieces_of(seen: SortCall, last: int, choosers: Sequence[Chooser]) -> Sequence[Piece]:
     """1 to `last` as the layer's own chooser divides it: the one that explains what was seen. Where
     none does, only what was seen is known: a count with another block_size runs the baseline."""
     for choose in choosers:
         try:
             pieces = choose(seen, last) or ()
-        # A chooser is the engine's or AITER's code, asked by somebody it does not know.
+        # A chooser is the engine's or AITER's code, and may raise anything.
         except Exception as error:
             logger.debug("block sizes at other token counts are not known: %r", error)
             continue
@@ -50,13 +50,13 @@ def pieces_of(seen: SeenCall, last: int, choosers: Sequence[Chooser]) -> Sequenc
     return (Piece(1, last, SortRequest(seen.key.block_size, seen.key.accumulate, sorts=True)),)
 
 
-def key_at(seen: SeenCall, piece: Piece) -> Key:
+def key_at(seen: SortCall, piece: Piece) -> CallKey:
     """What the layer of that call comes with at the counts of a piece."""
     accumulate = piece.request.accumulate or seen.key.has_expert_mask
     return seen.key._replace(block_size=piece.request.block_size, accumulate=accumulate)
 
 
-def aiters_own(hook: AiterHook) -> list[Chooser]:
+def aiters_choosers(hook: AiterHook) -> list[Chooser]:
     """AITER's chooser, asked by the function that it asks itself, in the words that were used.
 
     It is asked once for each class of counts that it tells apart, which get_padded_M names. Also
@@ -71,7 +71,7 @@ def aiters_own(hook: AiterHook) -> list[Chooser]:
     if module is None or asked is None or pad is None or tunes_online:
         return []
 
-    def choose(seen: SeenCall, last: int) -> list[Piece] | None:
+    def choose(seen: SortCall, last: int) -> list[Piece] | None:
         if seen.config is None:
             return None
         pieces = []
@@ -112,7 +112,7 @@ class VllmInt4:
 
         setattr(module, self.CONFIG, try_get_optimal_config)
 
-    def __call__(self, seen: SeenCall, last: int) -> Sequence[Piece] | None:
+    def __call__(self, seen: SortCall, last: int) -> Sequence[Piece] | None:
         """The pieces of the configuration that explains the block_size that was seen."""
         key = seen.key
         if key.has_expert_mask or key.has_num_local_tokens:

@@ -6,37 +6,53 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from adaptive_moe.engines.entries import Entries
+from adaptive_moe.hook.entries import Entries
 from adaptive_moe.kernels.aiter import CHOOSER, SEAM
+
+# How AITER's chooser was called: args and kwargs.
+ConfigArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Layer:
-    """One wrapper around the seam of one module, and one around its chooser, which leaves behind
-    in `asked.last` how it was asked. Inactive, both only pass calls on.
+    """One wrapper around the seam of one module, and one around its chooser of block sizes, which
+    leaves behind in `latest_config` how it was called. Inactive, both only pass calls on.
 
     entries: what becomes of calls, by key; empty while inactive
+    passed: counts a call with nothing to choose; does nothing while inactive
     names: the parameters that the wrapper binds
     device: the only one that this process sees, as get_device() calls it; None where there are
-    several, and each call is asked
+        several, and each call is asked
     is_capturing: says whether the current stream is being captured into a graph; torch's by default
     """
 
     def __init__(
         self,
         module: ModuleType,
-        asked: threading.local,
+        passed: Callable[[], int],
         is_capturing: Callable[[], bool] | None = None,
     ) -> None:
         self.module = module
         self.seam: Callable[..., Any] = getattr(module, SEAM)
         self.chooser: Callable[..., Any] | None = getattr(module, CHOOSER, None)
-        self.active = True
-        self.entries = Entries({})
         self.device = _only_device()
         self.is_capturing = is_capturing or capture_query()
         self.names: tuple[str, ...] = ()
         self.wrapper = self.seam
-        self._watcher = None if self.chooser is None else _watch(self.chooser, asked)
+        self._passed = passed
+        self._thread = threading.local()
+        self._watcher = None if self.chooser is None else _watch(self.chooser, self._thread)
+        self.set_active(True)
+
+    def set_active(self, active: bool) -> None:
+        """Switch choosing on or off; what is chosen comes with `entries`."""
+        self.active = active
+        self.entries = Entries({})
+        self.passed: Callable[[], object] = self._passed if active else bool
+
+    @property
+    def latest_config(self) -> ConfigArguments | None:
+        """How this thread called AITER's chooser last; None where it did not."""
+        return getattr(self._thread, "config", None)
 
     def put(self, wrapper: Callable[..., Any]) -> None:
         self.wrapper = wrapper
@@ -45,10 +61,9 @@ class Layer:
             setattr(self.module, CHOOSER, self._watcher)
 
     def take_out(self) -> bool:
-        """Put back what was there; False where somebody wrapped us since, and keeps their wrapper
+        """Put back what was there; False where another tool wrapped us since, and keeps its wrapper
         and us, passive, below it."""
-        self.active = False
-        self.entries = Entries({})
+        self.set_active(False)
         if self._watcher is not None and getattr(self.module, CHOOSER, None) is self._watcher:
             setattr(self.module, CHOOSER, self.chooser)
         if getattr(self.module, SEAM, None) is not self.wrapper:
@@ -57,7 +72,7 @@ class Layer:
         return True
 
     def is_reached_from(self, module: ModuleType) -> bool:
-        """Is this layer certainly below `module.moe_sorting`, whoever wrapped it since?
+        """Is this layer certainly below `module.moe_sorting`, whatever wrapped it since?
 
         Wrappers that hide what they wrap cannot be seen through. A layer below such a one is left
         passive, and a new one goes on top.
@@ -85,10 +100,10 @@ def capture_query() -> Callable[[], bool]:
     return torch.cuda.is_current_stream_capturing
 
 
-def _watch(chooser: Callable[..., Any], asked: threading.local) -> Callable[..., Any]:
+def _watch(chooser: Callable[..., Any], thread: threading.local) -> Callable[..., Any]:
     @functools.wraps(chooser)
     def get_2stage_cfgs(*args: Any, **kwargs: Any) -> Any:
-        asked.last = (args, kwargs)
+        thread.config = (args, kwargs)
         return chooser(*args, **kwargs)
 
     for name in ("cache_clear", "cache_info"):  # it is an lru_cache, and AITER's tuner clears it

@@ -6,11 +6,11 @@ import inspect
 import pytest
 import torch
 
-from adaptive_moe.engines.key import Key
 from adaptive_moe.kernels.aiter import LEADING
+from adaptive_moe.kernels.call import CallKey
 from adaptive_moe.settings import Mode, Settings
 from tests.aiter_standin.load import load_aiter
-from tests.engines.hooking import (
+from tests.hook.hooking import (
     KEY,
     POLICIES,
     TWO,
@@ -35,13 +35,23 @@ def test_the_tables_policy_arrives_at_every_token_count(any_aiter):
     assert (counts.chosen, counts.baseline, counts.total) == (7, 1, len(expected))
 
 
-def test_a_count_past_the_table_takes_the_last_choice(aiter):
-    hook = installed(aiter, tables={KEY: make_table({1: 0, 127: 1, 128: 2})})
-    for count in (300, 299, 5000):
+def test_a_count_past_the_table_takes_the_baseline(aiter):
+    """Nothing was measured there."""
+    hook = installed(aiter, tables={KEY: make_table({1: 2, 128: 2})})
+    for count, policy in ((128, 2), (129, 0), (300, 0), (299, 0), (5000, 0), (128, 2)):
         aiter.fused_moe(*batch(count))
-        assert policy_that_arrived() == 2
-    assert hook.counts().chosen == hook.counts().total == 3
+        assert policy_that_arrived() == policy
+    assert (hook.counts().chosen, hook.counts().baseline, hook.counts().total) == (2, 4, 6)
     assert hook.seen == {}  # nothing to measure: there is a table
+
+
+def test_a_captured_count_past_the_captured_ones_takes_the_baseline(aiter):
+    captured = [True]
+    tables = {KEY: make_table({1: 1, 64: 1}, {1: 2, 8: 2})}
+    installed(aiter, tables=tables, is_capturing=lambda: captured[0])
+    for captured[0], count, policy in ((True, 8, 2), (True, 65, 0), (False, 64, 1), (False, 65, 0)):
+        aiter.fused_moe(*batch(count))
+        assert policy_that_arrived() == policy
 
 
 def test_results_are_what_aiter_gives_without_us(any_aiter):
@@ -75,7 +85,7 @@ def test_the_stream_is_asked_only_where_captured_and_eager_calls_differ(aiter):
         tables={KEY: make_table({8: 1, 9: 2, 64: 2}, {8: 1, 9: 0, 64: 0})},
         is_capturing=is_capturing,
     )
-    for count, policy, questions in ((1, 1, 0), (8, 1, 0), (9, 0, 1), (64, 0, 2), (500, 0, 3)):
+    for count, policy, questions in ((1, 1, 0), (8, 1, 0), (9, 0, 1), (64, 0, 2), (500, 0, 2)):
         aiter.fused_moe(*batch(count))
         assert (policy_that_arrived(), len(asked)) == (policy, questions)
 
@@ -123,7 +133,7 @@ def test_what_a_bool_schema_makes_of_the_engines_default_is_a_baseline(caplog):
     for count in (8, 300):
         aiter.fused_moe(*batch(count), moe_sorting_dispatch_policy=2)
         assert policy_that_arrived() is True
-    assert hook.counts().own == 0
+    assert hook.counts().callers_policy == 0
     assert not caplog.records
 
 
@@ -145,7 +155,7 @@ def test_a_callers_own_one_is_not_taken_for_the_schemas_true(aiter):
     )
     aiter.moe_sorting(*sort_arguments(8)[:8], 1)
     assert policy_that_arrived() == 1
-    assert hook.counts().own == 1
+    assert hook.counts().callers_policy == 1
 
 
 @pytest.mark.parametrize("engine_policy", [0, 2])
@@ -154,7 +164,7 @@ def test_any_other_policy_is_the_callers_own_choice(aiter, engine_policy):
     for count in (8, 8, 40, 4000):
         aiter.fused_moe(*batch(count), moe_sorting_dispatch_policy=1)
         assert policy_that_arrived() == 1
-    assert hook.counts().own == hook.counts().total == 4
+    assert hook.counts().callers_policy == hook.counts().total == 4
     assert hook.seen == {}
 
 
@@ -164,7 +174,7 @@ def test_a_true_is_the_callers_own_one_where_the_engine_asks_for_none():
     hook = installed(aiter)
     aiter.fused_moe(*batch(8), moe_sorting_dispatch_policy=1)
     assert policy_that_arrived() is True
-    assert (hook.counts().own, dict(hook.seen)) == (1, {})
+    assert (hook.counts().callers_policy, dict(hook.seen)) == (1, {})
 
 
 # A fixed policy
@@ -201,7 +211,7 @@ def test_a_call_that_cannot_be_read_keeps_its_own_policy_and_is_counted(wrap):
     module.moe_sorting(*odd, invented="yes")
     (given,) = received
     assert all(a is b for a, b in zip(given.values(), [*odd, "yes"], strict=True))
-    assert hook.counts().odd == hook.counts().total == 1
+    assert hook.counts().unreadable == hook.counts().total == 1
 
 
 # Calls that are left alone
@@ -239,7 +249,7 @@ def test_everything_but_the_policy_goes_through_untouched():
         return "outputs"
 
     module = seam_of(answer, inserted_in_a_later_version="default", output=None)
-    key = Key(
+    key = CallKey(
         *(16, 4, 64, torch.bfloat16, 64, True, True, True, False),
         *(("given", "output"), 0, -1),
     )

@@ -6,9 +6,9 @@ from types import ModuleType
 
 import pytest
 
-from adaptive_moe.engines.hook import AiterHook
+from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels.aiter import LEADING
-from tests.engines.hooking import (
+from tests.hook.hooking import (
     AUTO,
     KEY,
     arrived,
@@ -235,7 +235,7 @@ def test_a_wrapper_that_hides_all_but_the_policy_is_chosen_for():
     leading = tuple(sort_arguments(8)[:6])
     assert module.moe_sorting(*leading) == (leading, 2, {})
     assert module.moe_sorting(*leading, dispatch_policy=0) == (leading, 2, {})
-    assert hook.counts().odd == 0
+    assert hook.counts().unreadable == 0
 
 
 def test_what_a_hiding_wrapper_was_given_and_no_more_is_kept_for_the_measurement(aiter):
@@ -254,4 +254,4 @@ def test_a_call_with_words_nobody_knows_passes_a_hiding_wrapper(aiter):
     aiter.moe_sorting(*sort_arguments(8), invented="yes")
     aiter.moe_sorting()
     assert taken == [{"invented": "yes"}, {}]
-    assert hook.counts().odd == hook.counts().total == 2
+    assert hook.counts().unreadable == hook.counts().total == 2
