@@ -210,6 +210,7 @@ def test_a_bad_value_is_one_sentence_and_the_default_and_the_others_count(name):
     assert f"{name}={BAD[name]!r}" in problem
     assert variable.accepts in problem
     assert problem.endswith(f"it counts as {variable.default}")
+    assert ("vLLM itself refuses it and does not start" in problem) is (name == ENGINE_VARIABLE)
     without = {other: value for other, value in good.items() if other != name}
     assert settings == read_settings(without)
 
@@ -234,6 +235,13 @@ def test_two_names_that_differ_are_said_and_the_engines_own_counts():
         ("ADAPTIVE_MOE_BUGET_S", "ADAPTIVE_MOE_BUDGET_S"),
         ("ADAPTIVE_MOE_DISPACH_POLICY", "ADAPTIVE_MOE_DISPATCH_POLICY"),
         ("ADAPTIVE_MOE_SORT", "ADAPTIVE_MOE_SORTS"),
+        ("ADAPTIVE_MOE", "ADAPTIVE_MOE_DISPATCH_POLICY"),
+        ("ADAPTIVE_MOE_", "ADAPTIVE_MOE_DISPATCH_POLICY"),
+        ("ADAPTIVE_MOE_POLICY", "ADAPTIVE_MOE_DISPATCH_POLICY"),
+        ("ADAPTIVEMOE_BUDGET_S", "ADAPTIVE_MOE_BUDGET_S"),
+        ("VLLM_ROCM_AITER_MOE_DISPATCH_POLCY", ENGINE_VARIABLE),
+        ("VLLM_AITER_MOE_DISPATCH_POLICY", ENGINE_VARIABLE),
+        ("SGLANG_AITER_MOE_DISPATCH_POLICY", ENGINE_VARIABLE),
     ],
 )
 def test_a_misspelt_name_is_told_what_is_meant(name, meant):
@@ -256,7 +264,19 @@ def test_a_name_like_none_of_ours_is_told_which_there_are():
 
 
 def test_names_of_others_are_not_ours_to_judge():
-    assert misspelt({"ADAPTIVE_SOMETHING": "1", "VLLM_MOE": "2", NEUTRAL_VARIABLE: "auto"}) == ()
+    others = (
+        "ADAPTIVE_SOMETHING",
+        "SGLANG_AITER_MOE_SORTING_DISPATCH_POLICY",
+        "VLLM_MOE",
+        "VLLM_ROCM_USE_AITER_MOE",
+        "VLLM_ROCM_USE_AITER_MOE_SITUV2",
+    )
+    assert misspelt({NEUTRAL_VARIABLE: "auto", **dict.fromkeys(others, "1")}) == ()
+
+
+def test_a_number_that_only_we_refuse_does_not_keep_vllm_from_starting():
+    _, (problem,) = read_for_serving({ENGINE_VARIABLE: "300"})
+    assert problem.endswith("; it counts as unset")
 
 
 @given(st.dictionaries(st.sampled_from([v.name for v in VARIABLES]), st.text(max_size=8)))

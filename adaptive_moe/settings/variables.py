@@ -1,12 +1,10 @@
-"""Environment -> frozen Settings: every variable, what it accepts, and every error about it.
+"""Every environment variable: what it is called, what it accepts and what it does.
 
-`VARIABLES` is the one table of what exists; the readers read nothing else. A command gets an
-error (`read_settings`). A server starts whatever the environment holds (`read_for_serving`).
+`VARIABLES` is the one table of what exists; readers (__init__.py), doctor and errors follow it.
 """
 
 import enum
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -62,7 +60,7 @@ class Settings:
     report: str | None = None
 
 
-def _policy(text: str) -> tuple[Mode, int | None]:
+def policy(text: str) -> tuple[Mode, int | None]:
     """`auto` or `off` in any case, or an integer policy."""
     word = text.strip().lower()
     if word == "auto":
@@ -74,21 +72,21 @@ def _policy(text: str) -> tuple[Mode, int | None]:
     raise ValueError
 
 
-def _budget(text: str) -> float:
+def budget(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < float("inf"):
         raise ValueError
     return seconds
 
 
-def _margin(text: str) -> float:
+def margin(text: str) -> float:
     margin = float(text)
     if not 0 <= margin <= 0.5:
         raise ValueError
     return margin
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def counts(text: str) -> tuple[int, ...]:
     counts = tuple(_count(word) for word in text.split(","))
     if any(low >= high for low, high in pairwise(counts)):
         raise ValueError
@@ -132,25 +130,25 @@ class Variable:
     parse: Callable[[str], Any]
 
 
-_POLICY = "auto, an integer from 0 to 255, or off"
-_COUNTS = "rising token counts such as 1,8,64,512"
-_FRACTION = "a fraction from 0 to 0.5"
-_SECONDS = "seconds, more than 0"
+POLICY = "auto, an integer from 0 to 255, or off"
+COUNTS = "rising token counts such as 1,8,64,512"
+FRACTION = "a fraction from 0 to 0.5"
+SECONDS = "seconds, more than 0"
 
 VARIABLES = (
     Variable(
         ENGINE_VARIABLE,
         "unset",
-        _POLICY,
+        POLICY,
         "auto: measure and choose; an integer: always that policy; unset or off: AITER as it is",
-        _policy,
+        policy,
     ),
     Variable(
         NEUTRAL_VARIABLE,
         "unset",
-        _POLICY,
+        POLICY,
         "the same for any engine; where both are set and differ, the name above wins",
-        _policy,
+        policy,
     ),
     Variable(
         "ADAPTIVE_MOE_SORTS",
@@ -163,23 +161,23 @@ VARIABLES = (
     Variable(
         "ADAPTIVE_MOE_BUDGET_S",
         f"{Settings.budget_s:g}",
-        _SECONDS,
+        SECONDS,
         "most wall-clock time one shape's measurement may take",
-        _budget,
+        budget,
     ),
     Variable(
         "ADAPTIVE_MOE_MARGIN",
         f"{Settings.margin:g}",
-        _FRACTION,
+        FRACTION,
         "the baseline stays unless another is faster by more than this, with confidence",
-        _margin,
+        margin,
     ),
     Variable(
         "ADAPTIVE_MOE_BUCKETS",
         "powers of two",
-        _COUNTS,
+        COUNTS,
         "token counts measured first; crossovers between them are refined either way",
-        _counts,
+        counts,
     ),
     Variable(
         "ADAPTIVE_MOE_BUSY_FROM",
@@ -217,84 +215,3 @@ VARIABLES = (
         str,
     ),
 )
-
-
-def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Parse every variable of `VARIABLES`; SettingsError for the first that is not accepted, and
-    where both names of the policy are set and differ. A variable that is empty counts as unset."""
-    settings, problems = _read(environ)
-    for error, _ in problems:
-        raise error
-    return settings
-
-
-def read_for_serving(environ: Mapping[str, str] = os.environ) -> tuple[Settings, tuple[str, ...]]:
-    """The same for a process that must start: what is not accepted has its default, and the second
-    value a sentence about it. So have names that only look like ours. Never raises."""
-    settings, problems = _read(environ)
-    said = [f"{error}; {instead}" for error, instead in problems]
-    return settings, (*said, *misspelt(environ))
-
-
-def misspelt(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """A sentence for each variable that is named like one of ours and is none."""
-    import difflib
-
-    known = [variable.name for variable in VARIABLES]
-    found = []
-    for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in known:
-            close = difflib.get_close_matches(name, known)
-            meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(known[1:])}"
-            found.append(f"{name} is not a variable of adaptive_moe and is not read: {meant}")
-    return tuple(found)
-
-
-def parse_budget(name: str, text: str) -> float:
-    """Seconds, more than 0 and finite; `name` is the option to blame in SettingsError."""
-    return float(_parse(name, text, _SECONDS, _budget))
-
-
-def parse_margin(name: str, text: str) -> float:
-    """A fraction from 0 to 0.5."""
-    return float(_parse(name, text, _FRACTION, _margin))
-
-
-def parse_buckets(name: str, text: str) -> tuple[int, ...]:
-    """Rising token counts separated by commas; empty text is the default grid, ()."""
-    return tuple(_parse(name, text, _COUNTS, _counts)) if text.strip() else ()
-
-
-def _read(environ: Mapping[str, str]) -> tuple[Settings, list[tuple[SettingsError, str]]]:
-    """The settings, and each error with what is done instead where it is not raised."""
-    values: dict[str, Any] = {}
-    asked: dict[str, tuple[Mode, int | None]] = {}
-    problems: list[tuple[SettingsError, str]] = []
-    for variable in VARIABLES:
-        text = environ.get(variable.name, "")
-        if not text.strip():
-            continue
-        try:
-            value = _parse(variable.name, text, variable.accepts, variable.parse)
-        except SettingsError as error:
-            problems.append((error, f"it counts as {variable.default}"))
-            continue
-        if variable.parse is _policy:
-            asked[variable.name] = value
-        else:  # the field of Settings is called like the variable
-            values[variable.name.removeprefix(PREFIX).lower()] = value
-    mode, fixed_policy = next(iter(asked.values()), (Mode.OFF, None))
-    if len(set(asked.values())) > 1:
-        named = " and ".join(f"{name}={environ[name]!r}" for name in asked)
-        text = f"{named} disagree: unset one of them, or give both the same value"
-        problems.append((SettingsError(text), "the first of them counts"))
-    return Settings(mode=mode, fixed_policy=fixed_policy, **values), problems
-
-
-def _parse(name: str, text: str, accepts: str, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(text)
-    except ValueError:
-        raise SettingsError(
-            f"{name}={text!r} is not accepted: give {accepts}, or leave it unset"
-        ) from None
