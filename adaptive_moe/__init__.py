@@ -34,27 +34,28 @@ if TYPE_CHECKING:  # the names of _NAMES once more, as type checkers read no map
     from adaptive_moe.kernels import load_kernel as load_kernel
     from adaptive_moe.kernels.call import CallKey as CallKey
     from adaptive_moe.policy.coverage import Coverage as Coverage
-    from adaptive_moe.policy.decision import Result as Result
-    from adaptive_moe.policy.decision import Rule as Rule
-    from adaptive_moe.policy.decision import Standing as Standing
-    from adaptive_moe.policy.decision import Verdict as Verdict
-    from adaptive_moe.policy.environment import Environment as Environment
-    from adaptive_moe.policy.evidence import Bucket as Bucket
-    from adaptive_moe.policy.evidence import Calibration as Calibration
-    from adaptive_moe.policy.evidence import Fill as Fill
     from adaptive_moe.policy.coverage import Situation as Situation
+    from adaptive_moe.policy.evidence import Bucket as Bucket
+    from adaptive_moe.policy.evidence import Environment as Environment
+    from adaptive_moe.policy.evidence import Evidence as Evidence
+    from adaptive_moe.policy.evidence import Result as Result
+    from adaptive_moe.policy.evidence import Rule as Rule
     from adaptive_moe.policy.table import PolicyTable as PolicyTable
+    from adaptive_moe.policy.verdict import Choice as Choice
+    from adaptive_moe.policy.verdict import Judgement as Judgement
+    from adaptive_moe.policy.verdict import Standing as Standing
+    from adaptive_moe.policy.verdict import Verdict as Verdict
     from adaptive_moe.settings import LogDetail as LogDetail
     from adaptive_moe.settings import Mode as Mode
     from adaptive_moe.settings import Settings as Settings
     from adaptive_moe.settings import SettingsError as SettingsError
     from adaptive_moe.settings import read_settings as read_settings
     from adaptive_moe.shape import SortingShape as SortingShape
-    from adaptive_moe.tuning.calibrator import BudgetError as BudgetError
-    from adaptive_moe.tuning.calibrator import CalibrationFailedError as CalibrationFailedError
-    from adaptive_moe.tuning.calibrator import CalibrationRefusedError as CalibrationRefusedError
-    from adaptive_moe.tuning.calibrator import Plan as Plan
-    from adaptive_moe.tuning.calibrator import calibrate as calibrate
+    from adaptive_moe.tuning.calibrate import BudgetError as BudgetError
+    from adaptive_moe.tuning.calibrate import CalibrationFailedError as CalibrationFailedError
+    from adaptive_moe.tuning.calibrate import CalibrationRefusedError as CalibrationRefusedError
+    from adaptive_moe.tuning.calibrate import Plan as Plan
+    from adaptive_moe.tuning.calibrate import calibrate as calibrate
     from adaptive_moe.tuning.clocks import Clock as Clock
 
 __version__ = "0.1.0"
@@ -68,21 +69,19 @@ ENGINE_VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
 PREFIX = "ADAPTIVE_MOE_"
 
 # Every public name, by the module that has it.
-_NAMES = {
+_NAMES: dict[str, str] = {
     "engines.process": "counts install uninstall warm_up",
     "engines.warm_up": "WarmUp",
     "hook.counters": "Counts",
     "kernels": "Candidate KernelUnavailableError SortKernel load_kernel",
     "kernels.call": "CallKey",
-    "policy.coverage": "Coverage",
-    "policy.decision": "Result Rule Standing Verdict",
-    "policy.environment": "Environment",
-    "policy.evidence": "Bucket Calibration Fill",
-    "policy.situation": "Situation",
+    "policy.coverage": "Coverage Situation",
+    "policy.evidence": "Bucket Environment Evidence Result Rule",
     "policy.table": "PolicyTable",
+    "policy.verdict": "Choice Judgement Standing Verdict",
     "settings": "LogDetail Mode Settings SettingsError read_settings",
     "shape": "SortingShape",
-    "tuning.calibrator": "BudgetError CalibrationFailedError "
+    "tuning.calibrate": "BudgetError CalibrationFailedError "
     "CalibrationRefusedError Plan calibrate",
     "tuning.clocks": "Clock",
 }

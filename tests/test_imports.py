@@ -13,7 +13,7 @@ import adaptive_moe
 from adaptive_moe.engines.block_sizes import Piece
 from adaptive_moe.engines.warm_up import WarmUp
 from adaptive_moe.kernels.call import SortCall
-from adaptive_moe.tuning.calibrator import Plan
+from adaptive_moe.tuning.calibrate import Plan
 from tests.tables import make_table
 
 HEAVY = ("torch", "numpy", "vllm", "sglang", "aiter", "triton", "matplotlib")
@@ -32,8 +32,7 @@ def modules_after(statement: str) -> set[str]:
     [
         "import adaptive_moe",
         "from adaptive_moe import read_settings; read_settings({})",
-        "import adaptive_moe.policy.decision, adaptive_moe.policy.buckets",
-        "import adaptive_moe.tuning.explore",
+        "import adaptive_moe.policy.verdict, adaptive_moe.policy.buckets",
         "from adaptive_moe import PolicyTable, SortingShape",
         "import adaptive_moe.store.tables",
     ],

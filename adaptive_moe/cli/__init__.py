@@ -35,6 +35,7 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         0 where it did what was asked, 2 for input that is not accepted, 1 for a failure, 130 where
         it was interrupted, 141 where its output has no reader any more.
     """
+    _open_closed_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words and words[0] in COMMANDS else ""
     _print_any_path()
@@ -48,6 +49,8 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         return _end(name, "", BROKEN_PIPE)
     except OSError as error:
         return _end(name, _os_problem(error), 2 if isinstance(error, FileNotFoundError) else 1)
+    except ImportError as error:
+        return _end(name, f"{error}: pip install {error.name or 'it'}", 1)
     except (ValueError, RuntimeError) as error:
         # Every error text of ours is written for the person at the terminal.
         return _end(name, str(error), 2 if isinstance(error, ValueError) else 1)
@@ -108,6 +111,13 @@ def _end(name: str, text: str, code: int) -> int:
 def _os_problem(error: OSError) -> str:
     what = error.strerror or str(error)
     return f"{error.filename}: {what}" if error.filename else f"the output was not written: {what}"
+
+
+def _open_closed_streams() -> None:
+    """Where the shell closed one (`>&-`), Python has None, on which nothing can be printed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _print_any_path() -> None:

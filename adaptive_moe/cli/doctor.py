@@ -1,4 +1,4 @@
-"""adaptive-moe doctor: what is here, and whether what the environment asks for will happen.
+"""adaptive-moe doctor: will the engine choose here, and if not, why not; then the facts.
 
 Nothing is measured, and no engine and no AITER is imported. A finding is not ok where something
 that was asked for will not happen; the exit code is 1 where there is such a one.
@@ -6,15 +6,17 @@ that was asked for will not happen; the exit code is 1 where there is such a one
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
+import sys
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from adaptive_moe import ENGINE_VARIABLE, __version__
+from adaptive_moe import ENGINE_VARIABLE, PREFIX, __version__
 from adaptive_moe.cli import output
 from adaptive_moe.cli.engines import ENGINES, PLUGIN, Engine
 from adaptive_moe.kernels import POLICIES
@@ -28,20 +30,22 @@ from adaptive_moe.settings import (
     Variable,
     misspelt,
     read_for_serving,
+    vllm_refuses,
 )
 
-ON = ("1", "true")
+RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 
 
 @dataclass(frozen=True)
 class Finding:
     """One line of the diagnosis, and its facts for --json. ok: False where something that was
-    asked for will not happen."""
+    asked for will not happen; is_detail: shown with --verbose only, while it is ok."""
 
     topic: str
     text: str
     ok: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
+    is_detail: bool = False
 
     def lines(self, indent: int, columns: int) -> list[str]:
         """The topic, and beside it the text, no wider than so many columns."""
@@ -56,39 +60,51 @@ class Finding:
 
 
 def options_of_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="every variable too")
     output.add_json(parser)
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     findings = diagnose(os.environ)
-    width = max(len(finding.topic) for finding in findings) + 2
+    shown = [f for f in findings[1:] if args.verbose or not (f.is_detail and f.ok)]
+    width = max(len(finding.topic) for finding in shown) + 2
     # On a terminal in columns; elsewhere a line a finding.
     columns = max(shutil.get_terminal_size(fallback=(10_000, 0)).columns, 2 * width)
-    lines = [line for finding in findings for line in finding.lines(width, columns)]
-    plain = [{**asdict(finding), **finding.facts} for finding in findings]
-    for entry in plain:
-        del entry["facts"]
+    verdict = textwrap.wrap(findings[0].text, columns, break_long_words=False)
+    lines = [*verdict, *(line for f in shown for line in f.lines(width, columns))]
+    if not args.verbose:
+        lines.append("adaptive-moe doctor --verbose shows every variable")
     ok = all(finding.ok for finding in findings)
-    output.report(args, lines, {"ok": ok, "findings": {e.pop("topic"): e for e in plain}})
+    plain = {f.topic: {"text": f.text, "ok": f.ok, **f.facts} for f in findings}
+    output.report(args, lines, {"ok": ok, "findings": plain})
     return 0 if ok else 1
 
 
 def diagnose(environ: Mapping[str, str]) -> list[Finding]:
-    """Every finding: first the machine, then the variables, last what would happen."""
+    """Every finding: first the verdict, then the machine, last the variables."""
     settings, problems = read_for_serving(environ)
     aiter = find_aiter()
-    engines = [_engine(engine, environ, settings) for engine in ENGINES]
+    engines = [_engine(engine, environ) for engine in ENGINES]
+    torch = _torch()
     return [
+        _verdict(settings, aiter, engines, torch, environ),
         Finding("adaptive-moe", __version__, facts={"version": __version__}),
-        Finding("python", f"{platform.python_version()} on {platform.platform()}"),
-        _torch(),
+        _python(),
+        torch,
         _aiter(aiter, settings),
         *engines,
+        *_ray(engines, environ),
         _cache(settings, environ),
-        *(_variable(variable, environ, problems) for variable in VARIABLES),
         *(Finding("misspelt", text, ok=False) for text in misspelt(environ)),
-        _outlook(settings, aiter, engines, environ),
+        *(_variable(variable, environ, problems) for variable in VARIABLES),
     ]
+
+
+def _python() -> Finding:
+    text = f"{platform.python_version()} on {platform.platform()}"
+    if sys.version_info < (3, 11) and importlib.util.find_spec("tomli") is None:
+        text += "; models by name need tomli: pip install tomli"
+    return Finding("python", text)
 
 
 def _torch() -> Finding:
@@ -114,9 +130,9 @@ def _aiter(aiter: AiterInstall, settings: Settings) -> Finding:
     return Finding("aiter", aiter.problem, ok=settings.mode is Mode.OFF, facts=facts)
 
 
-def _engine(engine: Engine, environ: Mapping[str, str], settings: Settings) -> Finding:
+def _engine(engine: Engine, environ: Mapping[str, str]) -> Finding:
     """Is it here, does it load the plugin, does it sort with AITER; problem: why nothing happens.
-    ok even so: another engine may be the one that serves, see `_outlook`."""
+    ok even so: another engine may be the one that serves, see `_verdict`."""
     try:
         version = importlib.metadata.version(engine.name)
     except importlib.metadata.PackageNotFoundError:
@@ -124,24 +140,33 @@ def _engine(engine: Engine, environ: Mapping[str, str], settings: Settings) -> F
     entries = importlib.metadata.entry_points(group=engine.group)
     registered = any(entry.name == PLUGIN for entry in entries)
     loaded = registered and engine.loads_us(environ)
-    uses_aiter = environ.get(engine.aiter, "").strip().lower() in ON
-    problem = None
+    without_aiter = engine.sorts_with_aiter(environ)
+    problem = without_aiter
     if not registered:
         problem = f"the plugin is not registered in {engine.group}: install adaptive_moe again"
     elif not loaded:
         names = f"{engine.allow}={environ[engine.allow]!r}"
         problem = f"{names} leaves {PLUGIN} out: add it, or unset {engine.allow}"
-    elif not uses_aiter:
-        problem = f"it sorts with AITER only under {engine.aiter}=1, which is not set"
     facts = {
         "version": version,
         "plugin_registered": registered,
         "plugin_loaded": loaded,
-        "uses_aiter": uses_aiter,
+        "uses_aiter": without_aiter is None,
         "problem": problem,
     }
     word = "plugin loaded" if loaded else "plugin not loaded"
     return Finding(engine.name, f"{version}; {word}; {problem or 'AITER is on'}", facts=facts)
+
+
+def _ray(engines: list[Finding], environ: Mapping[str, str]) -> list[Finding]:
+    """vLLM's Ray backend copies its own variables to its workers, ours only on request."""
+    here = any(f.topic == "vllm" and f.facts["version"] for f in engines)
+    copied = [prefix.strip() for prefix in environ.get(RAY_COPIES, "").split(",")]
+    ours = any(name.startswith(PREFIX) for name in environ)
+    if not (here and ours) or importlib.util.find_spec("ray") is None or PREFIX in copied:
+        return []
+    text = f"with vLLM's Ray backend also set {RAY_COPIES}={PREFIX}: else {PREFIX}* stays here"
+    return [Finding("ray", text)]
 
 
 def _cache(settings: Settings, environ: Mapping[str, str]) -> Finding:
@@ -153,12 +178,14 @@ def _cache(settings: Settings, environ: Mapping[str, str]) -> Finding:
         problem = _unwritable(os.path.realpath(folder))
     except OSError as error:
         number, problem = 0, error.strerror or str(error)
+    if str(folder).startswith("~"):
+        problem = "it has no home folder to begin in"
     facts = {"folder": str(folder), "files": number, "usable": problem is None, "problem": problem}
     asked = settings.mode is Mode.AUTO or settings.cache_dir is not None
     if problem is not None:
         text = f"{folder}: {problem}; give another ADAPTIVE_MOE_CACHE_DIR"
         return Finding("cache", text, ok=not asked, facts=facts)
-    return Finding("cache", f"{folder}, {plural(number, 'calibration')}", facts=facts)
+    return Finding("cache", f"{folder}, {plural(number, 'table')}", facts=facts)
 
 
 def _unwritable(folder: str) -> str | None:
@@ -166,9 +193,6 @@ def _unwritable(folder: str) -> str | None:
     if os.path.exists(folder):
         if not os.path.isdir(folder):
             return "it is not a folder"
-        owner = os.stat(folder).st_uid
-        if owner not in (0, os.geteuid()):
-            return f"it belongs to user {owner}, not to you or root"
         return None if os.access(folder, os.W_OK | os.X_OK) else "it is not writable"
     parent = os.path.dirname(folder)
     if parent == folder:
@@ -185,56 +209,53 @@ def _variable(variable: Variable, environ: Mapping[str, str], problems: tuple[st
         shown += f", so {variable.default}"
     text = problem or f"{shown}; {variable.meaning}; accepts {variable.accepts}"
     facts = {"value": value, "default": variable.default, "accepts": variable.accepts}
-    return Finding(variable.name, text, ok=problem is None, facts=facts)
+    return Finding(variable.name, text, problem is None, facts, is_detail=value is None)
 
 
-def _outlook(
-    settings: Settings, aiter: AiterInstall, engines: list[Finding], environ: Mapping[str, str]
+def _verdict(
+    settings: Settings,
+    aiter: AiterInstall,
+    engines: list[Finding],
+    torch: Finding,
+    environ: Mapping[str, str],
 ) -> Finding:
     """What would happen to a server started from this shell, and whether that is what was asked."""
     facts = {"mode": settings.mode.value, "fixed_policy": settings.fixed_policy}
-
-    def finding(text: str, *, ok: bool = True) -> Finding:
-        return Finding("would happen", text, ok, facts)
-
-    if settings.mode is Mode.OFF:
-        off = f"nothing: AITER and the engine as they are; {NEUTRAL_VARIABLE}=auto turns us on"
-        return finding(off)
-    if refused := _vllm_refuses(engines, environ):
-        return finding(f"vLLM does not start: {refused}", ok=False)
-    if aiter.problem is not None:
-        return finding("nothing changes: there is no AITER that takes a policy", ok=False)
     here = [finding for finding in engines if finding.facts["version"] is not None]
-    working = [finding.topic for finding in here if finding.facts["problem"] is None]
-    if here and not working:
-        why = "; ".join(f"{finding.topic}: {finding.facts['problem']}" for finding in here)
-        return finding(f"nothing changes: {why}", ok=False)
-    where = f"in {' and '.join(working)}" if working else "after adaptive_moe.install()"
+    working = [finding for finding in here if finding.facts["problem"] is None]
+    problem = _vllm_refuses(engines, environ)
+    if settings.mode is Mode.OFF and problem is None:
+        off = f"off: AITER and the engine as they are; {NEUTRAL_VARIABLE}=auto turns it on"
+        return Finding("verdict", off, facts=facts)
+    if problem is None and not torch.ok:
+        problem = f"torch is {torch.text}"
+    problem = problem or aiter.problem
+    if problem is None and here and not working:
+        problem = "; ".join(f"{finding.topic}: {finding.facts['problem']}" for finding in here)
+    if problem is not None:
+        return Finding("verdict", f"will not: {problem}", ok=False, facts=facts)
+    named = " and ".join(f"{finding.topic} {finding.facts['version']}" for finding in working)
+    where = f"in {named}" if working else "after adaptive_moe.install()"
     if settings.mode is Mode.FIXED:
         policy = settings.fixed_policy or 0
         what = "" if policy in POLICIES else f", {meaning_of(policy)}"
-        return finding(f"policy {policy} for every call {where}{what}; nothing is measured")
-    return finding(f"each sorting shape is measured at warm-up {where}, if no stored table fits")
+        text = f"fixed policy {policy} for every call {where}{what}; nothing is measured"
+    else:
+        text = f"will choose {where}: what no stored table is for is measured at warm-up"
+    return Finding("verdict", text, facts=facts)
 
 
 def _vllm_refuses(engines: list[Finding], environ: Mapping[str, str]) -> str | None:
-    """vLLM alone reads its variable with int(): without the plugin, `auto` ends it at its start."""
+    """Why vLLM would end at its start over its own variable. It reads it with int(); `auto` and
+    `off` are words that our plugin teaches it."""
     word = environ.get(ENGINE_VARIABLE, "").strip()
-    without_us = any(
-        found.topic == "vllm" and found.facts["version"] and not found.facts["plugin_loaded"]
-        for found in engines
-    )
-    if not without_us or not word or _is_integer(word):
+    vllm = next((f for f in engines if f.topic == "vllm" and f.facts["version"]), None)
+    if vllm is None or not word or not vllm_refuses(word):
         return None
-    return (
-        f"{next(found for found in engines if found.topic == 'vllm').facts['problem']}; without "
-        f"the plugin {ENGINE_VARIABLE}={word!r} is a ValueError there"
-    )
-
-
-def _is_integer(word: str) -> bool:
-    try:
-        int(word)
-    except ValueError:
-        return False
-    return True
+    if not vllm.facts["plugin_loaded"]:
+        return (
+            f"vLLM does not start: {vllm.facts['problem']}; without the plugin "
+            f"{ENGINE_VARIABLE}={word!r} is a ValueError there"
+        )
+    _, problems = read_for_serving({ENGINE_VARIABLE: word})
+    return f"vLLM does not start: {problems[0].partition('; ')[0]}" if problems else None

@@ -30,6 +30,7 @@ from adaptive_moe.store.key import Request, TableKey, key_for
 from adaptive_moe.store.shared import SharedStore
 from adaptive_moe.store.tables import Served, Stores, table_for
 from adaptive_moe.store.text import report_text, to_text
+from adaptive_moe.store.write import replace_file
 
 if TYPE_CHECKING:
     from adaptive_moe.tuning.calibrate import Plan
@@ -219,17 +220,24 @@ def _capturing() -> bool:
 
 
 def _report(hook: AiterHook, served: Mapping[CallKey, Served], engine: str) -> None:
+    """The line of the start, and beneath it each table and its file."""
     settings = hook.settings
+    continues = any(one.is_kept for one in served.values())
+    tables = [one.table for one in served.values()]
+    logger.info("%s", report.start_line(tables, continues=continues))
     for one in served.values():
-        logger.info("%s", report.headline(one.table, measured_now=one.origin == "measured"))
-        if settings.log_detail is not LogDetail.SUMMARY:
-            logger.info("%s", "\n".join(report.bucket_table(one.table)))
+        lines = report.table_lines(
+            one.table,
+            measured_now=one.origin == "measured",
+            with_counts=settings.log_detail is not LogDetail.SUMMARY,
+        )
+        logger.info("%s", "\n".join(lines))
     if settings.report and served:
         # Those of earlier warm-ups too: the file is written anew each time.
         request = Request(engine, settings.buckets)
         text = report_text(to_text(request, table) for table in hook.tables.values())
         try:
-            Path(settings.report).write_text(text, encoding="utf-8")
+            replace_file(Path(settings.report), text.encode())
         except OSError as error:
             logger.warning(
                 "ADAPTIVE_MOE_REPORT=%s was not written (%s): give a file in a folder that exists "

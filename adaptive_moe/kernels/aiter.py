@@ -61,14 +61,15 @@ def find_aiter() -> AiterInstall:
     folders = list(spec.submodule_search_locations or [])
     location = folders[0] if folders else str(spec.origin)
     version = installed_version()
-    if not any((Path(folder) / "fused_moe.py").is_file() for folder in folders):
+    sources = [text for folder in folders for text in _sources(Path(folder))]
+    if not sources:
         problem = (
             f"the installed `aiter` {version} at {location} has no fused_moe: it is PyPI's "
             "unrelated package of that name, not AMD's AITER; pip uninstall aiter, then install "
             "AITER from https://github.com/ROCm/aiter"
         )
         return AiterInstall(version, location, problem)
-    if not any("dispatch_policy" in _text(Path(folder) / "fused_moe.py") for folder in folders):
+    if not any("dispatch_policy" in text for text in sources):
         problem = (
             f"AITER {version} at {location} takes no dispatch_policy, so there is nothing to "
             "choose: install AITER v0.1.5 or newer from https://github.com/ROCm/aiter"
@@ -77,8 +78,10 @@ def find_aiter() -> AiterInstall:
     return AiterInstall(version, location, None)
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+def _sources(folder: Path) -> list[str]:
+    """The text of AITER's fused_moe, a module or a package."""
+    paths = [folder / "fused_moe.py", *sorted((folder / "fused_moe").glob("*.py"))]
+    return [p.read_text(encoding="utf-8", errors="replace") for p in paths if p.is_file()]
 
 
 def installed_version() -> str:

@@ -123,6 +123,7 @@ class Folder:
 def cache_folder(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:
     """ADAPTIVE_MOE_CACHE_DIR, else $VLLM_CACHE_ROOT/adaptive_moe, else the user's cache folder."""
     if settings.cache_dir:
+        # Unlike Path.expanduser, this leaves a ~user that does not exist as it is.
         return Path(os.path.expanduser(settings.cache_dir))
     root = environ.get("VLLM_CACHE_ROOT") or environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.path.expanduser(root)) / "adaptive_moe"

@@ -233,3 +233,37 @@ def test_the_plain_progress_lines_come_seldom(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "0.0 of 30.0 s: step 0, 64 tokens"
     assert [line.split()[0] for line in lines] == ["0.0", "10.0", "20.0"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_the_shell_closed_is_no_traceback(tmp_path, closed):
+    command = f"{sys.executable} -m adaptive_moe list --table nothing {closed}"
+    done = subprocess.run(
+        f"{command}; echo code $? >{tmp_path}/code",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(tmp_path),
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (tmp_path / "code").read_text() == "code 2\n"
+
+
+def test_without_torch_a_command_that_needs_it_is_one_line(tmp_path):
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    (absent / "torch.py").write_text("raise ModuleNotFoundError('no torch here', name='torch')\n")
+    paths = os.pathsep.join([str(absent), str(ROOT)])
+    done = run("calibrate", *SHAPE, cache=tmp_path, PYTHONPATH=paths)
+    assert done.returncode == 1
+    assert done.stderr == "adaptive-moe calibrate: no torch here: pip install torch\n"
+    done = run("doctor", cache=tmp_path, PYTHONPATH=paths)
+    assert "Traceback" not in done.stderr
+    assert run("list", cache=tmp_path, PYTHONPATH=paths).returncode == 0
+
+
+def test_a_folder_of_a_user_that_does_not_exist_is_no_traceback(tmp_path):
+    done = run("list", cache=tmp_path, ADAPTIVE_MOE_CACHE_DIR="~nosuchuser/tables")
+    assert done.returncode == 0
+    assert done.stdout == "nothing is kept in ~nosuchuser/tables\n"

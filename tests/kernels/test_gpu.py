@@ -15,7 +15,7 @@ from adaptive_moe.policy.decision import Standing  # noqa: E402
 from adaptive_moe.policy.evidence import Bucket  # noqa: E402
 from adaptive_moe.policy.situation import Situation  # noqa: E402
 from adaptive_moe.shape import SortingShape  # noqa: E402
-from adaptive_moe.tuning.calibrator import (  # noqa: E402
+from adaptive_moe.tuning.calibrate import (  # noqa: E402
     IDLE_ROUNDS,
     CalibrationRefusedError,
     Plan,
