@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Child:
@@ -27,6 +29,7 @@ def start(work: Callable[[], Any]) -> Child:
     status = 1
     try:
         os.close(reader)
+        torch.set_num_threads(1)  # a forked process lacks its parent's thread pool, and would wait
         answer = {"result": work()}
         status = 0
     except BaseException:
