@@ -194,7 +194,7 @@ def test_baseline_padding_rows_and_context_are_part_of_it():
     (one,), _ = coverages(hook_with(seen), Batches(64, padding_rows=True))
     assert one.coverage.baseline == "policy 2"
     assert one.coverage.padding_rows
-    assert "return_local_topk_ids" in one.coverage.context
+    assert "return_local_topk_ids" in one.coverage.extras
 
 
 def test_the_experts_that_a_mask_keeps_are_part_of_it():
