@@ -109,7 +109,7 @@ def test_reprs_are_short():
     for thing in (
         table,
         table.evidence,
-        table.evidence.busy[0],
+        table.evidence.eager[0],
         made,
         Plan(),
         adaptive_moe.Mode.AUTO,

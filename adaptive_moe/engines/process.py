@@ -100,9 +100,7 @@ def warm_up(
     max_tokens below 1.
     """
     sizes = tuple(capture_sizes)
-    return warm_up_for(
-        Batches(max_tokens, sizes, busy_from=busy_from, padding_rows=padding_rows)
-    )
+    return warm_up_for(Batches(max_tokens, sizes, busy_from=busy_from, padding_rows=padding_rows))
 
 
 def warm_up_for(batches: Batches) -> WarmUp:

@@ -126,7 +126,9 @@ def warm_up_hook(
     return WarmUp(tables, tuple(problems), time.monotonic() - begun, origins)
 
 
-def _each(things: Mapping[CallKey, T], make: Callable[[T], Made]) -> tuple[dict[CallKey, Made], list[str]]:
+def _each(
+    things: Mapping[CallKey, T], make: Callable[[T], Made]
+) -> tuple[dict[CallKey, Made], list[str]]:
     """What is made of each thing, and a sentence for each that raised: a shape that fails (out of
     memory, no shape we know) costs only itself."""
     made: dict[CallKey, Made] = {}

@@ -249,7 +249,6 @@ def table_for(coverage):
     return make_table(
         dict.fromkeys(counts, 1),
         dict.fromkeys(coverage.captured, 1) or None,
-        idle=dict.fromkeys(counts, 1),
         coverage=coverage,
     )
 

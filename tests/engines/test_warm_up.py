@@ -63,7 +63,7 @@ class Start:
         results = [result(names[0], 0.0)]
         for name, gain in zip(names[1:], self.gains, strict=True):
             if gain is None:
-                results.append(result(name, 0.02, rounds=5, noise=0.3))
+                results.append(result(name, 0.4, rounds=5, noise=0.3))
             else:
                 results.append(result(name, gain, second=gain if gain > 0 else None))
         excluded = [Exclusion(n, True, "other entries") for n in self.out.get("wrong", ())]
@@ -339,10 +339,9 @@ def test_a_table_is_logged_as_far_as_is_asked_and_with_when(tmp_path, caplog, de
         caplog.clear()
         start = Start(tmp_path, settings={"log_detail": detail})
         (table,) = start.warm_up().tables.values()
-        expected = [text.headline(table, measured_now=measured_now)]
-        if detail is LogDetail.TABLE:
-            expected.append("\n".join(text.bucket_table(table)))
-        assert caplog.messages[:-1] == expected
+        with_counts = detail is LogDetail.TABLE
+        lines = text.table_lines(table, measured_now=measured_now, with_counts=with_counts)
+        assert caplog.messages[:-1] == [text.start_line([table]), "\n".join(lines)]
 
 
 def test_what_a_warm_up_did_in_a_line():
@@ -431,9 +430,7 @@ def test_the_calibrator_sorts_with_the_layers_own_mask(tmp_path):
     module.moe_sorting(*arguments)
     masks.clear()
     assert hook.counts().unknown == 1
-    warm_up.warm_up_hook(
-        hook, Batches(8)
-    )  # by default with calibrate(), which nothing sorts for here
+    warm_up.warm_up_hook(hook, Batches(8))  # with calibrate(), which nothing sorts for here
     assert masks
     assert all(one is mask for one in masks)
 
@@ -454,7 +451,7 @@ def test_layers_on_two_gpus_of_one_kind_share_what_is_measured_on_the_first(tmp_
     settings = Settings(mode=Mode.AUTO, cache_dir=str(tmp_path))
     hook = gpu_hook(seen_call(8, device=0), seen_call(8, device=1), settings=settings)
     log = []
-    made = warm_up.warm_up(hook, 64, measure=measure_as({64: 1}, log=log))
+    made = warm_up.warm_up_hook(hook, Batches(64), measure=measure_as({64: 1}, log=log))
     assert {key.device: origin for key, origin in made.origins.items()} == {
         0: "measured",
         1: "stored",
