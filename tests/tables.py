@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,11 +100,17 @@ def make_table(
     candidates: Sequence[str] = CANDIDATES,
     **fields: Any,
 ) -> PolicyTable:
-    """A table whose buckets, token count -> index of the candidate, are given. Device time alone
-    decides: busy_from is 1 unless a coverage says otherwise. fields: as in make_evidence."""
+    """A table in which each eager count has the candidate, by index, that is given for it or for
+    the next count above; captured ones are given one by one. Device time alone decides: busy_from
+    is 1 unless a coverage says otherwise. fields: as in make_evidence."""
+    counts = sorted(eager)
+    # Where the candidate changes there is a bucket on each side.
+    edges = {low + 1: eager[high] for low, high in pairwise(counts)}
+    spans = fields["coverage"].eager if "coverage" in fields else ((1, counts[-1]),)
+    within = {n: i for n, i in edges.items() if any(a <= n <= b for a, b in spans)}
     sections = [
-        [winning(n, index, candidates) for n, index in sorted((given or {}).items())]
-        for given in (eager, graph)
+        [winning(n, index, candidates) for n, index in sorted(given.items())]
+        for given in (within | dict(eager), graph or {})
     ]
     return PolicyTable(make_evidence(*sections, **fields))
 

@@ -190,6 +190,6 @@ def test_identical_candidates_are_counted_by_buckets(monkeypatch):
     (seen,) = seams.see(seam, shape, seams.sort_calls(seam, shape), (2, 16), ())
     kernel = noise.identical(seen.kernel)
     assert {c.bind for c in kernel.candidates} == {seen.kernel.baseline.bind}
-    monkeypatch.setattr(noise, "calibrate", lambda *_: make_table({1: 0, 8: 2, 16: 0}))
-    found = noise.a_a([seen], 4, None)
-    assert found == {"aa_calibrations": 2, "aa_buckets": 6, "aa_left": 2}
+    monkeypatch.setattr(noise, "calibrate", lambda *_: make_table({1: 0, 2: 2, 16: 0}))
+    found = noise.a_a([seen], 5, None)
+    assert found == {"aa_calibrations": 2, "aa_buckets": 8, "aa_left": 2}

@@ -189,7 +189,7 @@ def test_busy_from_is_above_the_captured_sizes_unless_somebody_knows_better(batc
 # What else tells tables apart
 
 
-def test_baseline_padding_rows_and_context_are_part_of_it():
+def test_baseline_padding_rows_and_extras_are_part_of_it():
     seen = seen_call(8, baseline=2, local_ids=True, **GPU)
     (one,), _ = coverages(hook_with(seen), Batches(64, padding_rows=True))
     assert one.coverage.baseline == "policy 2"

@@ -65,7 +65,7 @@ def test_captured_calls_take_the_graph_array_and_eager_ones_the_other(aiter):
     captured = [False]
     installed(
         aiter,
-        tables={KEY: make_table({1: 1, 64: 1}, {1: 2, 64: 2})},
+        tables={KEY: make_table({1: 1, 64: 1}, {1: 2, 8: 2, 64: 2})},
         is_capturing=lambda: captured[0],
     )
     for captured[0], policy in ((False, 1), (True, 2), (False, 1)):
@@ -82,7 +82,7 @@ def test_the_stream_is_asked_only_where_captured_and_eager_calls_differ(aiter):
 
     installed(
         aiter,
-        tables={KEY: make_table({8: 1, 9: 2, 64: 2}, {8: 1, 9: 0, 64: 0})},
+        tables={KEY: make_table({8: 1, 9: 2, 64: 2}, {1: 1, 8: 1, 9: 0, 64: 0})},
         is_capturing=is_capturing,
     )
     for count, policy, questions in ((1, 1, 0), (8, 1, 0), (9, 0, 1), (64, 0, 2), (500, 0, 2)):

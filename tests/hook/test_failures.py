@@ -254,7 +254,7 @@ def test_where_the_baseline_fails_too_its_own_exception_reaches_the_caller(aiter
 def test_under_capture_only_a_candidate_that_ran_out_of_memory_falls_back(aiter, caplog):
     """What another one launched before it raised would run again at each replay."""
     captured = [True]
-    tables = {KEY: make_table({64: 2}, {64: 2})}
+    tables = {KEY: make_table({64: 2}, {8: 2, 64: 2})}
     hook = installed(aiter, tables=tables, is_capturing=lambda: captured[0])
     aiter._moe_sorting_impl = failing = Failing(RuntimeError("launch failed"), 2)
     with pytest.raises(RuntimeError, match="launch failed"):
@@ -266,14 +266,14 @@ def test_under_capture_only_a_candidate_that_ran_out_of_memory_falls_back(aiter,
     assert len(lines(caplog)) == 1
 
     aiter._moe_sorting_impl = failing = Failing(torch.cuda.OutOfMemoryError("full"), 1)
-    hook.set_tables({KEY: make_table({64: 1}, {64: 1})})
+    hook.set_tables({KEY: make_table({64: 1}, {8: 1, 64: 1})})
     assert aiter.moe_sorting(*sort_arguments(8)) == "outputs"
     assert failing.calls == [1, 0]
     assert hook.counts().fell_back == 1
 
 
 def test_where_nothing_says_whether_a_graph_is_captured_the_exception_passes_on(aiter):
-    installed(aiter, tables={KEY: make_table({64: 2}, {64: 2})}, is_capturing=broken)
+    installed(aiter, tables={KEY: make_table({64: 2}, {8: 2, 64: 2})}, is_capturing=broken)
     aiter._moe_sorting_impl = Failing(RuntimeError("launch failed"), 2)
     with pytest.raises(RuntimeError, match="launch failed"):
         aiter.moe_sorting(*sort_arguments(8))

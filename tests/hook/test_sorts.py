@@ -112,7 +112,7 @@ def test_another_sort_in_place_of_a_seam_that_always_accumulates_does_too(others
 
 def test_other_sorts_count_as_chosen_and_are_told_from_captured_calls(aiter, others):
     captured = [False]
-    hook = serving(aiter, {64: 3}, {64: 1}, is_capturing=lambda: captured[0])
+    hook = serving(aiter, {64: 3}, {8: 1, 64: 1}, is_capturing=lambda: captured[0])
     for captured[0], calls in ((False, 1), (True, 1), (False, 2)):
         aiter.fused_moe(*batch(8))
         assert len(others.bitonic.calls) == calls
