@@ -1,6 +1,7 @@
 """Shapes: of known models, of config.json files in their several spellings, of numbers."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from adaptive_moe.models import (
     known,
     known_models,
     model_from_config,
+    title_of,
 )
 from adaptive_moe.shape import SortingShape
 
@@ -107,6 +109,15 @@ def test_an_unknown_model_lists_what_would_work():
         ({"moe_num_experts": 64, "moe_k": 6, "hidden_size": 2560}, (64, 6, 2560)),
         ({"moe_num_experts": 48, "moe_top_k": 3, "hidden_size": 7168}, (48, 3, 7168)),  # Step-3
         ({"num_experts": 64, "moe_top_k": 6, "hidden_size": 2560}, (64, 6, 2560)),  # XVERSE
+        (  # SmallThinker
+            {
+                "moe_num_primary_experts": 64,
+                "moe_num_active_primary_experts": 6,
+                "hidden_size": 2560,
+            },
+            (64, 6, 2560),
+        ),
+        ({"n_routed_experts": 16, "moe_topk": 4, "hidden_dim": 512}, (16, 4, 512)),
         (
             {
                 "model_type": "dbrx",
@@ -163,7 +174,7 @@ def test_a_config_s_facts_are_all_read(tmp_path):
         "torch_dtype": "float16",
     }
     path = written(tmp_path, PLAIN | facts)
-    model = Model("sorter", 8, 2, 64, str(path), "float16", 3, 96, ())
+    model = Model("sorter", 8, 2, 64, str(path), "float16", 3, 96)
     assert model_from_config(path) == model
     assert model_from_config(path, fuse_shared=True) == replace(
         model, name="sorter-fused", num_experts=11, topk=5, shared_experts=0
@@ -172,7 +183,21 @@ def test_a_config_s_facts_are_all_read(tmp_path):
     path = written(tmp_path, {"model_type": "seer", "text_config": PLAIN | facts})
     assert model_from_config(path) == replace(model, name="seer")
     path = written(tmp_path, PLAIN)
-    assert model_from_config(path) == Model(tmp_path.name, 8, 2, 64, str(path))
+    assert model_from_config(path) == Model(tmp_path.name, 8, 2, 64, str(path), shared_experts=None)
+
+
+@pytest.mark.parametrize("method", ["quark", "compressed-tensors", "fp8"])
+def test_the_quantisation_is_read(tmp_path, method):
+    quantised = PLAIN | {"quantization_config": {"quant_method": method}}
+    assert model_from_config(written(tmp_path, quantised)).quantisation == method
+    assert model_from_config(written(tmp_path, {"text_config": quantised})).quantisation == method
+    assert model_from_config(written(tmp_path, PLAIN)).quantisation == ""
+
+
+@pytest.mark.parametrize("name", ["expert_ffn_hidden_size", "moe_ffn_hidden_size"])
+def test_the_width_of_an_expert_has_several_names(tmp_path, name):
+    path = written(tmp_path, PLAIN | {name: 768, "intermediate_size": 9000})
+    assert model_from_config(path).moe_intermediate_size == 768
 
 
 def test_a_config_without_a_model_type_is_named_by_its_folder_or_itself(tmp_path, monkeypatch):
@@ -192,14 +217,15 @@ def test_two_experts_are_a_mixture(tmp_path):
     [
         (
             {"num_experts": "8"},
-            "num_experts or n_routed_experts or num_local_experts or moe_num_experts is '8'",
+            "num_experts or n_routed_experts or num_local_experts or moe_num_experts or "
+            "moe_num_primary_experts is '8'",
         ),
         (
             {"num_experts_per_tok": True},
             "num_experts_per_tok or num_experts_per_token or moe_topk or moe_top_k or moe_k or "
-            "experts_per_token or top_k_experts is True",
+            "experts_per_token or top_k_experts or moe_num_active_primary_experts is True",
         ),
-        ({"hidden_size": 0}, "hidden_size or d_model or n_embd or dim is None"),
+        ({"hidden_size": 0}, "hidden_size or hidden_dim or d_model or n_embd or dim is None"),
     ],
 )
 def test_a_count_that_is_none_is_refused_by_all_its_spellings(tmp_path, change, says):
@@ -297,13 +323,16 @@ def test_shared_experts_are_fused_on_request_only(tmp_path, shared, more):
 
 def test_fusing_nothing_is_an_error(tmp_path):
     config = {"n_routed_experts": 64, "num_experts_per_tok": 6, "hidden_size": 2048}
-    path = written(tmp_path, config)
+    path = written(tmp_path, config | {"n_shared_experts": 0})
     with pytest.raises(ModelError) as refused:
         model_from_config(path, fuse_shared=True)
     assert str(refused.value) == (
-        f"{tmp_path.name} ({path}) names no shared experts, so there is nothing to fuse: leave "
+        f"{tmp_path.name} ({path}) has no shared experts, so there is nothing to fuse: leave "
         "--fuse-shared out"
     )
+    written(tmp_path, config)
+    with pytest.raises(ModelError, match=r"config\.json does not say whether it has shared"):
+        model_from_config(path, fuse_shared=True)
     with pytest.raises(ModelError, match="no shared experts"):
         find_model("mixtral-8x7b", fuse_shared=True)
     fused = find_model("deepseek-v3-fused")
@@ -311,9 +340,37 @@ def test_fusing_nothing_is_an_error(tmp_path):
         assert find_model(name, fuse_shared=True) == fused
 
 
+def test_shared_experts_of_another_width_are_not_fused(tmp_path):
+    """As in Qwen1.5-MoE, whose shared expert is four times as wide."""
+    facts = {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
+    path = written(tmp_path, PLAIN | facts)
+    assert model_from_config(path).num_experts == 8
+    with pytest.raises(ModelError, match=r"another width \(5632\) than the routed ones \(1408\)"):
+        model_from_config(path, fuse_shared=True)
+    path = written(tmp_path, PLAIN | facts | {"shared_expert_intermediate_size": 1408})
+    assert model_from_config(path, fuse_shared=True).num_experts == 9
+
+
+def test_people_know_a_sort_by_its_model():
+    assert title_of(256, 8, 7168) == "DeepSeek-V3"
+    assert title_of(257, 9, 7168) == "DeepSeek-V3 with its shared experts"
+    assert title_of(128, 8, 4096) == "Qwen3-235B-A22B or GLM-4.5-Air"
+    assert title_of(7, 3, 64) == ""
+
+
+def test_without_tomli_names_are_refused_in_words_and_titles_are_empty(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    monkeypatch.setitem(sys.modules, "tomli", None)
+    title_of.cache_clear()
+    with pytest.raises(ModelError, match="pip install tomli"):
+        find_model("deepseek-v3")
+    assert title_of(256, 8, 7168) == ""
+    title_of.cache_clear()
+
+
 DENSE = (
     "describes no mixture of experts (none of num_experts, n_routed_experts, num_local_experts, "
-    "moe_num_experts is above 1): a dense model has nothing to sort"
+    "moe_num_experts, moe_num_primary_experts is above 1): a dense model has nothing to sort"
 )
 
 

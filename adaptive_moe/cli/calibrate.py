@@ -81,6 +81,8 @@ def _measure(
     sorts = kernel.load_aiter(coverage, settings) if on_aiter else kernel.load(name)
     plan = Plan(settings.buckets, settings.budget_s, Rule(margin=settings.margin))
     _say(quiet, calls_words(coverage))
+    if on_aiter and (model := options.model_from(args)) and model.quantisation:
+        _say(quiet, options.QUANTISED.format(model.quantisation))
     key = key_for(sorts, coverage, plan.rule, engine=ENGINE, first=plan.first)
     folder = Folder(cache_folder(settings))
     earlier = None if settings.recalibrate else folder.get(key)

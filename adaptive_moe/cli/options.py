@@ -21,6 +21,11 @@ KERNELS = ("auto", "aiter", *WHY)
 CPU_BUDGET_S, CPU_MAX_TOKENS, GPU_MAX_TOKENS = 30.0, 4096, 16384
 # vLLM's default capture sizes up to 512, which SGLang's resemble.
 CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+# What a config's own quantisation, such as quark or compressed-tensors, means for a calibration.
+QUANTISED = (
+    "its weights are quantised ({}): AITER may then ask for other blocks than --block-size, by "
+    "token count; an engine's own start measures those"
+)
 
 
 class UsageError(ValueError):

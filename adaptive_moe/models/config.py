@@ -10,7 +10,13 @@ from adaptive_moe.models.model import Model, ModelError
 from adaptive_moe.shape import DTYPES
 
 # The spellings of one fact in public config files, most common first.
-EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+EXPERTS = (
+    "num_experts",
+    "n_routed_experts",
+    "num_local_experts",
+    "moe_num_experts",
+    "moe_num_primary_experts",
+)
 TOPK = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -19,14 +25,18 @@ TOPK = (
     "moe_k",
     "experts_per_token",
     "top_k_experts",
+    "moe_num_active_primary_experts",
 )
-HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
+HIDDEN = ("hidden_size", "hidden_dim", "d_model", "n_embd", "dim")
 INTERMEDIATE = (
     "moe_intermediate_size",
+    "expert_ffn_hidden_size",
+    "moe_ffn_hidden_size",
     "intermediate_size",
     "expert_hidden_dim",
     "ffn_hidden_size",
 )
+SHARED_WIDTH = "shared_expert_intermediate_size"
 SHARED = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
 # A config inside the config: of a whole language model, or (dbrx, Mistral) of its MoE alone.
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -43,7 +53,7 @@ def model_from_config(path: Path, *, fuse_shared: bool = False) -> Model:
         fuse_shared: count the config's shared experts among the sorted ones.
 
     Raises:
-        ModelError: it has no shape, is no JSON object, or has no shared experts to fuse.
+        ModelError: it has no shape, is no JSON object, or no shared experts that can be fused.
     """
     path = _config_file(path)
     config = _read(path)
@@ -62,6 +72,8 @@ def model_from_config(path: Path, *, fuse_shared: bool = False) -> Model:
         next((d for level in (config, inner) if (d := _dtype(level))), "bfloat16"),
         _shared_experts(inner),
         moe_intermediate_size=_present(inner, INTERMEDIATE) or 0,
+        shared_width=_present(inner, (SHARED_WIDTH,)) or 0,
+        quantisation=_quantisation(config) or _quantisation(inner),
     )
     return model.fused() if fuse_shared else model
 
@@ -121,11 +133,20 @@ def _count(config: Mapping[str, Any], spellings: tuple[str, ...], path: Path) ->
     return value
 
 
-def _shared_experts(config: Mapping[str, Any]) -> int:
+def _shared_experts(config: Mapping[str, Any]) -> int | None:
+    """None where the config does not say."""
     count = _present(config, SHARED)
     if isinstance(count, int) and not isinstance(count, bool):
         return count
-    return 1 if config.get("shared_expert_intermediate_size") else 0
+    if _present(config, (SHARED_WIDTH,)):
+        return 1
+    return 0 if any(key in config for key in SHARED) else None
+
+
+def _quantisation(config: Mapping[str, Any]) -> str:
+    """The name of the weights' quantisation, such as `quark`; empty for none."""
+    found = config.get("quantization_config")
+    return str(found.get("quant_method") or "") if isinstance(found, dict) else ""
 
 
 def _dtype(config: Mapping[str, Any]) -> str | None:

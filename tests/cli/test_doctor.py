@@ -49,6 +49,7 @@ def outlook(**environ):
 
 def test_a_terminal_gets_columns_and_a_file_a_line_a_finding(machine, monkeypatch, capsys):
     monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("ADAPTIVE_MOE_CACHE_DIR", "/tmp")  # a long path is not broken
     cli.main(["doctor", "--verbose"])
     whole = capsys.readouterr().out.splitlines()
     assert len(whole) == len(doctor.diagnose(os.environ))
