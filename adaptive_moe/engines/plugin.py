@@ -28,14 +28,30 @@ Function = Callable[..., Any]
 
 
 def start(register: Callable[[], None], engine: str) -> None:
-    """Run it where any variable of ours is set. Never raises: without us the engine starts as it
-    would have."""
-    if not any(os.environ[n] for n in os.environ if n == ENGINE_VARIABLE or n.startswith(PREFIX)):
+    """Run it where any variable of ours is set; where one only looks like ours, say so. Never
+    raises: without us the engine starts as it would have."""
+    names = [name for name in os.environ if os.environ[name]]
+    is_set = any(name == ENGINE_VARIABLE or name.startswith(PREFIX) for name in names)
+    if not (is_set or any("DISPATCH_POL" in n or n.startswith("ADAPTIVE") for n in names)):
         return
     try:
-        register()
+        if is_set:
+            register()
+        else:
+            _say_misspelt()
     except Exception:
         logger.exception("adaptive_moe could not start; %s goes on without it", engine)
+
+
+def _say_misspelt() -> None:
+    """In the engine's first process alone: plugins are loaded in all of them."""
+    import multiprocessing
+
+    from adaptive_moe.settings import misspelt
+
+    if multiprocessing.parent_process() is None:
+        for sentence in misspelt():
+            logger.warning("%s", sentence)
 
 
 def safely(warm_up: Callable[..., None], *arguments: Any) -> None:

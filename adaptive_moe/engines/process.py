@@ -64,6 +64,8 @@ def install(
             _hook = None
         _hook = _hook or AiterHook(settings, engine_policy=engine_policy)
         _engine, _wanted = engine, True
+    if settings.mode is Mode.FIXED:
+        _say_fixed(settings)
     plugin.when_imported(MODULE, _install)
     return True
 
@@ -154,6 +156,19 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _say_fixed(settings: Settings) -> None:
+    """The one line of a start with a fixed policy, in the engine's first process."""
+    from adaptive_moe.report.text import fixed_line
+
+    policy = settings.fixed_policy or 0
+    names = (ENGINE_VARIABLE, NEUTRAL_VARIABLE)
+    asking = [f"{n}={value}" for n in names if (value := os.environ.get(n, "").strip())]
+    line = fixed_line(policy, asking[0] if asking else "install()")
+    if is_first_process() and line not in _said:
+        _said.add(line)
+        logger.info("%s", line)
 
 
 def _install(module: ModuleType) -> None:

@@ -61,9 +61,9 @@ def start_line(tables: Sequence[PolicyTable], *, continues: bool = True) -> str:
     return line
 
 
-def fixed_line(policy: int, variable: str, value: str) -> str:
-    """The one line of a start with a fixed policy, which that variable asked for."""
-    return f"adaptive_moe: policy {policy} for every call ({variable}={value})"
+def fixed_line(policy: int, asked: str) -> str:
+    """The one line of a start with a fixed policy; asked: the variable with its value."""
+    return f"adaptive_moe: policy {policy} for every call ({asked})"
 
 
 def result_line(table: PolicyTable) -> str:

@@ -3,12 +3,13 @@
     {"sha256": "...",
     "request": {...},
     "evidence": {...},
-    "applied": {"graph": [[1, 8, "policy 1"]], "eager": [...]}
+    "applied": {"graph": [[1, 8, "policy 1"]], "eager": [...]},
+    "savings": {"graph": {"counts": 9, "settled": 8, "improved": 3, ...}, "eager": {...}}
     }
 
 JSON. The first line holds the hash of the rest: it shows damage, not origin. The key is derived
 from request and evidence, and the choices from the evidence, by the one judge: a text cannot
-contradict itself. `applied` is for readers, and ignored on load.
+contradict itself. `applied` and `savings` are for readers, and ignored on load.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from typing import Any
 
 from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.evidence import Evidence
+from adaptive_moe.policy.savings import savings
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.store.key import Request, TableKey, key_of
 from adaptive_moe.store.plain import from_plain, to_plain
@@ -58,7 +60,8 @@ def to_text(request: Request, table: PolicyTable) -> str:
     body = (
         f'"request": {_json(to_plain(request))},\n'
         f'"evidence": {_json(to_plain(table.evidence))},\n'
-        f'"applied": {_json(applied)}\n}}\n'
+        f'"applied": {_json(applied)},\n'
+        f'"savings": {_json({s.value: to_plain(savings(table, s)) for s in Situation})}\n}}\n'
     )
     return _hash_line(body) + body
 

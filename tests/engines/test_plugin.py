@@ -36,6 +36,16 @@ def test_a_plugin_starts_where_a_variable_of_ours_is_set_and_says_what_fails(
     assert "RuntimeError: no such module" in caplog.text
 
 
+def test_a_near_miss_of_our_variables_alone_is_said_and_starts_nothing(monkeypatch, caplog):
+    monkeypatch.setenv("SGLANG_AITER_MOE_SORTING_DISPATCH_POLICY", "2")  # SGLang's own
+    plugin.start(lambda: pytest.fail("it started"), "vLLM")
+    assert caplog.records == []
+    monkeypatch.setenv("VLLM_ROCM_AITER_MOE_DISPATCH_POLCY", "auto")
+    plugin.start(lambda: pytest.fail("it started"), "vLLM")
+    (line,) = caplog.records
+    assert f"did you mean {plugin.ENGINE_VARIABLE}?" in line.getMessage()
+
+
 def test_what_a_warm_up_raises_is_said_and_goes_no_further(caplog):
     asked = []
     safely(lambda *arguments: asked.append(arguments), 1, "two")

@@ -65,6 +65,15 @@ def test_the_environment_decides_between_measuring_and_a_fixed_policy(monkeypatc
     assert process.counts().total == process.counts().unknown == 1
 
 
+def test_a_fixed_policy_is_one_line_that_names_who_asked_for_it(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setenv(NAME, "2")
+    process.install()
+    process.install()
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("adaptive_moe: ")]
+    assert lines == [f"adaptive_moe: policy 2 for every call ({NAME}=2)"]
+
+
 def test_a_bad_variable_is_one_warning_and_the_default(monkeypatch, caplog):
     monkeypatch.setenv("ADAPTIVE_MOE_BUDGET_S", "fast")
     monkeypatch.setenv("ADAPTIVE_MOE_BUGET_S", "3")

@@ -60,7 +60,7 @@ class TestTheOneLineOfAStart:
         assert "eager calls save 30% of the sort at 3 of 3 counts" in lines[2]
 
     def test_a_fixed_policy_is_said_with_the_variable_that_asked_for_it(self):
-        line = fixed_line(2, "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY", "2")
+        line = fixed_line(2, "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY=2")
         assert line == (
             "adaptive_moe: policy 2 for every call (VLLM_ROCM_AITER_MOE_DISPATCH_POLICY=2)"
         )

@@ -36,6 +36,13 @@ def test_the_text_says_what_is_applied_and_loading_ignores_it():
         "graph": [[1, 8, "policy 1"]],
         "eager": [[1, 64, "policy 1"]],
     }
+    assert json.loads(TEXT)["savings"]["graph"] == {
+        "counts": 2,
+        "settled": 2,
+        "improved": 2,
+        "least": 0.3,
+        "most": 0.3,
+    }
     lie = changed(lambda plain: plain.update(applied={"eager": [[1, 64, "policy 2"]]}))
     assert from_text(lie).table == TABLE
 
