@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 # A bare `torch` may bring gigabytes of CUDA; this build serves the tests and the CPU kernel. The
 # package itself accepts a range, so installing adaptive-moe elsewhere keeps the torch that is there.
 TORCH ?= torch==2.13.0
-MODEL ?= deepseek-v3
+# A shape on which one-shot and multi-phase cross on a CPU. ARGS="--model NAME", "--config PATH" or
+# "--experts N ..." takes its place.
+SHAPE := --experts 8 --topk 4 --hidden 64
 ARGS ?=
+NAMED := $(or $(findstring --model,$(ARGS)),$(findstring --config,$(ARGS)),$(findstring --experts,$(ARGS)))
 
 .PHONY: calibrate test lint contract contract-aiter faults mutants wheel format bench bench-gpu bench-amd clean
 
 calibrate: $(VENV)/run.stamp
-	$(BIN)/adaptive-moe calibrate --model $(MODEL) --kernel cpu $(ARGS)
+	$(BIN)/adaptive-moe calibrate --kernel cpu $(if $(NAMED),,$(SHAPE)) $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
@@ -75,12 +78,13 @@ bench-amd:
 $(VENV)/run.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("adaptive_moe needs Python 3.10 or newer, and $(PYTHON) is older: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[plot]"
+	@echo "setting up $(VENV): torch is the large download"
+	$(BIN)/pip install --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --disable-pip-version-check -e ".[plot]"
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,lint]"
+	$(BIN)/pip install --disable-pip-version-check -e ".[test,lint]"
 	touch $@
 
 clean:

@@ -70,6 +70,7 @@ def _measure(
     It is kept under no engine's name: an engine calls AITER with arguments that only its own start
     shows, so its start measures for itself.
     """
+    from adaptive_moe.cli.thread_clock import thread_clock
     from adaptive_moe.policy.evidence import Rule
     from adaptive_moe.report.words import calls_words
     from adaptive_moe.store.folder import Folder, cache_folder
@@ -90,7 +91,7 @@ def _measure(
         table = calibrate(
             *(sorts, coverage, plan),
             earlier=earlier.evidence if earlier else None,
-            clock_factory=kernel.cpu_clock if name == "cpu" else None,
+            clock_factory=thread_clock if name == "cpu" else None,
             progress=progress,
         )
     return key, table

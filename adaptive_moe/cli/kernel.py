@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING
 from adaptive_moe.settings import Mode, Settings
 
 if TYPE_CHECKING:
-    import torch
-
     from adaptive_moe.kernels import SortKernel
-    from adaptive_moe.policy.coverage import Coverage, Situation
-    from adaptive_moe.tuning.clocks import Clock
+    from adaptive_moe.policy.coverage import Coverage
 
 # Our own kernels, best first, and what it means to calibrate one.
 WHY = {
     "triton": "on our Triton kernel, which engines use only where ADAPTIVE_MOE_SORTS says so",
     "cpu": (
-        "on the CPU kernel: this is a rehearsal that tunes nothing, since no engine sorts with it"
+        "on the CPU kernel, which tunes nothing, since no engine sorts with it: two real "
+        "algorithms, neither slowed on purpose, and a rule that picks one of them"
     ),
 }
 # Tokens of the one call that the hook sees.
@@ -39,7 +37,7 @@ def choose(asked: str) -> tuple[str, str]:
     if asked == "aiter" and aiter.problem is not None:
         raise KernelUnavailableError(
             f"--kernel aiter cannot run here, {aiter.problem}: run this where the engine serves; "
-            "--kernel cpu rehearses it"
+            "--kernel cpu shows the method"
         )
     if asked == "aiter" or (aiter.problem is None and gpu):
         return "aiter", f"on AITER {aiter.version}, which is what engines sort with"
@@ -57,16 +55,6 @@ def load(name: str) -> "SortKernel":
     if name == "cpu":
         torch.set_num_threads(1)
     return load_kernel(name)
-
-
-def cpu_clock(situation: "Situation", device: "torch.device") -> "Clock":
-    """The processor's time of the one thread that sorts, which other work on the machine does not
-    lengthen as it does a wall clock's."""
-    import time
-
-    from adaptive_moe.tuning.clocks import Neutral, WallClock
-
-    return WallClock(time.thread_time, Neutral(device))
 
 
 def load_aiter(coverage: "Coverage", settings: Settings) -> "SortKernel":

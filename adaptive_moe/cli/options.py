@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KERNELS = ("auto", "aiter", *WHY)
 # What the CPU kernel is given where nothing is said: it is a thousand times slower than a GPU.
-CPU_BUDGET_S, CPU_MAX_TOKENS, GPU_MAX_TOKENS = 30.0, 4096, 16384
+CPU_BUDGET_S, CPU_MAX_TOKENS, GPU_MAX_TOKENS = 15.0, 4096, 16384
 # vLLM's default capture sizes up to 512, which SGLang's resemble.
 CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 # What a config's own quantisation, such as quark or compressed-tensors, means for a calibration.

@@ -27,6 +27,8 @@ _STANDINGS = {
     Standing.UNCONFIRMED: "not confirmed yet",
     Standing.DROPPED: "far slower",
 }
+# Of a candidate whose gain is open in a count that is settled even so.
+NO_MORE = "not worth more rounds"
 # The kernel that every machine has and no engine uses.
 CPU_KERNEL = "cpu"
 TUNES_NOTHING = "measured on the CPU sort, which no engine uses: it shows the method, tunes nothing"
@@ -144,7 +146,8 @@ def verdict_words(choice: Choice, view: Verdict, confidence: float) -> str:
     baseline, *others = view.judgements
     if choice.candidate != baseline.candidate:
         others = [view.judgement(choice.candidate)]
-    said = [_short_words(judgement, confidence) for judgement in others]
+    open_word = NO_MORE if choice.settled else ""
+    said = [_short_words(judgement, confidence, open_word) for judgement in others]
     return "; ".join(said) or "it is the only candidate"
 
 
@@ -162,11 +165,14 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _short_words(judgement: Judgement, confidence: float) -> str:
+def _short_words(judgement: Judgement, confidence: float, open_word: str) -> str:
+    """open_word: in place of `not settled` and the like, where it may stay so."""
     name, standing = judgement.candidate, judgement.standing
     if standing is Standing.FASTER:
         return f"{name} {gain_words(judgement, confidence)}"
     if standing in (Standing.UNSETTLED, Standing.UNCONFIRMED) and judgement.gain is not None:
-        return f"{name} {gain_words(judgement, confidence)}: {standing_words(judgement)}"
+        return (
+            f"{name} {gain_words(judgement, confidence)}: {open_word or standing_words(judgement)}"
+        )
     reason = f" ({judgement.reason})" if judgement.reason else ""
     return f"{name} {standing_words(judgement)}{reason}"
