@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_moe import cli
+from tests import sample
 
 ROOT = Path(__file__).parents[1]
 PAPERS = [*sorted(ROOT.glob("[CRS]*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +48,31 @@ def test_every_command_line_in_the_papers_is_accepted(path, capsys):
             cli.parser_of(words[0]).parse_args(words[1:])
         except SystemExit:
             pytest.fail(f"{path.name}: adaptive-moe {command}: {capsys.readouterr().err}")
+
+
+def test_readme_is_short_and_its_sample_is_what_the_log_says():
+    text = sample.README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    assert sample.shown(text) == sample.sample()
+
+
+def test_the_python_of_the_api_page_runs():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    names: dict[str, object] = {}
+    exec(program.replace("max_tokens=256", "max_tokens=32").replace("2.0", "0.5"), names)
+    assert names["table"].candidate(24) in ("policy 0", "policy 1", "policy 2")
+
+
+QUESTIONS = (
+    "api benchmark-method bench-amd benchmarks engines how-it-works quickstart troubleshooting"
+)
+
+
+@pytest.mark.parametrize("name", QUESTIONS.split())
+def test_a_page_says_in_its_first_line_what_it_answers(name):
+    first = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").splitlines()[0]
+    assert re.fullmatch(r"# .*\?", first)
 
 
 @pytest.fixture
@@ -102,7 +128,7 @@ def test_the_examples_run_on_the_stand_in(shell, tmp_path):
     assert "unknown=1" in said  # the forward before warm_up
     script = shlex.quote(str(ROOT / "examples" / "tune_and_ship.sh"))
     said = shell(f"{script} tables {sys.executable} plain.py", **on_standin)
-    assert "8 experts, topk 2, dim 64, bfloat16, block 32, up to 64 tokens, on aiter" in said
+    assert "8 experts, topk 2, dim 64, bfloat16, block 32, up to 64 tokens; aiter" in said
     shell("mkdir elsewhere && tar -xzf tables.tar.gz -C elsewhere")
     copied = str(tmp_path / "elsewhere" / "tables")
     again = shell(f"{sys.executable} plain.py", **on_standin, ADAPTIVE_MOE_CACHE_DIR=copied)

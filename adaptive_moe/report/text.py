@@ -68,7 +68,7 @@ def fixed_line(policy: int, asked: str) -> str:
 
 def result_line(table: PolicyTable) -> str:
     """What came out of it, in one sentence, such as `DeepSeek-V3, block 32, on AMD Instinct MI300X:
-    captured calls, 3 to 12% off the sort at 9 to 24 tokens; the baseline elsewhere`."""
+    captured calls, up to 12% off the sort at 9 to 24 tokens; the baseline elsewhere`."""
     evidence = table.evidence
     gained = [words for situation in measured(table) if (words := _off(table, situation))]
     if gained:
@@ -194,12 +194,13 @@ def _gains_of(tables: Sequence[PolicyTable], situation: Situation) -> str:
 
 
 def _off(table: PolicyTable, situation: Situation) -> str:
-    """Such as `captured calls, 3 to 12% off the sort at 9 to 24 tokens`; nothing without a gain."""
+    """Such as `captured calls, up to 12% off the sort at 9 to 24 tokens`; nothing without a gain:
+    between two measured counts it may be less than at either."""
     found, spans = savings(table, situation), changed_spans(table, situation)
-    if found.least is None or found.most is None or not spans:
+    if found.most is None or not spans:
         return ""
-    gain = between_words(found.least, found.most)
-    return f"{situation_words(situation)} calls, {gain} off the sort at {span_words(spans)}"
+    gain = f"up to {100 * found.most:.0f}% off the sort"
+    return f"{situation_words(situation)} calls, {gain} at {span_words(spans)}"
 
 
 def _is_everywhere(table: PolicyTable, situation: Situation) -> bool:

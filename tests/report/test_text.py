@@ -68,8 +68,8 @@ class TestTheOneLineOfAStart:
 
 def test_the_result_is_one_sentence_with_model_device_gain_and_token_counts():
     assert result_line(everything()) == (
-        "DeepSeek-V3, block 32, on AMD Instinct MI300X: captured calls, 3 to 12% off the sort at "
-        "8 to 16 tokens; eager calls, 25% off the sort at 24 tokens; the baseline elsewhere"
+        "DeepSeek-V3, block 32, on AMD Instinct MI300X: captured calls, up to 12% off the sort at "
+        "8 to 16 tokens; eager calls, up to 25% off the sort at 24 tokens; the baseline elsewhere"
     )
 
 
