@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_EXPERTS = 1024
-MAX_TOPK = 16
+MAX_TOPK = 32
 MAX_BLOCK_SIZE = 1024
 
 

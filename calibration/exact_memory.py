@@ -154,8 +154,8 @@ class Memory:
         """The compared words, and a mask of those that are defined. Guards are."""
         words = self.words.new_full((len(self.words) - self.start,), POISON)
         defined = torch.full_like(words, -1)
-        if self.bytes % 4:  # half a word of moe_buf, and half of its guard
-            words[0] = (HALF << 16) - (1 << 32)
+        if self.bytes % 4:  # half a word of moe_buf, compared by itself, and half of its guard
+            defined[0] = -1 << 16
         for at, size, some, where in zip(
             self.offsets, self.sizes, right.words, right.defined, strict=False
         ):
@@ -173,15 +173,21 @@ class Memory:
             yield guards
 
     def differs(
-        self, right: tuple[Tensor, Tensor], outputs: Any, guards: list[Tensor], flags: Tensor
+        self,
+        right: tuple[Tensor, Tensor],
+        outputs: Any,
+        guards: list[Tensor],
+        flags: Tensor,
+        rows: int,
     ) -> bool:
         """Whether the results lie elsewhere; into `flags`, bool [3] on the device, goes whether a
-        compared word, moe_buf, or a guard of the workspace differs. The words are used up."""
+        compared word, moe_buf in its first `rows`, or a guard of the workspace differs. The words
+        are used up."""
         words, defined = right
+        torch.any(self.outputs[4][:rows].view(-1), dim=0, out=flags[1])
         compared = self.words[self.start :]
         compared.bitwise_xor_(words).bitwise_and_(defined)
         torch.any(compared, dim=0, out=flags[0])
-        torch.any(self.outputs[4].view(-1), dim=0, out=flags[1])
         for guard in guards:
             flags[2] |= (guard != POISON).any()
         places = [(o.data_ptr(), o.shape, o.dtype) for o in outputs]

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ def cases() -> dict[str, dict[str, object]]:
         "no tokens": {"tokens": 0},
         "one token": {"tokens": 1, "topk": 8},
         "every slot": {"topk": 16, "tokens": 9},
+        "topk 22": {"topk": 22, "experts": 512, "tokens": 30},
+        "topk 32": {"topk": 32, "tokens": 9},
+        "hundreds of entries in one tile": {"experts": 385, "tokens": 60, "mask": "half"},
         "two experts": {"experts": 8, "topk": 2, "tokens": 130},
         "bins exactly full": {"experts": 256, "topk": 8, "tokens": 16},
         "one expert too many for the bins": {"experts": 257, "topk": 9},
@@ -170,27 +174,27 @@ def test_policy_zero_asks_what_fits(num_tokens: int, num_experts: int, policy: i
 
 def run_cases() -> dict[str, list[str]]:
     from adaptive_moe.kernels import triton_sort
+    from adaptive_moe.kernels.triton_sort import Tile
 
     # An interpreted program takes its time, idle or not: few that pad and few that zero.
-    usual: dict[str, object] = {"PADS": 3, "FEW_FILLS": 2}
-    usual = {
-        name: getattr(triton_sort, name) for name in dir(triton_sort) if name.isupper()
-    } | usual
-    small: dict[str, object] = {
-        "ONE_SHOT_FEW_BINS": (16, 32),
-        "ONE_SHOT_MANY_BINS": (16, 32),
-        "MULTI_PHASE": (16, 32),
-        "MAX_CHUNKS": 5,
-        "MAX_ROWS": 2,
-        "MANY_TILES": 1,
-        "MAX_FILLS": 3,
-    }
+    usual = replace(triton_sort.TUNING, pads=3, few_fills=2)
+    small = replace(
+        usual,
+        tiles=(Tile(16, 16, 16, 1), Tile(32, 32, 16, 1), Tile(4096, 32, 16, 1)),
+        chunk=16,
+        max_chunks=4,
+        few_chunks=2,
+        count_tile=32,
+        many_tiles=1,
+        max_fills=3,
+        local_fills=2,
+    )
     found = {}
     for name, case in cases().items():
-        vars(triton_sort).update({**usual, **small} if case.get("small") else usual)
+        triton_sort.TUNING = small if case.get("small") else usual
+        triton_sort._bound.clear()
         for policy in [policy for other, policy in sorts() if other == name]:
             found[f"{name}/{policy}"] = run_case(case, policy, triton_sort.moe_sorting)
-    vars(triton_sort).update(usual)
     found["example"] = example()
     return found
 
@@ -224,8 +228,9 @@ def route(
 def run_case(
     case: dict[str, object], policy: int, moe_sorting: Callable[..., tuple[torch.Tensor, ...]]
 ) -> list[str]:
-    from adaptive_moe.kernels.contract import SortingInputs, check_contract
+    from adaptive_moe.kernels.contract import SortingInputs
     from calibration.exact_memory import guarded_memory
+    from calibration.sort_contract import check_contract
 
     plain = {"tokens": 61, "topk": 4, "experts": 33, "block": 32, "dim": 40, "dtype": "bfloat16"}
     full: dict[str, object] = {**plain, "routing": "uniform", "mask": None, "local": None, **case}
