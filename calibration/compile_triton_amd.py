@@ -82,7 +82,7 @@ def all_launches(some_experts: Sequence[int]) -> dict[str, Recorded]:
         for tile in triton_sort.TUNING.tiles:
             named[f"one-shot up to {tile.entries}, {words}"] = record(tokens=tile.entries, **case)[0]
         _, _, named[f"multi-phase add up and place, {words}"] = record(tokens=64, **case)
-        entries = triton_sort.TUNING.chunk * triton_sort.TUNING.few_chunks + 1
+        entries = triton_sort.TUNING.many_entries
         for name, launch in zip(
             ("count", "add up", "place"), record(tokens=entries, **case)[-3:], strict=True
         ):

@@ -6,8 +6,9 @@
 An entry goes to the padded start of its expert, plus the number of earlier entries of that expert.
 `one_shot_kernel` needs nothing but the input for both: each of its programs counts ALL entries by
 itself, which for some thousands of them is cheaper than the second launch that sharing the counts
-would take. For larger batches `count_kernel` goes first and leaves the counts of each chunk of
-entries; with many chunks `scan_kernel` adds them up; `place_kernel` reads them.
+would take. For larger batches `count_kernel` goes first and leaves the counts of groups of chunks of
+entries, and each program of `place_kernel` adds those up; for the largest `scan_kernel` does so
+between them.
 
 No program waits for another, none writes where another does, and memory sees no atomics: the sort
 is stable and gives the same bits every time. Nothing depends on the width of a warp, so one source
@@ -23,7 +24,7 @@ HIDDEN = tl.constexpr(-(1 << 30))  # where hidden experts start: their positions
 # compilation, nor must an input that is a slice, aligned to nothing.
 _kernel = triton.jit(
     do_not_specialize=[
-        "num_tokens", "topk", "num_experts", "block_size", "model_dim", "chunks", "pads",
+        "num_tokens", "topk", "num_experts", "block_size", "model_dim", "chunks", "group", "pads",
         "first_tile", "end_tile",
     ],
     do_not_specialize_on_alignment=[
@@ -96,17 +97,17 @@ def _count(topk_ids, at, stop, num_experts, NUM_BINS: tl.constexpr, TILE: tl.con
 
 
 @triton.jit
-def _add_counts(counts, chunk, used, NUM_BINS: tl.constexpr, ROWS: tl.constexpr):
-    """Sums of the first `used` rows that `count_kernel` left: of those before `chunk`, and all."""
+def _add_counts(counts, group, used, NUM_BINS: tl.constexpr, ROWS: tl.constexpr):
+    """Sums of the first `used` rows that `count_kernel` left: of those before `group`, and all."""
     before = tl.zeros([ROWS, NUM_BINS], tl.int32)
     total = tl.zeros([ROWS, NUM_BINS], tl.int32)
     cells = tl.arange(0, ROWS)[:, None] * NUM_BINS + tl.arange(0, NUM_BINS)[None, :]
-    first = chunk - chunk  # as a run-time value: the loop counts up from it
+    first = group - group  # as a run-time value: the loop counts up from it
     while first < used:
         row = first + tl.arange(0, ROWS)[:, None]
         some = tl.load(counts + first * NUM_BINS + cells, mask=row < used, other=0)
         total += some
-        before += tl.where(row < chunk, some, 0)
+        before += tl.where(row < group, some, 0)
         first += ROWS
     return tl.sum(before, 0), tl.sum(total, 0)
 
@@ -354,21 +355,22 @@ def _chunk_size(stop, chunks, CHUNK: tl.constexpr):
 @_kernel
 def count_kernel(
     topk_ids, counts, moe_buf, num_local_tokens,
-    num_tokens, topk, num_experts, model_dim, chunks, end_tile,
+    num_tokens, topk, num_experts, model_dim, chunks, group, end_tile,
     NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr,
     FILL_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Entries per expert: a program for each chunk, with a row of `counts`. The programs beyond
-    zero the tiles of `moe_buf` before `end_tile`."""
+    """Entries per expert: a program counts `group` chunks into a row of `counts`. The programs
+    beyond zero the tiles of `moe_buf` before `end_tile`."""
     program = tl.program_id(0)
+    groups = tl.cdiv(chunks, group)
     rows = _num_rows(num_tokens, num_local_tokens)
-    if program >= chunks:
+    if program >= groups:
         elements = rows.to(tl.int64) * model_dim
-        step = tl.num_programs(0) - chunks
-        _zero(moe_buf, elements, program - chunks, end_tile, step, FILL_TILE)
+        step = tl.num_programs(0) - groups
+        _zero(moe_buf, elements, program - groups, end_tile, step, FILL_TILE)
     else:
         stop = rows * topk
-        size = _chunk_size(stop, chunks, CHUNK)
+        size = group * _chunk_size(stop, chunks, CHUNK)
         start = tl.minimum(program * size, stop)
         end = tl.minimum(start + size, stop)
         # A tile costs what it could hold, so few entries are counted in a small one.
@@ -405,8 +407,9 @@ def scan_kernel(
 def place_kernel(
     topk_ids, topk_weights, counts, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
     moe_buf, expert_mask, num_local_tokens,
-    num_tokens, topk, num_experts, block_size, model_dim, chunks, pads, first_tile,
-    NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, SCAN_ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
+    num_tokens, topk, num_experts, block_size, model_dim, chunks, group, pads, first_tile,
+    NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr,
+    SCAN_ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
 ):  # fmt: skip
     """`chunks` programs place entries, `pads` write padding, and the others zero `moe_buf` from its
     tile `first_tile` on.
@@ -435,8 +438,10 @@ def place_kernel(
             entry = start + tl.arange(0, CHUNK)
             weights = tl.load(topk_weights + entry, mask=entry < end)
             if SCAN_ROWS > 0:
-                used = tl.cdiv(stop, tl.maximum(size, 1))
-                before, total = _add_counts(counts, chunk, used, NUM_BINS, SCAN_ROWS)
+                used = tl.cdiv(stop, tl.maximum(group * size, 1))
+                before, total = _add_counts(counts, chunk // group, used, NUM_BINS, SCAN_ROWS)
+                first = chunk // group * group * size  # entry that the chunk's group begins with
+                before += _count(topk_ids, first, start, num_experts, NUM_BINS, COUNT_TILE)
             else:
                 before = tl.load(counts + chunk * NUM_BINS + tl.arange(0, NUM_BINS))
                 total = tl.load(counts + chunks * NUM_BINS + tl.arange(0, NUM_BINS))

@@ -4,11 +4,13 @@
 a multiple of `block_size`, so that each block of a grouped GEMM works for one expert. The policies
 give the same answer and differ in how the work is laid out:
 
-1  one-shot: a single launch, in which every program holds the whole batch in one tile. Nothing is
-   cheaper to launch, but a program's time grows with the batch: up to 2,048 entries. A larger batch
-   is sorted as under policy 2.
+1  one-shot: a single launch, in which every program counts the whole batch by itself and then
+   places its own chunk of it. Nothing is cheaper to launch, but every program's time grows with
+   the batch: fastest up to 1,000 (512 experts) or 4,000 entries (few experts). From there on a
+   batch is sorted as under policy 2.
 2  multi-phase: two launches and a workspace. The first counts experts per chunk of entries; in
-   the second every chunk derives its own place from those counts. Pays for one more launch.
+   the second every chunk derives its own place from those counts. Large batches take a third
+   between them, which adds the counts up.
 0  chooses between them by a rule (`one_shot_tokens`) that knows only the shape.
 
 The kernels are in triton_kernels.py. Contract: ROCm/aiter, `aiter/fused_moe.py` and
@@ -20,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from adaptive_moe.kernels.contract import buffer_length
 from adaptive_moe.kernels.triton_kernels import (
@@ -56,13 +57,14 @@ class Tuning:
 
     tiles        of one-shot, smallest first; with more entries it is multi-phase
     chunk        entries that a program of multi-phase places at once
-    max_chunks   programs of multi-phase that place, a power of two
-    few_chunks   up to so many, every program adds up their counts: a third launch would take longer
+    max_chunks   programs of multi-phase that place
+    max_rows     of counts, each of as few chunks as that allows; every program adds them up
+    many_entries from so many on, a third launch adds up the counts
+    many_chunks  programs that place then, a power of two: each has a row of counts
     count_tile   entries counted at once
     scan_tile    counts added up at once
-    scan_part    bins that a program of the third launch adds up
-    fill_shares  one in so many bytes of moe_buf is zeroed beside counting, and beside adding up,
-                 where there are three launches
+    fill_shares  one in so many bytes of moe_buf is zeroed beside counting, and one beside adding
+                 up, where there are three launches
     pads         programs that write padding
     fill_tile    elements of moe_buf zeroed at once
     few_fills    programs that zero up to many_tiles tiles: more would crowd those that place
@@ -73,16 +75,18 @@ class Tuning:
     tiles: tuple[Tile, ...] = (
         Tile(16, 16, 16, 1),
         Tile(32, 32, 32, 4),
-        Tile(128, 128, 32, 4),
-        Tile(256, 256, 32, 4),
-        Tile(4096, 512, 16, 4),
+        Tile(128, 128, 16, 4),
+        Tile(256, 256, 16, 4),
+        Tile(1024, 256, 32, 4),
+        Tile(4096, 512, 32, 4),
     )
     chunk: int = 128
     max_chunks: int = 256
-    few_chunks: int = 64
+    max_rows: int = 64
+    many_entries: int = 65536
+    many_chunks: int = 512
     count_tile: int = 512
     scan_tile: int = 4096
-    scan_part: int = 16
     num_warps: int = 4
     fill_shares: tuple[int, int] = (4, 8)
     pads: int = 32
@@ -90,7 +94,7 @@ class Tuning:
     few_fills: int = 64
     many_tiles: int = 2048
     max_fills: int = 65536
-    local_fills: int = 1056
+    local_fills: int = 2112
 
 
 TUNING = Tuning()
@@ -283,41 +287,46 @@ def _bind(
         return _Bound(length, blocks, buffer, sort)
 
     bins = _all_bins(num_experts)
-    chunks = max(1, min(-(-entries // tuning.chunk), tuning.max_chunks))
+    many = entries >= tuning.many_entries
+    most = tuning.many_chunks if many else tuning.max_chunks
+    chunks = max(1, min(-(-entries // tuning.chunk), most))
+    group = 1 if many else -(-chunks // tuning.max_rows)
+    groups = -(-chunks // group)
     scan, scan_rows, ends = None, max(1, tuning.scan_tile // bins), (0, 0)
-    if chunks > tuning.few_chunks:
+    if many:
         first = tiles // tuning.fill_shares[0]
         ends, scan_rows = (first, first + tiles // tuning.fill_shares[1]), 0
+        part = tuning.scan_tile // tuning.many_chunks
         scan = Launch(
-            scan_kernel, bins // tuning.scan_part + fills(ends[1] - ends[0]), tuning.num_warps,
+            scan_kernel, bins // part + fills(ends[1] - ends[0]), tuning.num_warps,
             ("scan", bins, *variant),
-            (num_tokens, buffer[1], chunks, *ends, bins, tuning.scan_part, tuning.max_chunks,
+            (num_tokens, buffer[1], chunks, *ends, bins, part, tuning.many_chunks,
              tuning.fill_tile),
         )  # fmt: skip
     count = Launch(
-        count_kernel, chunks + fills(ends[0]), tuning.num_warps, ("count", bins, *variant),
-        (num_tokens, topk, num_experts, buffer[1], chunks, ends[0],
+        count_kernel, groups + fills(ends[0]), tuning.num_warps, ("count", bins, *variant),
+        (num_tokens, topk, num_experts, buffer[1], chunks, group, ends[0],
          bins, tuning.chunk, tuning.count_tile, tuning.fill_tile),
     )  # fmt: skip
     place = Launch(
         place_kernel, chunks + tuning.pads + fills(tiles - ends[1]), tuning.num_warps,
         ("place", bins, scan_rows, *variant),
-        (num_tokens, topk, num_experts, block_size, buffer[1], chunks, tuning.pads, ends[1],
-         bins, tuning.chunk, scan_rows, tuning.fill_tile),
+        (num_tokens, topk, num_experts, block_size, buffer[1], chunks, group, tuning.pads, ends[1],
+         bins, tuning.chunk, tuning.count_tile, scan_rows, tuning.fill_tile),
     )  # fmt: skip
-    return _Bound(length, blocks, buffer, place, (chunks + 1) * bins, count, scan)
+    return _Bound(length, blocks, buffer, place, (groups + 1) * bins, count, scan)
 
 
 def _all_bins(num_experts: int) -> int:
-    return max(32, triton.next_power_of_2(num_experts))
+    return max(32, 1 << (num_experts - 1).bit_length())
 
 
 def _bins(num_experts: int) -> tuple[int, int]:
-    """Bins for so many experts, in one power of two or in two that are together much smaller."""
+    """Bins for so many experts, in one power of two or, of many, in two that are much smaller."""
     bins = _all_bins(num_experts)
     lower = bins // 2
-    rest = max(32, triton.next_power_of_2(num_experts - lower))
-    return (lower, rest) if lower > rest else (bins, 0)
+    rest = max(32, 1 << (num_experts - lower - 1).bit_length())
+    return (lower, rest) if lower > max(64, rest) else (bins, 0)
 
 
 def _check(

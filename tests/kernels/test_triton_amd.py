@@ -113,8 +113,7 @@ def test_one_launch_against_two_or_three() -> None:
     assert names(64) == ["one_shot_kernel", "count_kernel", "place_kernel"]
     largest = triton_sort.TUNING.tiles[-1].entries
     assert names(largest)[0] == "one_shot_kernel"
-    more = triton_sort.TUNING.chunk * triton_sort.TUNING.few_chunks + 1
-    assert names(more)[-3:] == ["count_kernel", "scan_kernel", "place_kernel"]
+    assert names(triton_sort.TUNING.many_entries)[-3:] == ["count_kernel", "scan_kernel", "place_kernel"]
 
 
 def test_a_token_count_compiles_no_more_than_its_tile() -> None:

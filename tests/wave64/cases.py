@@ -28,7 +28,7 @@ LARGE = ((512, 8, 300, 1), (128, 8, 1100, 2), (257, 9, 930, 2), (8, 2, 600, 1), 
 class Case:
     """routing: uniform, skewed or one expert; padded: which rows are -1, none, some or all.
 
-    rows: how many are real, where the call says so on the device. few_chunks: as in Tuning.
+    rows: how many are real, where the call says so on the device. many_entries: as in Tuning.
     """
 
     experts: int
@@ -43,7 +43,7 @@ class Case:
     masked: bool = False
     rows: int | None = None
     rounded: bool = True
-    few_chunks: int = 64
+    many_entries: int = 65536
     seed: int = 0
 
     def inputs(self) -> SortingInputs:
@@ -90,7 +90,7 @@ def random_case(seed: int) -> Case:
         rows=rng.choice((None, None, 0, tokens, rng.randint(0, tokens))),
         rounded=rng.random() < 0.5,
         # A run-time choice: three launches for batches that would be sorted in two.
-        few_chunks=rng.choice((1, 64)),
+        many_entries=rng.choice((1, 65536)),
         seed=seed,
     )
 
@@ -99,7 +99,7 @@ def problems_of(case: Case, target: str) -> list[str]:
     """What is wrong with the sort of that case, by the contract and beside the CPU sort."""
     inputs = case.inputs()
     # Run-time choices, too: programs that pad and that zero take most of a small sort.
-    tuning = replace(triton_sort.TUNING, pads=3, few_fills=3, few_chunks=case.few_chunks)
+    tuning = replace(triton_sort.TUNING, pads=3, few_fills=3, many_entries=case.many_entries)
     cdna.RCP = case.seed % 3 - 1
     kept, triton_sort.TUNING = triton_sort.TUNING, tuning
     triton_sort._bound.clear()
