@@ -180,8 +180,9 @@ def differences_from(
     }
     for number, (ours, theirs) in enumerate(zip(others, right.others, strict=True), 6):
         differ[f"output {number} has other content"] = _of_rows(ours != theirs, row < real)
-    words = [valid[:2], right.num_valid_ids[:2], *(one.any().int().view(1) for one in differ.values())]
-    ours0, ours1, theirs0, theirs1, *wrong = torch.cat(words).tolist()
+    flags = torch.stack([one.any() for one in differ.values()]).int()
+    words = torch.cat((valid[:2], right.num_valid_ids[:2], flags))
+    ours0, ours1, theirs0, theirs1, *wrong = words.tolist()
     if (ours0, ours1) != (theirs0, theirs1):
         return [f"num_valid_ids is {[ours0, ours1]}, the baseline's {[theirs0, theirs1]}"]
     return [problem for problem, is_wrong in zip(differ, wrong, strict=True) if is_wrong]

@@ -1,13 +1,13 @@
 # Kernels have untyped arguments; the compile-time ones are capitalised, as is Triton's custom.
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The device side of the Triton MoE sort; triton_sort.py has the contract and the launches.
 
 An entry goes to the padded start of its expert, plus the number of earlier entries of that expert.
 `one_shot_kernel` needs nothing but the input for both: each of its programs counts ALL entries by
 itself, which for some thousands of them is cheaper than the second launch that sharing the counts
-would take. For larger batches `count_kernel` goes first and leaves the counts of groups of chunks of
-entries, and each program of `place_kernel` adds those up; for the largest `scan_kernel` does so
+would take. For larger batches `count_kernel` goes first and leaves the counts of groups of chunks
+of entries, and each program of `place_kernel` adds those up; for the largest `scan_kernel` does so
 between them.
 
 No program waits for another, none writes where another does, and memory sees no atomics: the sort
