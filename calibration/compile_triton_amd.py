@@ -28,7 +28,8 @@ TARGETS = {
     "gfx950": GPUTarget("hip", "gfx950", 64),
     "sm_90": GPUTarget("cuda", 90, 32),
 }
-EXPERTS = (1, 33, 65, 129, 257, 513)  # the fewest of 32, 64, ... 1,024 bins
+# The fewest experts of each number of bins, in one power of two or in two.
+EXPERTS = (1, 33, 65, 129, 161, 193, 257, 289, 321, 385, 513, 545, 577, 641, 769)
 POINTERS = {
     torch.int32: "*i32", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"
 }  # fmt: skip
@@ -80,7 +81,8 @@ def all_launches(some_experts: Sequence[int]) -> dict[str, Recorded]:
     for case in cases:
         words = ", ".join(f"{key} {value}" for key, value in case.items())
         for tile in triton_sort.TUNING.tiles:
-            named[f"one-shot up to {tile.entries}, {words}"] = record(tokens=tile.entries, **case)[0]
+            one_shot = record(tokens=tile.entries, **case)[0]
+            named[f"one-shot up to {tile.entries}, {words}"] = one_shot
         _, _, named[f"multi-phase add up and place, {words}"] = record(tokens=64, **case)
         entries = triton_sort.TUNING.many_entries
         for name, launch in zip(
@@ -104,9 +106,7 @@ def source(recorded: Recorded, backend: str) -> ASTSource:
             if parameter.do_not_specialize_on_alignment:
                 attributes[(i,)] = []
             # What Triton adds on AMD for buffers under 2 GiB; a larger one is a variant.
-            if backend == "hip" and not (
-                parameter.name == "moe_buf" and value.nbytes >= 1 << 31
-            ):
+            if backend == "hip" and not (parameter.name == "moe_buf" and value.nbytes >= 1 << 31):
                 attributes[(i,)] += [["tt.pointer_range", 32]]
         elif parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"

@@ -1,8 +1,8 @@
 """Memory for one sort in which every wrong bit shows, compared on the device without waiting.
 
-`Memory` lends its poisoned words to whoever calls torch.empty: the five results first, each with a
-guard behind its end, so that neither what is left unwritten nor what is written outside goes
-unseen. `expected` says by torch's own stable sort what is to stand in them.
+`Memory` lends its poisoned words to whoever calls torch.empty or a tensor's new_empty: the five
+results first, each with a guard behind its end, so that neither what is left unwritten nor what is
+written outside goes unseen. `expected` says by torch's own stable sort what is to stand in them.
 """
 
 import math
@@ -100,11 +100,12 @@ def expected(entries: Grouped, block_size: int) -> Expected:
 def guarded_memory(
     poison: int, guard: int, outputs: Iterable[Tensor] = ()
 ) -> Iterator[list[Tensor]]:
-    """Within it torch.empty gives poison, with a guard of poison behind it; yields the guards.
+    """Within it torch.empty and a tensor's new_empty give poison, with a guard of poison behind it;
+    yields the guards.
 
     outputs: what the next calls get instead, in that order, where shape and dtype are theirs.
     """
-    real, place, guards = torch.empty, iter(outputs), []
+    real, real_new, place, guards = torch.empty, Tensor.new_empty, iter(outputs), []
 
     def empty(*size: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
         shape = size[0] if isinstance(size[0], tuple) else size
@@ -117,10 +118,11 @@ def guarded_memory(
         return buffer[:count].view(shape)
 
     torch.empty = empty
+    Tensor.new_empty = lambda self, size: empty(size, dtype=self.dtype, device=self.device)
     try:
         yield guards
     finally:
-        torch.empty = real
+        torch.empty, Tensor.new_empty = real, real_new
 
 
 class Memory:
@@ -167,7 +169,7 @@ class Memory:
 
     @contextmanager
     def lent(self) -> Iterator[list[Tensor]]:
-        """Within it torch.empty gives poison; yields the guards of what a sort has besides."""
+        """Within it an allocation gives poison; yields the guards of what a sort has besides."""
         self.words.fill_(POISON)
         with guarded_memory(POISON, GUARD, self.outputs) as guards:
             yield guards

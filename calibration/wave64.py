@@ -1,12 +1,12 @@
-"""Our Triton sorts, executed as the AMD code that they compile to: many random calls, no GPU needed.
+"""Our Triton sorts, executed as the AMD code that they compile to: many random calls, no GPU.
 
     python -m calibration.wave64 --out calibration/results/wave64.json
 
-tests/wave64/cdna.py interprets the gfx942 and gfx950 assembly instruction by instruction on waves of
-64 lanes, on registers and LDS that begin as garbage, with waves in random order; an access outside
-a launch's tensors and an unsynchronised access of LDS are errors. Each sort is judged by the
-contract and beside the CPU sort. It does not model time, waits, caches between dies, HIP's launcher
-or graph capture. Exit status 1 where anything is wrong.
+tests/wave64/cdna.py interprets the gfx942 and gfx950 assembly instruction by instruction on waves
+of 64 lanes, on registers and LDS that begin as garbage, with waves in random order; an access
+outside a launch's tensors and an unsynchronised access of LDS are errors. Each sort is judged by
+the contract and beside the CPU sort. It does not model time, waits, caches between dies, HIP's
+launcher or graph capture. Exit status 1 where anything is wrong.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Every kernel variant compiles to a code object for AMD and NVIDIA GPUs, with none present.
+"""Every kernel variant compiles to a code object for AMD GPUs, with none present.
 
 calibration/compile_triton_amd.py says which variants those are and how they are compiled. The
-recorded run has them all; here those of most and of usual many experts are compiled anew, since a
-kernel that starts to spill does so with the most first.
+recorded run has them all; here those of the most experts are compiled anew, since a kernel that
+starts to spill does so with the most first.
 """
 
 import json
@@ -17,15 +17,15 @@ import torch
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
-from adaptive_moe.kernels import triton_sort  # noqa: E402
-from calibration.compile_triton_amd import EXPERTS, record  # noqa: E402
+from adaptive_moe.kernels import triton_sort
+from calibration.compile_triton_amd import EXPERTS, record
 
-TARGETS = ("gfx942", "gfx950", "sm_90")
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ("gfx942", "gfx950")
 AMD_SHARED_MEMORY = 64 * 1024  # of a workgroup, gfx942
 AMD_VECTOR_REGISTERS = 128  # with more, a SIMD holds under four wavefronts
 AMD_WAVES = 16  # of a workgroup
-FEW_EXPERTS = (256, 513)
+FEW_EXPERTS = (513,)
 Results = dict[str, dict[str, Any]]
 
 
@@ -89,17 +89,10 @@ def test_the_recorded_registers_are_those_of_these_kernels(
     check_amd(results, target)
     if recorded["triton"] == triton.__version__:
         same = compiled[target].keys() & results.keys()
-        assert len(same) == 2 * variants(1)  - variants(0) if False else len(same) > 0
+        assert len(same) == variants(1)  # those with 513 experts, and the dtypes
         assert {name: compiled[target][name] for name in same} == {
             name: results[name] for name in same
         }
-
-
-def test_nvidia_cubins(compiled: dict[str, Results]) -> None:
-    assert len(compiled["sm_90"]) == variants(len(FEW_EXPERTS))
-    for name, result in compiled["sm_90"].items():
-        assert result["is_elf"], name
-        assert result["architecture"].startswith("sm_90"), name
 
 
 def launches(**case: Any) -> list[triton_sort.Launch]:
@@ -113,7 +106,11 @@ def test_one_launch_against_two_or_three() -> None:
     assert names(64) == ["one_shot_kernel", "count_kernel", "place_kernel"]
     largest = triton_sort.TUNING.tiles[-1].entries
     assert names(largest)[0] == "one_shot_kernel"
-    assert names(triton_sort.TUNING.many_entries)[-3:] == ["count_kernel", "scan_kernel", "place_kernel"]
+    assert names(triton_sort.TUNING.many_entries)[-3:] == [
+        "count_kernel",
+        "scan_kernel",
+        "place_kernel",
+    ]
 
 
 def test_a_token_count_compiles_no_more_than_its_tile() -> None:

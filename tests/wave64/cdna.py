@@ -1,8 +1,8 @@
 """A functional interpreter of the part of AMD's CDNA3/CDNA4 ISA (wave64) that the Triton sorts use.
 
-It takes the assembly that Triton's AMD backend emits (`compiled.asm["amdgcn"]`) and runs a launch on
-CPU tensors: every wave of a workgroup has 64 lanes, 256 vector registers, 104 scalar ones, a 64-bit
-EXEC and VCC; waves share an LDS and meet at barriers.
+It takes the assembly that Triton's AMD backend emits (`compiled.asm["amdgcn"]`) and runs a launch
+on CPU tensors: every wave of a workgroup has 64 lanes, 256 vector registers, 104 scalar ones, a
+64-bit EXEC and VCC; waves share an LDS and meet at barriers.
 
 What is stricter than hardware: registers and LDS start as garbage; a memory access outside the
 tensors of the launch is an error unless the buffer descriptor itself drops it, as it does for lanes
@@ -10,6 +10,9 @@ that Triton masks; two waves that touch the same LDS bytes between two barriers,
 (atomics among themselves excepted), are an error; an instruction that is not known is an error.
 What it does not model: time, caches, waits (s_waitcnt and s_nop do nothing), other float rounding.
 """
+
+# One function decodes a family of instructions, and has a branch for each form of it.
+# ruff: noqa: PLR0911, PLR0912, PLR0915
 
 import re
 import struct
@@ -23,7 +26,7 @@ FULL = (1 << 64) - 1
 VCC, M0, EXEC, SCC = 106, 124, 126, 253
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818
     """The program did what it must not, or what this interpreter does not know."""
 
 
@@ -118,7 +121,8 @@ class Lds:
         if how == "write":
             clash[self.bytes[at] == values] = 0
         if clash.any():
-            raise Fault(f"LDS race at byte {at.ravel()[clash.ravel().nonzero()[0][0]]}: {pc} ({how})")
+            byte = at.ravel()[clash.ravel().nonzero()[0][0]]
+            raise Fault(f"LDS race at byte {byte}: {pc} ({how})")
         seen = {"write": self.wrote, "add": self.added, "read": self.read}[how]
         seen[at] |= me
 
@@ -364,7 +368,7 @@ def dpp_lanes(control: str) -> np.ndarray:
         return np.where(LANES + n < ROW + 16, LANES + n, -1)
     if name == "row_ror":
         return ROW + (LANES - n) % 16
-    if name == "row_bcast":  # the last lane of a row to the next row, of the first half to the other
+    if name == "row_bcast":  # a row's last lane to the next row, the first half's to the other
         source = ROW - 1 if n == 15 else np.where(LANES >= 32, 31, -1)
         return np.where(source >= 0, source, -1)
     raise Fault(f"DPP {control}")
@@ -552,7 +556,9 @@ def decode_scalar(name, ops, mods):
         return run
     if found := re.fullmatch(r"s_(and|or|andn2)_saveexec_b64", name):
         to, a = register(ops[0])[1], scalar_source(ops[1], True)
-        f = {"and": lambda x, e: x & e, "or": lambda x, e: x | e, "andn2": lambda x, e: x & ~e}[found[1]]
+        f = {
+            "and": lambda x, e: x & e, "or": lambda x, e: x | e, "andn2": lambda x, e: x & ~e
+        }[found[1]]  # fmt: skip
 
         def run(w):
             old, new = w.exec, f(a(w), w.exec) & FULL
@@ -588,7 +594,12 @@ def decode_vector(name, ops, mods, suffix):
         if name == "v_readlane_b32":
             lane = scalar_source(ops[2])
             return lambda w: w.set32(to, int(w.v[source][lane(w) & 63]))
-        return lambda w: w.set32(to, int(w.v[source][(w.exec & -w.exec).bit_length() - 1 if w.exec else 0]))
+
+        def run(w):  # of the first active lane, or the first
+            lane = (w.exec & -w.exec).bit_length() - 1 if w.exec else 0
+            w.set32(to, int(w.v[source][lane]))
+
+        return run
     if found := re.fullmatch(r"v_permlane(16|32)_swap_b32", name):
         a, b = register(ops[0])[1], register(ops[1])[1]
         half = int(found[1])
@@ -602,7 +613,8 @@ def decode_vector(name, ops, mods, suffix):
 
         return run
     if found := re.fullmatch(r"v_cmp_(\w\w)_([iu])(32|64)", name):
-        f, kind = COMPARE[found[1]], {"i32": I32, "u32": U32, "i64": I64, "u64": U64}[found[2] + found[3]]
+        f = COMPARE[found[1]]
+        kind = {"i32": I32, "u32": U32, "i64": I64, "u64": U64}[found[2] + found[3]]
         to = register(ops[0])[1]
         source = vector_source64 if found[3] == "64" else vector_source
         if suffix == "sdwa":
@@ -748,7 +760,7 @@ def decode_memory(name, ops, mods):
         def run(w):
             base = w.s64(resource)
             if base >> 48 or w.s[resource + 3] != 0x27000:
-                raise Fault(f"buffer descriptor {[hex(x) for x in w.s[resource:resource + 4]]}")
+                raise Fault(f"buffer descriptor {[hex(x) for x in w.s[resource : resource + 4]]}")
             # Raw buffer: what lies past num_records reads zero and is not written.
             at = np.zeros(64, U64) if vaddr is None else u64(w.v[vaddr])
             at = at + U64(offset)
@@ -877,8 +889,8 @@ class Program:
         self.ran: Counter[int] = Counter()
         branches = []
         body = text[text.index(f"\n{kernel}:") :]
-        for line in body.split("\t.section")[0].splitlines():
-            line = line.split(";")[0].rstrip()
+        for with_comment in body.split("\t.section")[0].splitlines():
+            line = with_comment.split(";")[0].rstrip()
             if found := re.fullmatch(r"([.\w$]+):", line):
                 self.labels[found[1]] = len(self.code)
             elif re.match(r"\s+[a-z]", line):
