@@ -117,8 +117,12 @@ def guarded_memory(
         guards.append(buffer[count:])
         return buffer[:count].view(shape)
 
-    torch.empty = empty
-    Tensor.new_empty = lambda self, size: empty(size, dtype=self.dtype, device=self.device)
+    def new_empty(tensor: Tensor, size: int, **options: Any) -> Tensor:
+        if options:  # Triton's interpreter
+            return real_new(tensor, size, **options)
+        return empty(size, dtype=tensor.dtype, device=tensor.device)
+
+    torch.empty, Tensor.new_empty = empty, new_empty
     try:
         yield guards
     finally:

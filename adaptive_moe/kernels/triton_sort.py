@@ -209,11 +209,13 @@ def moe_sorting(
         topk_ids.shape, topk_weights.shape, topk_ids.dtype, topk_weights.dtype, topk_ids.device,
         num_experts, model_dim, moebuf_dtype, block_size,
         None if expert_mask is None else (expert_mask.dtype, expert_mask.shape),
-        num_local_tokens is None, dispatch_policy, accumulate, rounded,
+        None if num_local_tokens is None else num_local_tokens.dtype,
+        dispatch_policy, accumulate, rounded,
     )  # fmt: skip
     bound = _bound.get(key)
     if bound is None or not (topk_ids.is_contiguous() and topk_weights.is_contiguous()):
-        _check(topk_ids, topk_weights, num_experts, moebuf_dtype, block_size, expert_mask)
+        _check(topk_ids, topk_weights, num_experts, moebuf_dtype, block_size)
+        _check_options(num_experts, expert_mask, num_local_tokens)
         if len(_bound) >= _MOST_BOUND:
             _bound.clear()
         bound = _bound[key] = _bind(
@@ -339,7 +341,6 @@ def _check(
     num_experts: int,
     dtype: torch.dtype,
     block_size: int,
-    expert_mask: torch.Tensor | None,
 ) -> None:
     """Raise ValueError, naming the value and what is accepted, for what cannot be sorted."""
     for name, tensor, wanted in (
@@ -350,10 +351,12 @@ def _check(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}; "
                 f"accepted is contiguous {wanted} [num_tokens, topk], the same shape for both"
             )
-    if ids.dim() != 2 or not 1 <= ids.shape[1] <= min(MAX_TOPK, num_experts) or len(ids) >= 1 << 24:
+    few = len(ids) < 1 << 24 and ids.numel() <= 1 << 28
+    if ids.dim() != 2 or not 1 <= ids.shape[1] <= min(MAX_TOPK, num_experts) or not few:
         raise ValueError(
             f"topk_ids is {list(ids.shape)} for {num_experts} experts; accepted are [num_tokens, "
-            f"topk] of under 2**24 tokens, topk from 1 to {MAX_TOPK} and to num_experts"
+            f"topk] of under 2**24 tokens and up to 2**28 entries, topk from 1 to {MAX_TOPK} and "
+            "to num_experts"
         )
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"num_experts is {num_experts}; accepted are 1 to {MAX_EXPERTS}")
@@ -361,6 +364,11 @@ def _check(
         raise ValueError(f"block_size is {block_size}; accepted are multiples of 16 from 16 to 256")
     if dtype not in _BUFFER_DTYPES:
         raise ValueError(f"moebuf_dtype is {dtype}; accepted are bfloat16, float16 and float32")
+
+
+def _check_options(
+    num_experts: int, expert_mask: torch.Tensor | None, num_local_tokens: torch.Tensor | None
+) -> None:
     if expert_mask is not None and (expert_mask.dtype, expert_mask.numel()) != (
         torch.int32, num_experts,
     ):  # fmt: skip
@@ -368,3 +376,5 @@ def _check(
             f"expert_mask is {expert_mask.dtype} with {expert_mask.numel()} elements; "
             f"accepted is int32 with one element an expert, {num_experts}"
         )
+    if num_local_tokens is not None and num_local_tokens.dtype != torch.int32:
+        raise ValueError(f"num_local_tokens is {num_local_tokens.dtype}; accepted is int32")

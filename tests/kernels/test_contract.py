@@ -1,5 +1,5 @@
-"""Every kind of defect is seen by the checker of the contract and by the comparison with a baseline,
-on poisoned memory that is cleaned up after."""
+"""Every kind of defect is seen by the contract's checker and by the comparison with a baseline;
+poisoned memory is cleaned up after."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace

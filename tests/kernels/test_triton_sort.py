@@ -120,6 +120,21 @@ def test_example_written_by_hand(problems: dict[str, list[str]]) -> None:
     assert problems["example"] == []
 
 
+def test_our_sorts_are_offered_without_loading_triton() -> None:
+    code = """
+import sys
+from types import SimpleNamespace
+
+from adaptive_moe.kernels.ours import sorts
+
+live = SimpleNamespace(device=SimpleNamespace(type="cuda"), rounded=True, num_outputs=5)
+print([sort.name for sort in sorts(live, SimpleNamespace(block_size=32))])
+print("triton" in sys.modules)
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.splitlines() == ["['triton one-shot', 'triton multi-phase']", "False"]
+
+
 def valid_arguments() -> dict[str, object]:
     return {
         "topk_ids": torch.zeros(4, 2, dtype=torch.int32),
@@ -144,6 +159,15 @@ def valid_arguments() -> dict[str, object]:
         ({"moebuf_dtype": torch.int8}, ["torch.int8", "bfloat16, float16 and float32"]),
         ({"expert_mask": torch.ones(7, dtype=torch.int32)}, ["expert_mask", "7 elements"]),
         ({"expert_mask": torch.ones(8, dtype=torch.bool)}, ["expert_mask is torch.bool"]),
+        ({"num_local_tokens": torch.ones(1).long()}, ["num_local_tokens is torch.int64"]),
+        (
+            {
+                "topk_ids": torch.zeros(4, 33).int(),
+                "topk_weights": torch.zeros(4, 33),
+                "num_experts": 64,
+            },
+            ["[4, 33] for 64 experts", "1 to 32"],
+        ),
     ],
 )
 def test_bad_input_is_named(change: dict[str, object], words: list[str]) -> None:
