@@ -302,7 +302,7 @@ def _bind(
     if many:
         first = tiles // tuning.fill_shares[0]
         ends, scan_rows = (first, first + tiles // tuning.fill_shares[1]), 0
-        part = tuning.scan_tile // tuning.many_chunks
+        part = min(bins, tuning.scan_tile // tuning.many_chunks)
         scan = Launch(
             scan_kernel, bins // part + fills(ends[1] - ends[0]), tuning.num_warps,
             ("scan", bins, *variant),
