@@ -10,6 +10,7 @@ launcher or graph capture. Exit status 1 where anything is wrong.
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import sys
@@ -28,46 +29,49 @@ from tests.wave64 import launches
 from tests.wave64.cases import problems_of, random_case
 
 TARGETS = ("gfx942", "gfx950")
+JOB = 20  # cases
 NOTHING = ("s_nop", "s_code_end")  # padding between instructions, which never runs
 
 
-def run_some(job: tuple[str, int, int, int]) -> dict[str, Any]:
-    """Every `step`th of `sorts` cases, from the `first` on, on one target."""
-    target, first, step, sorts = job
+def run_some(job: tuple[str, range, float]) -> dict[str, Any]:
+    """The cases of these numbers on one target, unless the deadline is over."""
+    target, numbers, deadline = job
     torch.set_num_threads(1)
-    wrong, began = [], time.process_time()
-    for seed in range(first, sorts, step):
-        if problems := problems_of(random_case(seed), target):
-            wrong.append({"case": str(random_case(seed)), "problems": problems})
-    programs = launches.programs_by_name()
+    programs = launches.programs_by_name(target)
+    for program in programs.values():
+        program.ran.clear()
+    wrong, done, began = [], 0, time.process_time()
+    for number in numbers:
+        if time.time() > deadline:
+            break
+        done += 1
+        if problems := problems_of(random_case(number), target):
+            wrong.append({"case": str(random_case(number)), "problems": problems})
+    programs = launches.programs_by_name(target)
     executed = {
-        name: {
-            at
-            for at, times in program.ran.items()
-            if times and program.code[at].name not in NOTHING
-        }
+        name: {at for at in program.ran if program.code[at].name not in NOTHING}
         for name, program in programs.items()
     }
-    opcodes = {programs[name].code[at].name for name, some in executed.items() for at in some}
     sizes = {
         name: sum(instruction.name not in NOTHING for instruction in program.code)
         for name, program in programs.items()
     }
-    instructions = sum(sum(program.ran.values()) for program in programs.values())
     return {
-        "wrong": wrong, "opcodes": opcodes, "executed": executed, "sizes": sizes,
-        "instructions": instructions, "seconds": time.process_time() - began,
+        "sorts": done, "wrong": wrong, "executed": executed, "sizes": sizes,
+        "opcodes": {programs[name].code[at].name for name, some in executed.items() for at in some},
+        "instructions": sum(sum(program.ran.values()) for program in programs.values()),
+        "seconds": time.process_time() - began,
     }  # fmt: skip
 
 
-def summary(parts: list[dict[str, Any]], sorts: int) -> dict[str, Any]:
+def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
     executed: dict[str, set[int]] = {}
     for part in parts:
         for key, some in part["executed"].items():
             executed.setdefault(key, set()).update(some)
     sizes = {key: size for part in parts for key, size in part["sizes"].items()}
     return {
-        "sorts": sorts,
+        "sorts": sum(part["sorts"] for part in parts),
         "wrong_sorts": sum(len(part["wrong"]) for part in parts),
         "wrong": [one for part in parts for one in part["wrong"]][:50],
         "code_objects": len(sizes),
@@ -86,18 +90,23 @@ def main() -> int:
     parser.add_argument("--sorts", type=int, default=1000, help="on each target [1000]")
     parser.add_argument("--first", type=int, default=1, help="number of the first case [1]")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start none after so long")
     args = parser.parse_args()
     result = {**record.stamp(), "triton": triton.__version__, "numpy": numpy.__version__}
-    result["cases"] = f"numbers {args.first} to {args.first + args.sorts - 1} of random_case"
-    context = multiprocessing.get_context("spawn")
-    for target in TARGETS:
-        jobs = [
-            (target, args.first + part, args.processes, args.first + args.sorts)
-            for part in range(args.processes)
-        ]
-        with context.Pool(args.processes) as pool:
-            result[target] = summary(pool.map(run_some, jobs), args.sorts)
-        print(target, result[target], flush=True)
+    result["cases"] = f"of random_case, from number {args.first} on"
+    deadline, numbers = time.time() + args.seconds, range(args.first, args.first + args.sorts)
+    # Targets take turns, so that what time leaves out is left out of both.
+    jobs = [
+        (target, numbers[start : start + JOB], deadline)
+        for start in range(0, args.sorts, JOB)
+        for target in TARGETS
+    ]
+    parts: dict[str, list[dict[str, Any]]] = {target: [] for target in TARGETS}
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        for (target, *_), part in zip(jobs, pool.imap(run_some, jobs), strict=True):
+            parts[target].append(part)
+            print(target, summary(parts[target]), file=sys.stderr, flush=True)
+    result |= {target: summary(parts[target]) for target in TARGETS}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(record.as_text(result) + "\n")
     return int(any(result[target]["wrong_sorts"] for target in TARGETS))

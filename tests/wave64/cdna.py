@@ -237,6 +237,10 @@ def f32(x):
     return x.view(F32)
 
 
+def i24(x):
+    return i32(x << U32(8)) >> np.int32(8)
+
+
 def u64(x):
     return x.astype(U64)
 
@@ -310,9 +314,9 @@ VECTOR = {
     "v_subrev_u32": lambda a, b: b - a,
     "v_mul_lo_u32": lambda a, b: a * b,
     "v_mul_hi_u32": lambda a, b: (u64(a) * u64(b) >> U64(32)).astype(U32),
-    "v_mul_i32_i24": lambda a, b: (
-        (i32(a << U32(8)) >> np.int32(8)) * (i32(b << U32(8)) >> np.int32(8))
-    ).view(U32),
+    "v_mul_i32_i24": lambda a, b: (i24(a) * i24(b)).view(U32),
+    "v_mad_i32_i24": lambda a, b, c: (i24(a) * i24(b)).view(U32) + c,
+    "v_mad_u32_u24": lambda a, b, c: (a & U32(0xFFFFFF)) * (b & U32(0xFFFFFF)) + c,
     "v_mul_u32_u24": lambda a, b: (a & U32(0xFFFFFF)) * (b & U32(0xFFFFFF)),
     "v_lshlrev_b32": lambda n, a: a << (n & U32(31)),
     "v_lshrrev_b32": lambda n, a: a >> (n & U32(31)),
@@ -330,6 +334,9 @@ VECTOR = {
     "v_bfe_i32": lambda a, o, n: bfe(a, o, n, sign=True),
     "v_bfi_b32": lambda m, a, b: (m & a) | (~m & b),
     "v_bfrev_b32": reverse,
+    "v_alignbit_b32": lambda a, b, n: ((u64(a) << U64(32) | u64(b)) >> (u64(n) & U64(31))).astype(
+        U32
+    ),
     "v_add3_u32": lambda a, b, c: a + b + c,
     "v_lshl_add_u32": lambda a, n, b: (a << (n & U32(31))) + b,
     "v_add_lshl_u32": lambda a, b, n: (a + b) << (n & U32(31)),

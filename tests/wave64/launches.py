@@ -12,7 +12,7 @@ from calibration.compile_triton_amd import Recorded, compiled_ahead, source
 from tests.wave64 import cdna
 
 _ARGUMENT = re.compile(r"\.offset:\s+(\d+)\n\s+\.size:\s+(\d+)\n\s+\.value_kind:\s+(\w+)")
-_programs: dict[object, "Compiled"] = {}
+_programs: dict[tuple[str, str, int], "Compiled"] = {}
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,13 @@ class Compiled:
     preloaded_entry: int
 
 
-def programs_by_name() -> dict[str, cdna.Program]:
+def programs_by_name(target: str) -> dict[str, cdna.Program]:
     """All that were run so far, each with how often each of its instructions was."""
-    return {str(key): compiled.program for key, compiled in _programs.items()}
+    return {
+        f"{source_hash} {waves}": compiled.program
+        for (its_target, source_hash, waves), compiled in _programs.items()
+        if its_target == target
+    }
 
 
 def _compiled(recorded: Recorded, target: str) -> Compiled:
