@@ -78,8 +78,7 @@ class Tuning:
         Tile(32, 32, 32, 4),
         Tile(128, 128, 16, 4),
         Tile(256, 256, 16, 4),
-        Tile(1024, 256, 32, 4),
-        Tile(4096, 512, 32, 4),
+        Tile(4096, 256, 32, 4),
     )
     chunk: int = 128
     max_chunks: int = 256
