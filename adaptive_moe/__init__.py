@@ -81,8 +81,7 @@ _NAMES: dict[str, str] = {
     "policy.verdict": "Choice Judgement Standing Verdict",
     "settings": "LogDetail Mode Settings SettingsError read_settings",
     "shape": "SortingShape",
-    "tuning.calibrate": "BudgetError CalibrationFailedError "
-    "CalibrationRefusedError Plan calibrate",
+    "tuning.calibrate": "BudgetError CalibrationFailedError CalibrationRefusedError Plan calibrate",
     "tuning.clocks": "Clock",
 }
 _HOME = {name: f"adaptive_moe.{home}" for home, names in _NAMES.items() for name in names.split()}

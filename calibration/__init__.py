@@ -8,6 +8,7 @@
     startup     what an engine's start pays
     bench_amd   all of it on an AMD GPU, in one file to send back
     bench_triton_kernels, check_triton_contract, compile_triton_amd   our Triton sort
+    wave64      our Triton sort executed as the AMD code that it compiles to
 
 Each gives one JSON object with machine, date and versions, printed or written to --out.
 docs/benchmarks.md has the figures.

@@ -1,16 +1,13 @@
-"""How fast the Triton sorts are: graph replays and eager calls, against zeroing moe_buf alone.
+"""How fast the Triton sorts are: graph replays, against AITER's Opus kernels and against zeroing.
 
-    python calibration/bench_triton_kernels.py --out calibration/results/triton_kernels.json
+    python -m calibration.bench_triton_kernels --out calibration/results/triton_kernels.json
 
-Needs a GPU. Every time is microseconds a call. A graph holds several calls with different inputs;
-the policies take turns in every round, and the median over the rounds is reported. With
-`--vllm-moe-so` (vLLM's `_moe_C*.so`, of a vLLM built for the installed torch) its
-`moe_align_block_size` is timed beside them, and with `--sglang-align` (SGLang's
-`moe_align_small_numel.py`) its small Triton sort; neither zeroes a buffer nor carries weights, so
-they are compared with sorts called with `accumulate=False`. `--against` takes recorded times of
-other sorts (CSV: model as in SHAPES, tokens, columns that end in `_us`) and prints what ours take
-of the best of them, best against best. The committed run used vLLM 0.23.0's
-library, built for torch 2.11, and SGLang 0.5.23's file, both as shipped.
+Needs a GPU. Every time is microseconds a call. A graph holds several calls with different inputs,
+uniform and skewed routing alternating; all take turns in every round, and the median over the
+rounds is reported. `--against` are recorded times of Opus on the same kind of GPU (CSV: shape, M,
+and p0, p1, p2 for AITER's dispatch policies), compared best against best. `--earlier` is a folder
+with triton_sort.py and triton_kernels.py of an earlier commit: they take turns with these, also in
+the host's time of an eager call. `--plot` draws the ratios.
 """
 
 import argparse
@@ -22,7 +19,6 @@ import platform
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,24 +26,42 @@ from typing import Any
 import torch
 import triton
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from adaptive_moe.kernels.triton_sort import moe_sorting
+from adaptive_moe.kernels import triton_kernels, triton_sort
+from calibration import record
 
 SHAPES = {  # experts, topk, width of moe_buf
     "mixtral": (8, 2, 4096),
     "qwen3-235b": (128, 8, 4096),
-    "gpt-oss": (128, 4, 2880),
+    "gpt-oss-120b": (128, 4, 2880),
     "dsv3": (256, 8, 7168),
-    "kimi-shared": (385, 9, 7168),
+    "kimi-k2": (384, 8, 7168),
     "qwen3-next": (512, 10, 2048),
+    "160/6": (160, 6, 5120),
+    "64/6": (64, 6, 2048),
+    "72/4": (72, 4, 3072),
+    "16/1": (16, 1, 5120),
+    "257/9": (257, 9, 7168),
+    "512/22": (512, 22, 2048),
 }
 TOKENS = [
-    1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384
+    1, 2, 3, 5, 7, 8, 12, 16, 20, 24, 32, 40, 64, 96, 200, 384, 512, 768, 1500, 3000, 8192, 16384
 ]  # fmt: skip
+RANGES = {
+    "1 to 8": (1, 8), "12 to 40": (12, 40), "64 to 384": (64, 384), "from 512 on": (512, 1 << 30)
+}  # fmt: skip
+HOST_TOKENS = (1, 16, 200)
 BLOCK_SIZE = 32
-CALLS = 16  # calls in one graph or one eager train
+CALLS = 16  # calls in one graph
 ROUNDS = 15
+HOST_CALLS = 300
 Call = Callable[[torch.Tensor, torch.Tensor], object]
+Inputs = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+@triton.jit
+def zero_kernel(buffer, size, tiles, TILE: triton.language.constexpr):  # noqa: N803
+    step = triton.language.num_programs(0)
+    triton_kernels._zero(buffer, size, triton.language.program_id(0), tiles, step, TILE)
 
 
 def routing(
@@ -68,15 +82,10 @@ def routing(
     return ids.int().contiguous(), torch.softmax(scores, 1).float().contiguous()
 
 
-def capture(
-    call: Call, inputs: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> torch.cuda.CUDAGraph:
+def capture(call: Call, inputs: Inputs) -> torch.cuda.CUDAGraph:
     """CALLS calls, the inputs in rotation, as one graph; compiled and warmed before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call(*inputs[0])
-    torch.cuda.current_stream().wait_stream(stream)
+    call(*inputs[0])
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(CALLS):
@@ -84,171 +93,179 @@ def capture(
     return graph
 
 
-def interleaved(bodies: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Microseconds a call of each body (CALLS calls long); all take turns in every round."""
-    samples: dict[str, list[float]] = {name: [] for name in bodies}
-    names = list(bodies)
+def replayed(calls: dict[str, Call], inputs: Inputs, rounds: int) -> dict[str, float]:
+    """Microseconds of each call in graph replay; all take turns in every round."""
+    graphs = {name: capture(call, inputs) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
     for round_ in range(rounds + 2):
         events = {}
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
             torch.cuda.synchronize()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            bodies[name]()
+            graphs[name].replay()
             end.record()
             events[name] = (start, end)
         torch.cuda.synchronize()
         if round_ >= 2:
             for name, (start, end) in events.items():
                 samples[name].append(start.elapsed_time(end) * 1e3 / CALLS)
+    for graph in graphs.values():
+        graph.reset()
+    return {name: round(statistics.median(values), 3) for name, values in samples.items()}
+
+
+def enqueued(calls: dict[str, Call], inputs: Inputs, rounds: int) -> dict[str, float]:
+    """Microseconds that the host takes to enqueue each call; all take turns in every round."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for i in range(HOST_CALLS):
+                call(*inputs[i % len(inputs)])
+            samples[name].append((time.perf_counter() - began) / HOST_CALLS * 1e6)
     return {name: round(statistics.median(values), 2) for name, values in samples.items()}
 
 
-def sort_call(policy: int, shape: tuple[int, int, int], *, accumulate: bool = True) -> Call:
+def sort_call(sort: Callable[..., object], policy: int, shape: tuple[int, int, int]) -> Call:
     num_experts, _, model_dim = shape
-
-    def call(ids: torch.Tensor, weights: torch.Tensor) -> object:
-        return moe_sorting(
-            ids, weights, num_experts, model_dim, torch.bfloat16, BLOCK_SIZE,
-            dispatch_policy=policy, accumulate=accumulate,
-        )  # fmt: skip
-
-    return call
+    arguments = (num_experts, model_dim, torch.bfloat16, BLOCK_SIZE, None, None, policy)
+    return lambda ids, weights: sort(ids, weights, *arguments)
 
 
 def zero_call(model_dim: int) -> Call:
+    """Zeroes moe_buf alone, with twice as many programs as an H200 has multiprocessors."""
+
     def call(ids: torch.Tensor, _: torch.Tensor) -> object:
-        return torch.empty(len(ids), model_dim, dtype=torch.bfloat16, device="cuda").zero_()
+        buffer = torch.empty(len(ids), model_dim, dtype=torch.bfloat16, device="cuda")
+        tile = triton_sort.TUNING.fill_tile
+        zero_kernel[(264,)](buffer, buffer.numel(), -(-buffer.numel() // tile), tile)
+        return buffer
 
     return call
 
 
-def align_buffers(numel: int, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    length = numel + num_experts * (BLOCK_SIZE - 1)
-    sizes = (length, -(-length // BLOCK_SIZE), 2)
-    a, b, c = (torch.empty(size, dtype=torch.int32, device="cuda") for size in sizes)
-    return a, b, c
-
-
-def vllm_call(num_experts: int) -> Call:
-    def call(ids: torch.Tensor, _: torch.Tensor) -> object:
-        sorted_ids, experts, total = align_buffers(ids.numel(), num_experts)
-        torch.ops._moe_C.moe_align_block_size(
-            ids, num_experts, BLOCK_SIZE, sorted_ids, experts, total[:1], None
-        )
-        return sorted_ids, experts, total
-
-    return call
-
-
-def load_sglang(path: str) -> Callable[..., None]:
-    """SGLang's file as shipped; of SGLang it needs one question about the GPU, answered here."""
-    for name in ("sglang", "sglang.kernels", "sglang.kernels.jit", "sglang.kernels.jit.utils"):
-        sys.modules.setdefault(name, types.ModuleType(name))
-    utils: Any = sys.modules["sglang.kernels.jit.utils"]
-    utils.is_arch_support_pdl = lambda: torch.cuda.get_device_capability()[0] >= 9
-    spec = importlib.util.spec_from_file_location("moe_align_small_numel", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function: Callable[..., None] = module.moe_align_small_numel
-    return function
-
-
-def sglang_call(function: Callable[..., None], num_experts: int) -> Call:
-    def call(ids: torch.Tensor, _: torch.Tensor) -> object:
-        buffers = align_buffers(ids.numel(), num_experts)
-        function(ids, num_experts + 1, BLOCK_SIZE, *buffers)
-        return buffers
-
-    return call
-
-
-def measure(
-    calls: dict[str, Call], inputs: list[tuple[torch.Tensor, torch.Tensor]], rounds: int
-) -> dict[str, dict[str, float]]:
-    graphs = {name: capture(call, inputs) for name, call in calls.items()}
-    graph_us = interleaved({name: graph.replay for name, graph in graphs.items()}, rounds)
-    for graph in graphs.values():
-        graph.reset()
-
-    def train(call: Call) -> Callable[[], None]:
-        def body() -> None:
-            for i in range(CALLS):
-                call(*inputs[i % len(inputs)])
-
-        return body
-
-    eager_us = interleaved({name: train(call) for name, call in calls.items()}, rounds)
-    return {"graph_us": graph_us, "eager_us": eager_us}
+def load_earlier(folder: Path) -> Callable[..., object]:
+    """moe_sorting of the files in that folder, which are left under other names."""
+    name = "adaptive_moe.kernels.triton_kernels"
+    kept = sys.modules[name]
+    modules = {}
+    try:
+        for part in ("triton_kernels", "triton_sort"):
+            spec = importlib.util.spec_from_file_location(f"earlier_{part}", folder / f"{part}.py")
+            assert spec is not None
+            assert spec.loader is not None
+            modules[part] = importlib.util.module_from_spec(spec)
+            sys.modules[f"earlier_{part}"] = modules[part]
+            spec.loader.exec_module(modules[part])
+            sys.modules[name] = modules["triton_kernels"]
+    finally:
+        sys.modules[name] = kept
+    sort: Callable[..., object] = modules["triton_sort"].moe_sorting
+    return sort
 
 
 def read_recorded(path: Path) -> dict[tuple[str, int], float]:
-    """(model, tokens) -> microseconds of the fastest other sort. Columns named ours_* are older
-    times of these kernels and do not count."""
+    """(shape, tokens) -> microseconds of Opus under its fastest policy."""
     with path.open(newline="") as file:
         return {
-            (row["model"], int(row["tokens"])): min(
-                float(value)
-                for name, value in row.items()
-                if name.endswith("_us") and not name.startswith("ours") and value
+            (row["shape"], int(row["M"])): min(
+                float(row[policy]) for policy in ("p0", "p1", "p2") if row[policy]
             )
             for row in csv.DictReader(file)
         }
 
 
+def measure_row(
+    name: str, num_tokens: int, earlier: Callable[..., object] | None
+) -> dict[str, Any]:
+    shape = SHAPES[name]
+    num_experts, topk, model_dim = shape
+    inputs = [
+        routing(kind, num_tokens, num_experts, topk, seed)
+        for seed, kind in enumerate(("uniform", "skewed") * 2)
+    ]
+    calls = {
+        "one_shot": sort_call(triton_sort.moe_sorting, 1, shape),
+        "multi_phase": sort_call(triton_sort.moe_sorting, 2, shape),
+    }
+    if earlier is not None and topk <= 16:
+        if num_tokens * topk <= 8192:  # beyond, its time grows with the square
+            calls["earlier_one_shot"] = sort_call(earlier, 1, shape)
+        calls["earlier_multi_phase"] = sort_call(earlier, 2, shape)
+    row: dict[str, Any] = {"shape": name, "tokens": num_tokens}
+    if name == "dsv3" and num_tokens in HOST_TOKENS:
+        row["host_us"] = enqueued(calls, inputs, ROUNDS)
+    calls["zero"] = zero_call(model_dim)
+    row["graph_us"] = replayed(calls, inputs, ROUNDS if num_tokens <= 3000 else 7)
+    return row
+
+
+def worst_of_ranges(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for words, (first, last) in RANGES.items():
+        ratios = sorted(
+            (row["of_opus"], f"{row['shape']} at {row['tokens']}")
+            for row in rows
+            if "of_opus" in row and first <= row["tokens"] <= last
+        )
+        if ratios:
+            found[words] = {
+                "worst": ratios[-1][0], "where": ratios[-1][1],
+                "median": round(statistics.median(ratio for ratio, _ in ratios), 3),
+            }  # fmt: skip
+    return found
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    for name in SHAPES:
+        mine = [row for row in rows if row["shape"] == name]
+        compared = [row for row in mine if "of_opus" in row]
+        tokens = [row["tokens"] for row in compared]
+        axes[0].plot(tokens, [row["of_opus"] for row in compared], marker=".", label=name)
+        axes[1].plot(
+            [row["tokens"] for row in mine],
+            [row["best_us"] / row["graph_us"]["zero"] for row in mine],
+            marker=".",
+        )
+    axes[0].set_ylabel("our best sort / best Opus policy")
+    axes[1].set_ylabel("our best sort / zeroing moe_buf alone")
+    axes[1].set_ylim(bottom=0.9)
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vllm-moe-so", help="path of vLLM's _moe_C library")
-    parser.add_argument("--sglang-align", help="path of SGLang's moe_align_small_numel.py")
-    parser.add_argument("--against", type=Path, help="CSV of recorded times of other sorts")
+    parser.add_argument("--against", type=Path, help="CSV of recorded times of Opus")
+    parser.add_argument("--earlier", type=Path, help="folder with the kernels of another commit")
+    parser.add_argument("--plot", type=Path, help="draw the ratios here (.png)")
     arguments = parser.parse_args()
-    others: dict[str, str] = {"vllm": "not given", "sglang": "not given"}
-    if arguments.vllm_moe_so:
-        try:
-            torch.ops.load_library(arguments.vllm_moe_so)
-            others["vllm"] = "loaded"
-        except OSError as error:
-            others["vllm"] = str(error)
-    sglang = None
-    if arguments.sglang_align:
-        sglang = load_sglang(arguments.sglang_align)
-        others["sglang"] = "loaded"
-
+    earlier = load_earlier(arguments.earlier) if arguments.earlier else None
     recorded = read_recorded(arguments.against) if arguments.against else {}
-    began = time.time()
-    rows = []
-    for (model, shape), num_tokens in itertools.product(SHAPES.items(), TOKENS):
-        num_experts, topk, model_dim = shape
-        inputs = [
-            routing(kind, num_tokens, num_experts, topk, seed)
-            for seed, kind in enumerate(("uniform", "skewed") * 2)
-        ]
-        calls = {
-            "one_shot": sort_call(1, shape),
-            "multi_phase": sort_call(2, shape),
-            "zero": zero_call(model_dim),
-            "one_shot_no_buf": sort_call(1, shape, accumulate=False),
-            "multi_phase_no_buf": sort_call(2, shape, accumulate=False),
-        }
-        if others["vllm"] == "loaded":
-            calls["vllm_align"] = vllm_call(num_experts)
-        if sglang is not None and num_tokens * topk <= 64:  # where SGLang uses it
-            calls["sglang_small"] = sglang_call(sglang, num_experts)
-        row: dict[str, Any] = {
-            "model": model, "num_experts": num_experts, "topk": topk, "model_dim": model_dim,
-            "num_tokens": num_tokens, "routing": "uniform and skewed alternating",
-            **measure(calls, inputs, ROUNDS if num_tokens <= 1024 else 5),
-        }  # fmt: skip
-        if (model, num_tokens) in recorded:
-            graph = row["graph_us"]
-            best = min(graph["one_shot"], graph["multi_phase"])
-            row["of_the_recorded_best"] = round(best / recorded[model, num_tokens], 3)
+    began, rows = time.time(), []
+    for num_tokens, name in itertools.product(TOKENS, SHAPES):
+        row = measure_row(name, num_tokens, earlier)
+        graph = row["graph_us"]
+        row["best_us"] = min(graph["one_shot"], graph["multi_phase"])
+        if (name, num_tokens) in recorded:
+            row["of_opus"] = round(row["best_us"] / recorded[name, num_tokens], 3)
         rows.append(row)
     result = {
-        "command": "python calibration/bench_triton_kernels.py",
+        "command": "python -m calibration.bench_triton_kernels",
         "date": time.strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -258,27 +275,23 @@ def main() -> None:
         "dtype": "bfloat16",
         "calls_a_graph": CALLS,
         "rounds": ROUNDS,
-        "others": others,
+        "routing": "uniform and skewed alternating",
         "against": arguments.against.name if arguments.against else None,
+        "shapes, [experts, topk, width of moe_buf]": SHAPES,
+        "tuning": str(triton_sort.TUNING),
         "seconds": round(time.time() - began, 1),
+        "of_opus": worst_of_ranges(rows),
         "rows": rows,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print_table(rows)
-    print(others, f"{result['seconds']} s")
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print("model tokens | graph us: one-shot multi zero, of the recorded best | eager us: 1 2")
+    arguments.out.write_text(record.as_text(result) + "\n")
+    if arguments.plot:
+        draw(rows, arguments.plot)
+    print(json.dumps(result["of_opus"], indent=1))
     for row in rows:
-        graph, eager = row["graph_us"], row["eager_us"]
-        print(
-            f"{row['model']:11s} {row['num_tokens']:6d} | {graph['one_shot']:8.2f} "
-            f"{graph['multi_phase']:7.2f} {graph['zero']:7.2f} "
-            f"{row.get('of_the_recorded_best', '-'):>6} | "
-            f"{eager['one_shot']:8.2f} {eager['multi_phase']:7.2f}"
-        )
+        if "host_us" in row or row["tokens"] in (1, 16384):
+            print(row)
+    print(f"{result['seconds']} s")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The Triton sorts on a GPU against the output contract, over the whole matrix of shapes.
 
-    python calibration/check_triton_contract.py --out calibration/results/triton_contract.json
+    python -m calibration.check_triton_contract --out calibration/results/triton_contract.json
 
 Every combination of the lists below (a topk above the number of experts is no routing and is left
 out) is sorted under all three policies and compared bit for bit, where defined, with a reference
@@ -26,13 +26,12 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from calibration import record
 from calibration.exact_memory import Expected, Memory, expected, grouped
 
-EXPERTS = (1, 8, 32, 64, 128, 160, 256, 257, 385, 512, 513, 1024)
-TOPK = (1, 2, 4, 6, 8, 9, 11, 16)
-TOKENS = (1, 2, 7, 16, 61, 64, 128, 500, 1024, 4096, 16384, 65536)
+EXPERTS = (1, 8, 64, 128, 160, 256, 257, 385, 512, 513, 1024)
+TOPK = (1, 2, 4, 6, 8, 9, 22, 32)
+TOKENS = (1, 2, 7, 16, 61, 64, 128, 500, 1024, 4096, 20000)
 BLOCKS = (16, 32, 64, 128)
 # Routing, and which rows are the -1 that engines pad a batch with.
 ROUTINGS = (
@@ -47,7 +46,7 @@ WIDE_DIM = 7168  # instead, for every 17th combination of up to 1,024 tokens
 POLICIES = (0, 1, 2)
 A_JOB = len(ROUTINGS) * len(OPTIONS) * len(BLOCKS) * len(ROUNDED)  # combinations
 Sort = Callable[..., tuple[torch.Tensor, ...]]
-Case = tuple[tuple[object, ...], tuple[Any, ...], Memory, tuple[torch.Tensor, torch.Tensor]]
+Case = tuple[tuple[object, ...], tuple[Any, ...], Memory, tuple[torch.Tensor, torch.Tensor], int]
 
 
 def the_sort() -> Sort:
@@ -81,16 +80,17 @@ def pad_rows(ids: torch.Tensor, which: str) -> torch.Tensor:
 
 
 def cases(experts: int, topk: int, tokens: int, device: str) -> Iterator[Case]:
-    """Words for each combination, the sort's arguments, its memory, and what is to stand there."""
+    """Words for each combination, the sort's arguments, its memory, what is to stand there, and how
+    many rows are real. Ids and weights begin at any alignment."""
     generator = torch.Generator(device).manual_seed(experts * topk + tokens)
     half = torch.rand(experts, device=device, generator=generator).lt(0.5).int()
     number = 0
     for turn, (kind, padded) in enumerate(ROUTINGS, experts + topk + tokens):
         ids, weights = route(kind, tokens, experts, topk, generator)
-        ids = pad_rows(ids, padded)
+        ids, weights = shifted(pad_rows(ids, padded), turn % 4), shifted(weights, turn % 3)
         for masked, local in OPTIONS:
             mask = half if masked else None
-            rows = None
+            rows, some = None, tokens
             if local:
                 some = (0, 1, tokens // 2, tokens)[(turn + 2 * masked) % 4]
                 rows = torch.full((1,), some, dtype=torch.int32, device=device)
@@ -104,8 +104,14 @@ def cases(experts: int, topk: int, tokens: int, device: str) -> Iterator[Case]:
                     memory, wanted = memory_for(right, block, rounded, (tokens, dim), dtype)
                     words = (kind, padded, block, masked, local, rounded, dim, str(dtype))
                     arguments = (ids, weights, experts, dim, dtype, block, mask, rows)
-                    yield words, arguments, memory, wanted
+                    yield words, arguments, memory, wanted, some
                     number += 1
+
+
+def shifted(tensor: torch.Tensor, words: int) -> torch.Tensor:
+    """A copy that begins so many elements behind what its memory is aligned to."""
+    behind = torch.empty(words + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return behind[words:].view(tensor.shape).copy_(tensor)
 
 
 def memory_for(
@@ -128,20 +134,20 @@ def check(
     sort = sort or the_sort()
     flags = torch.zeros(A_JOB, len(POLICIES), 3, dtype=torch.bool, device=device)
     elsewhere = torch.zeros(A_JOB, len(POLICIES), dtype=torch.bool)
-    for i, (words, arguments, memory, wanted) in enumerate(cases(*size, device)):
+    for i, (words, arguments, memory, wanted, rows) in enumerate(cases(*size, device)):
         for p, policy in enumerate(POLICIES):
             with memory.lent() as guards:
                 outputs = sort(*arguments, policy, rounded=words[5])
-            elsewhere[i, p] = memory.differs(wanted, outputs, guards, flags[i, p])
+            elsewhere[i, p] = memory.differs(wanted, outputs, guards, flags[i, p], rows)
     bad = flags.any(2).cpu() | elsewhere
     failures = []
     if bool(bad.any()):  # a second time, and waiting, to say what it is
-        for i, (words, arguments, memory, wanted) in enumerate(cases(*size, device)):
+        for i, (words, arguments, memory, wanted, rows) in enumerate(cases(*size, device)):
             for p in bad[i].nonzero().flatten().tolist():
                 with memory.lent() as guards:
                     outputs = sort(*arguments, POLICIES[p], rounded=words[5])
                 again = torch.zeros(3, dtype=torch.bool, device=device)
-                moved = memory.differs(wanted, outputs, guards, again)
+                moved = memory.differs(wanted, outputs, guards, again, rows)
                 names = memory.names(again, moved) or ["not again"]
                 failures.append([*size, *words, POLICIES[p], names])
     return {"combinations": A_JOB, "left_out": 0, "failures": failures}
@@ -150,8 +156,12 @@ def check(
 def compile_ahead(variant: tuple[int, torch.dtype, bool, bool]) -> None:
     """What a job would compile at its first sorts, by few processes; here all can take part."""
     experts, dtype, masked, local = variant
+    from adaptive_moe.kernels.triton_sort import TUNING
+
     ones = torch.ones(experts, dtype=torch.int32, device="cuda")
-    for policy, tokens in itertools.product((1, 2), (1, 16384)):
+    # Every tile of one-shot, and multi-phase of two launches and of three.
+    entries = [(1, tile.entries) for tile in TUNING.tiles] + [(2, 1), (2, 65536)]
+    for policy, tokens in entries:
         ids = torch.zeros(tokens, 1, dtype=torch.int32, device="cuda")
         mask, rows = ones if masked else None, ones[:1] if local else None
         the_sort()(ids, ids.float(), experts, 8, dtype, 32, mask, rows, policy)
@@ -181,10 +191,11 @@ def check_replay() -> tuple[int, list[str]]:
             ids.copy_(pad_rows(new_ids, ("none", "some", "all")[seed % 3]))
             weights.copy_(new_weights)
             mask.copy_(torch.arange(256, device="cuda") % 5 != seed)
-            rows.fill_(tokens - tokens * seed // 10)
+            real = tokens - tokens * seed // 10
+            rows.fill_(real)
             graph.replay()
             flags = torch.zeros(3, dtype=torch.bool, device="cuda")
-            elsewhere = memory.differs(memory.wanted(right()), outputs, guards, flags)
+            elsewhere = memory.differs(memory.wanted(right()), outputs, guards, flags, real)
             replays += 1
             if names := memory.names(flags, elsewhere):
                 failures.append(f"policy {policy}, {tokens} tokens, replay {seed}: {names}")
@@ -202,7 +213,7 @@ def run_jobs(
 ) -> list[dict[str, Any]]:
     """On so many GPUs, each kept busy by so many processes; all compile first."""
     context = multiprocessing.get_context("spawn")
-    variants = list(itertools.product((1, 64, 128, 256, 512, 1024), DTYPES, *[(False, True)] * 2))
+    variants = list(itertools.product(EXPERTS, DTYPES, *[(False, True)] * 2))
     with context.Pool(min(len(variants), multiprocessing.cpu_count())) as pool:
         pool.map(compile_ahead, variants, chunksize=1)
     pools = [context.Pool(processes, torch.cuda.set_device, (device,)) for device in range(devices)]
@@ -235,7 +246,7 @@ def summary(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "expert_mask, num_local_tokens": OPTIONS, "policies": POLICIES,
     }  # fmt: skip
     return {
-        "command": "python calibration/check_triton_contract.py",
+        "command": "python -m calibration.check_triton_contract",
         "matrix": matrix,
         "combinations_of_the_matrix": len(jobs(1, 1, 0.0)) * A_JOB,
         "combinations": total("combinations"),

@@ -1,6 +1,6 @@
 """What the Triton sort compiles to for AMD GPUs: registers, spills, scratch and shared memory.
 
-    python calibration/compile_triton_amd.py --out calibration/results/triton_amd.json
+    python -m calibration.compile_triton_amd --out calibration/results/triton_amd.json
 
 Needs no GPU. The variants are those that `moe_sorting` asks for when called: its launches are
 recorded with CPU tensors and compiled ahead. Bins are covered fully, and every run-time option is
@@ -11,7 +11,6 @@ reach all code. The buffer's dtype only changes the width of one store: each is 
 import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adaptive_moe.kernels import triton_sort
+from adaptive_moe.kernels.triton_sort import Launch
 
 TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
     "sm_90": GPUTarget("cuda", 90, 32),
 }
-EXPERTS = (1, 33, 65, 129, 257, 513)  # the fewest of 32, 64, ... 1,024 bins
+# The fewest experts of each number of bins, in one power of two or in two.
+EXPERTS = (1, 33, 65, 129, 161, 193, 257, 289, 321, 385, 513, 545, 577, 641, 769)
 POINTERS = {
     torch.int32: "*i32", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"
 }  # fmt: skip
@@ -44,14 +44,14 @@ RESOURCES = {
     "static_lds_bytes": "group_segment_fixed_size",
     "wavefront": "wavefront_size",
 }
-Launch = tuple[Any, tuple[object, ...], tuple[object, ...]]
+Recorded = tuple[Launch, tuple[torch.Tensor | None, ...]]
 
 
-def record(*, experts: int, tokens: int = 64, options: bool = False, **more: Any) -> list[Launch]:
-    """Kernel, variant and arguments of each launch of one-shot and multi-phase."""
-    launches: list[Launch] = []
+def record(*, experts: int, tokens: int = 64, options: bool = False, **more: Any) -> list[Recorded]:
+    """The launches of one-shot and of multi-phase for so many entries, with their tensors."""
+    launches: list[Recorded] = []
     kept = triton_sort._launch
-    triton_sort._launch = lambda kernel, _, *rest: launches.append((kernel, *rest))
+    triton_sort._launch = lambda *launch: launches.append(launch)
     try:
         for policy in (1, 2):
             triton_sort.moe_sorting(
@@ -69,7 +69,7 @@ def record(*, experts: int, tokens: int = 64, options: bool = False, **more: Any
     return launches
 
 
-def all_launches(some_experts: Sequence[int]) -> dict[str, Launch]:
+def all_launches(some_experts: Sequence[int]) -> dict[str, Recorded]:
     """Name -> launch, of every variant there is but for the combinations named above."""
     cases: list[dict[str, Any]] = [
         {"experts": experts, "options": options}
@@ -80,25 +80,33 @@ def all_launches(some_experts: Sequence[int]) -> dict[str, Launch]:
     named = {}
     for case in cases:
         words = ", ".join(f"{key} {value}" for key, value in case.items())
-        launches = record(**case)
-        names = ["one-shot", "multi-phase count", "multi-phase place"]
-        for name, launch in zip(names, launches, strict=True):
-            named[f"{name}, {words}"] = launch
+        for tile in triton_sort.TUNING.tiles:
+            one_shot = record(tokens=tile.entries, **case)[0]
+            named[f"one-shot up to {tile.entries}, {words}"] = one_shot
+        _, _, named[f"multi-phase add up and place, {words}"] = record(tokens=64, **case)
+        entries = triton_sort.TUNING.many_entries
+        for name, launch in zip(
+            ("count", "add up", "place"), record(tokens=entries, **case)[-3:], strict=True
+        ):
+            named[f"multi-phase {name}, {words}"] = launch
     return named
 
 
-def source(launch: Launch, backend: str) -> ASTSource:
+def source(recorded: Recorded, backend: str) -> ASTSource:
     """The launch as Triton's compiler takes it: types and alignment in place of values."""
-    kernel, variant, args = launch
+    launch, tensors = recorded
+    kernel = launch.kernel
     signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+    for i, (parameter, value) in enumerate(
+        zip(kernel.params, (*tensors, *launch.constants), strict=True)
+    ):
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
             if parameter.do_not_specialize_on_alignment:
                 attributes[(i,)] = []
             # What Triton adds on AMD for buffers under 2 GiB; a larger one is a variant.
-            if backend == "hip" and not (parameter.name == "moe_buf" and variant[3]):
+            if backend == "hip" and not (parameter.name == "moe_buf" and value.nbytes >= 1 << 31):
                 attributes[(i,)] += [["tt.pointer_range", 32]]
         elif parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
@@ -108,16 +116,19 @@ def source(launch: Launch, backend: str) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def compiled_ahead(recorded: Recorded, target: str) -> Any:
+    """Triton's compiled kernel, for a GPU that need not be here."""
+    gpu = TARGETS[target]
+    options = {"num_warps": recorded[0].num_warps}
+    return triton.compile(source(recorded, gpu.backend), target=gpu, options=options)
+
+
 def compile_all(target: str, experts: Sequence[int] = EXPERTS) -> dict[str, dict[str, Any]]:
     """Variant -> what the code object says of itself."""
     gpu = TARGETS[target]
     results = {}
-    for name, launch in all_launches(experts).items():
-        compiled = triton.compile(
-            source(launch, gpu.backend),
-            target=gpu,
-            options={"num_warps": triton_sort.NUM_WARPS},
-        )
+    for name, recorded in all_launches(experts).items():
+        compiled = compiled_ahead(recorded, target)
         amd = gpu.backend == "hip"
         code, text = (
             compiled.asm["hsaco" if amd else "cubin"],
@@ -130,7 +141,11 @@ def compile_all(target: str, experts: Sequence[int] = EXPERTS) -> dict[str, dict
                 result[ours] = int(re.findall(rf"\.{theirs}:\s+(\d+)", text)[0])
         else:
             result["architecture"] = re.findall(r"\.target (\w+)", text)[0]
-        results[name] = {**result, "shared_bytes": compiled.metadata.shared}
+        results[name] = {
+            **result,
+            "num_warps": recorded[0].num_warps,
+            "shared_bytes": compiled.metadata.shared,
+        }
     return results
 
 
@@ -141,9 +156,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     result = {
-        "command": "python calibration/compile_triton_amd.py",
+        "command": "python -m calibration.compile_triton_amd",
         "triton": triton.__version__,
-        "num_warps": triton_sort.NUM_WARPS,
         "targets": {target: compile_all(target, arguments.experts) for target in arguments.targets},
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

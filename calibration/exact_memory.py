@@ -1,8 +1,8 @@
 """Memory for one sort in which every wrong bit shows, compared on the device without waiting.
 
-`Memory` lends its poisoned words to whoever calls torch.empty: the five results first, each with a
-guard behind its end, so that neither what is left unwritten nor what is written outside goes
-unseen. `expected` says by torch's own stable sort what is to stand in them.
+`Memory` lends its poisoned words to whoever calls torch.empty or a tensor's new_empty: the five
+results first, each with a guard behind its end, so that neither what is left unwritten nor what is
+written outside goes unseen. `expected` says by torch's own stable sort what is to stand in them.
 """
 
 import math
@@ -100,11 +100,12 @@ def expected(entries: Grouped, block_size: int) -> Expected:
 def guarded_memory(
     poison: int, guard: int, outputs: Iterable[Tensor] = ()
 ) -> Iterator[list[Tensor]]:
-    """Within it torch.empty gives poison, with a guard of poison behind it; yields the guards.
+    """Within it torch.empty and a tensor's new_empty give poison, with a guard of poison behind it;
+    yields the guards.
 
     outputs: what the next calls get instead, in that order, where shape and dtype are theirs.
     """
-    real, place, guards = torch.empty, iter(outputs), []
+    real, real_new, place, guards = torch.empty, Tensor.new_empty, iter(outputs), []
 
     def empty(*size: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
         shape = size[0] if isinstance(size[0], tuple) else size
@@ -116,11 +117,16 @@ def guarded_memory(
         guards.append(buffer[count:])
         return buffer[:count].view(shape)
 
-    torch.empty = empty
+    def new_empty(tensor: Tensor, size: int, **options: Any) -> Tensor:
+        if options:  # Triton's interpreter
+            return real_new(tensor, size, **options)
+        return empty(size, dtype=tensor.dtype, device=tensor.device)
+
+    torch.empty, Tensor.new_empty = empty, new_empty
     try:
         yield guards
     finally:
-        torch.empty = real
+        torch.empty, Tensor.new_empty = real, real_new
 
 
 class Memory:
@@ -154,8 +160,8 @@ class Memory:
         """The compared words, and a mask of those that are defined. Guards are."""
         words = self.words.new_full((len(self.words) - self.start,), POISON)
         defined = torch.full_like(words, -1)
-        if self.bytes % 4:  # half a word of moe_buf, and half of its guard
-            words[0] = (HALF << 16) - (1 << 32)
+        if self.bytes % 4:  # half a word of moe_buf, compared by itself, and half of its guard
+            defined[0] = -1 << 16
         for at, size, some, where in zip(
             self.offsets, self.sizes, right.words, right.defined, strict=False
         ):
@@ -167,21 +173,27 @@ class Memory:
 
     @contextmanager
     def lent(self) -> Iterator[list[Tensor]]:
-        """Within it torch.empty gives poison; yields the guards of what a sort has besides."""
+        """Within it an allocation gives poison; yields the guards of what a sort has besides."""
         self.words.fill_(POISON)
         with guarded_memory(POISON, GUARD, self.outputs) as guards:
             yield guards
 
     def differs(
-        self, right: tuple[Tensor, Tensor], outputs: Any, guards: list[Tensor], flags: Tensor
+        self,
+        right: tuple[Tensor, Tensor],
+        outputs: Any,
+        guards: list[Tensor],
+        flags: Tensor,
+        rows: int,
     ) -> bool:
         """Whether the results lie elsewhere; into `flags`, bool [3] on the device, goes whether a
-        compared word, moe_buf, or a guard of the workspace differs. The words are used up."""
+        compared word, moe_buf in its first `rows`, or a guard of the workspace differs. The words
+        are used up."""
         words, defined = right
+        torch.any(self.outputs[4][:rows].view(-1), dim=0, out=flags[1])
         compared = self.words[self.start :]
         compared.bitwise_xor_(words).bitwise_and_(defined)
         torch.any(compared, dim=0, out=flags[0])
-        torch.any(self.outputs[4].view(-1), dim=0, out=flags[1])
         for guard in guards:
             flags[2] |= (guard != POISON).any()
         places = [(o.data_ptr(), o.shape, o.dtype) for o in outputs]

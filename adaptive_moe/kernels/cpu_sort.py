@@ -74,7 +74,8 @@ def moe_sorting(
     sorted_expert_ids[: total // block_size] = local_index.repeat_interleave(group_blocks)
     num_valid_ids = torch.tensor([total, local_tokens], dtype=torch.int32)
     has_buffer = accumulate or expert_mask is not None
-    moe_buf = torch.zeros((num_rows, model_dim) if has_buffer else (0, 0), dtype=moebuf_dtype)
+    moe_buf = torch.empty((num_rows, model_dim) if has_buffer else (0, 0), dtype=moebuf_dtype)
+    moe_buf[:local_tokens] = 0
     return sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf
 
 

@@ -1,7 +1,9 @@
 """Our Triton sort as candidates: where it runs, it knows every call but one for local ids."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +24,32 @@ def sorts(live: "SortCall", shape: "SortingShape") -> Iterator[OtherSort]:
         return
     if shape.block_size not in BLOCK_SIZES:
         return
-    try:
-        import triton
-
-        from adaptive_moe.kernels.triton_sort import moe_sorting
-    except ImportError:
+    if find_spec("triton") is None:
         return
+    # Loading Triton takes half a second, which a start saves where its stored table needs none.
     source = digest(sorted(Path(__file__).parent.glob("triton_*.py")))
     for name, policy in PHASES.items():
-        yield OtherSort(
-            name,
-            functools.partial(_sort, moe_sorting, policy, live.rounded),
-            f"{name} {source} triton {triton.__version__}",
-        )
+        call = functools.partial(_sort, policy, live.rounded)
+        yield OtherSort(name, call, f"{name} {source} triton {_triton_version()}")
 
 
-def _sort(moe_sorting: Any, policy: int, rounded: bool, *leading: Any) -> Any:
+def _sort(policy: int, rounded: bool, *leading: Any) -> Any:
     *arguments, accumulate = leading
-    return moe_sorting(*arguments, policy, accumulate=accumulate, rounded=rounded)
+    return _moe_sorting()(*arguments, policy, accumulate=accumulate, rounded=rounded)
+
+
+@functools.cache
+def _moe_sorting() -> Callable[..., Any]:
+    from adaptive_moe.kernels.triton_sort import moe_sorting
+
+    return moe_sorting
+
+
+@functools.cache
+def _triton_version() -> str:
+    for distribution in ("triton", "pytorch-triton-rocm", "pytorch-triton"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"

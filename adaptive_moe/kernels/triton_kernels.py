@@ -1,13 +1,14 @@
 # Kernels have untyped arguments; the compile-time ones are capitalised, as is Triton's custom.
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The device side of the Triton MoE sort; triton_sort.py has the contract and the launches.
 
-Where an entry goes is the padded start of its expert, plus the expert's entries in earlier chunks,
-plus those before it in its own chunk. `sort_kernel` needs nothing but the input for that: each of
-its programs counts ALL entries by itself, which for a few thousand of them is cheaper than the
-second launch that sharing the counts would take. Beyond that `count_kernel` goes first and leaves
-the counts of each chunk, and `sort_kernel` reads those instead.
+An entry goes to the padded start of its expert, plus the number of earlier entries of that expert.
+`one_shot_kernel` needs nothing but the input for both: each of its programs counts ALL entries by
+itself, which for some thousands of them is cheaper than the second launch that sharing the counts
+would take. For larger batches `count_kernel` goes first and leaves the counts of groups of chunks
+of entries, and each program of `place_kernel` adds those up; for the largest `scan_kernel` does so
+between them.
 
 No program waits for another, none writes where another does, and memory sees no atomics: the sort
 is stable and gives the same bits every time. Nothing depends on the width of a warp, so one source
@@ -23,7 +24,8 @@ HIDDEN = tl.constexpr(-(1 << 30))  # where hidden experts start: their positions
 # compilation, nor must an input that is a slice, aligned to nothing.
 _kernel = triton.jit(
     do_not_specialize=[
-        "num_tokens", "topk", "num_experts", "block_size", "model_dim", "chunks", "group", "pads"
+        "num_tokens", "topk", "num_experts", "block_size", "model_dim", "chunks", "group", "pads",
+        "first_tile", "end_tile",
     ],
     do_not_specialize_on_alignment=[
         "topk_ids", "topk_weights", "expert_mask", "num_local_tokens"
@@ -41,18 +43,19 @@ def _num_rows(num_tokens, num_local_tokens):
 
 
 @triton.jit
-def _zero(pointer, size, tile, step, TILE: tl.constexpr):
-    """Zero the elements below `size` in tiles number `tile`, `tile + step`, ...
+def _zero(pointer, size, tile, end, step, TILE: tl.constexpr):
+    """Zero the elements below `size` in tiles number `tile`, `tile + step`, ... before `end`.
 
     Only the last tile is masked: whole tiles are 16-byte stores whatever `size` is.
     """
     offsets = tl.arange(0, TILE)
     zeros = tl.zeros([TILE], pointer.dtype.element_ty)
     whole = (size // TILE).to(tl.int32)
-    while tile < whole:
+    stop = tl.minimum(whole, end)
+    while tile < stop:
         tl.store(pointer + tile.to(tl.int64) * TILE + offsets, zeros)
         tile += step
-    if tile == whole:
+    if (tile == whole) & (tile < end):
         last = whole.to(tl.int64) * TILE + offsets
         tl.store(pointer + last, zeros, mask=last < size)
 
@@ -66,48 +69,36 @@ def _load_ids(topk_ids, start, stop, num_experts, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _load_visible_ids(topk_ids, expert_mask, start, stop, num_experts, SIZE: tl.constexpr):
+    """The same, -1 also where another rank has the expert."""
+    ids = _load_ids(topk_ids, start, stop, num_experts, SIZE)
+    if expert_mask is not None:
+        ids = tl.where(tl.load(expert_mask + tl.maximum(ids, 0)) != 0, ids, -1)
+    return ids
+
+
+@triton.jit
 def _histogram(ids, NUM_BINS: tl.constexpr):
     return tl.histogram(tl.maximum(ids, 0), NUM_BINS, mask=ids >= 0)
 
 
 @triton.jit
-def _count_tiles(
-    topk_ids, at, split, stop, num_experts, NUM_BINS: tl.constexpr, TILE: tl.constexpr
-):
-    before = tl.zeros([NUM_BINS], tl.int32)
+def _count(topk_ids, at, stop, num_experts, NUM_BINS: tl.constexpr, TILE: tl.constexpr):
+    """Entries per expert from `at` to `stop`."""
     total = tl.zeros([NUM_BINS], tl.int32)
-    limit = tl.where(at < split, split, stop)
-    ids = _load_ids(topk_ids, at, limit, num_experts, TILE)
+    ids = _load_ids(topk_ids, at, stop, num_experts, TILE)
     while at < stop:
         # The next tile is on its way while this one is counted.
-        is_before = at < split
-        at = tl.minimum(at + TILE, limit)
-        limit = tl.where(at < split, split, stop)
-        next_ids = _load_ids(topk_ids, at, limit, num_experts, TILE)
-        some = _histogram(ids, NUM_BINS)
-        total += some
-        before += tl.where(is_before, some, 0)
+        at += TILE
+        next_ids = _load_ids(topk_ids, at, stop, num_experts, TILE)
+        total += _histogram(ids, NUM_BINS)
         ids = next_ids
-    return before, total
-
-
-@triton.jit
-def _count(
-    topk_ids, at, split, stop, num_experts,
-    NUM_BINS: tl.constexpr, SMALL: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Entries per expert from `at` to `stop`: those before `split`, and all. A tile costs what it
-    could hold, so few entries are counted in a small one."""
-    if stop - at <= SMALL:
-        before, total = _count_tiles(topk_ids, at, split, stop, num_experts, NUM_BINS, SMALL)
-    else:
-        before, total = _count_tiles(topk_ids, at, split, stop, num_experts, NUM_BINS, TILE)
-    return before, total
+    return total
 
 
 @triton.jit
 def _add_counts(counts, group, used, NUM_BINS: tl.constexpr, ROWS: tl.constexpr):
-    """The same from what `count_kernel` left, of which `used` rows hold entries."""
+    """Sums of the first `used` rows that `count_kernel` left: of those before `group`, and all."""
     before = tl.zeros([ROWS, NUM_BINS], tl.int32)
     total = tl.zeros([ROWS, NUM_BINS], tl.int32)
     cells = tl.arange(0, ROWS)[:, None] * NUM_BINS + tl.arange(0, NUM_BINS)[None, :]
@@ -134,6 +125,196 @@ def _visible(expert_mask, num_experts, NUM_BINS: tl.constexpr):
 
 
 @triton.jit
+def _earlier(ids, entry, all_ids, all_entries, SIZE: tl.constexpr):
+    """How many of all entries, fewer than SIZE, have the expert of each entry and come before it.
+
+    An entry j comes before i within an expert if its key is smaller by 1 to i: one unsigned
+    comparison. Summed down the columns, of which one thread holds many rows.
+    """
+    key = ids * SIZE + entry
+    gap = (key[None, :] - 1 - (all_ids * SIZE + all_entries)[:, None]).to(tl.uint32, bitcast=True)
+    return tl.sum((gap < entry[None, :].to(tl.uint32)).to(tl.int32), 0)
+
+
+@triton.jit
+def _store_entries(
+    sorted_ids, sorted_weights, sorted_expert_ids, entry, weights, expert, target, keep, topk,
+    block_size,
+):  # fmt: skip
+    token = entry // topk
+    tl.store(sorted_ids + target, ((entry - token * topk) << 24) | token, mask=keep)
+    tl.store(sorted_weights + target, weights, mask=keep)
+    # A block's first entry is never padding, so it is the one that names the block's expert.
+    block = target // block_size
+    tl.store(sorted_expert_ids + block, expert, mask=keep & (block * block_size == target))
+
+
+@triton.jit
+def _store_padding(sorted_ids, place, end, offset, step, block_size, keep, padding):
+    """Every `step`th place from `place + offset` to `end`, fewer than block_size."""
+    while offset < block_size:
+        at = place + offset
+        tl.store(sorted_ids + at, padding, mask=keep & (at < end))
+        offset += step
+
+
+@triton.jit
+def _place_few(
+    topk_ids, topk_weights, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
+    expert_mask, rows, offset, topk, num_experts, block_size, pads,
+    NUM_BINS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Sort up to TILE entries, with experts' starts found by comparing entries with each other.
+
+    The program of offset -1 places them, and those from 0 on write every `pads`th of the padding.
+    """
+    stop = rows * topk
+    entry = tl.arange(0, TILE)
+    ids = _load_visible_ids(topk_ids, expert_mask, 0, stop, num_experts, TILE)
+    weights = tl.load(topk_weights + entry, mask=entry < stop)
+    same = ids[:, None] == ids[None, :]
+    # For each entry, how many have its expert, and in the upper half how many of them come before.
+    both = tl.sum(tl.where(same, tl.where(entry[:, None] < entry[None, :], 0x10001, 1), 0), 0)
+    count, rank = both & 0xFFFF, both >> 16
+    keep = ids >= 0
+    # Each block has one entry that leads it, so an expert starts behind the leaders of lower ones.
+    leads = keep & (rank // block_size * block_size == rank)
+    leader = tl.where(leads, ids, 1 << 20)
+    start = tl.sum((leader[:, None] < ids[None, :]).to(tl.int32), 0) * block_size
+    if offset < 0:
+        expert = ids
+        if expert_mask is not None:
+            _, local = _visible(expert_mask, num_experts, NUM_BINS)
+            expert = tl.gather(local, tl.maximum(ids, 0), 0)
+        _store_entries(
+            sorted_ids, sorted_weights, sorted_expert_ids, entry, weights, expert, start + rank,
+            keep, topk, block_size,
+        )  # fmt: skip
+    else:
+        if offset == 0:
+            tl.store(num_valid_ids, tl.sum(leads.to(tl.int32), 0) * block_size)
+            tl.store(num_valid_ids + 1, rows)
+        end = start + tl.cdiv(count, block_size) * block_size
+        _store_padding(
+            sorted_ids, start + count, end, offset, pads, block_size, keep & (rank == 0),
+            (topk << 24) | rows,
+        )  # fmt: skip
+
+
+@triton.jit
+def _count_tiles(
+    topk_ids, expert_mask, split, stop, num_experts,
+    NUM_BINS: tl.constexpr, MORE_BINS: tl.constexpr, TILE: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Entries per expert before `split`, a multiple of TILE, and all; likewise of the experts from
+    NUM_BINS on, where there are MORE_BINS."""
+    REST: tl.constexpr = MORE_BINS if MORE_BINS > 0 else 32
+    before = tl.zeros([NUM_BINS], tl.int32)
+    total = tl.zeros([NUM_BINS], tl.int32)
+    more_before = tl.zeros([REST], tl.int32)
+    more_total = tl.zeros([REST], tl.int32)
+    ids = _load_visible_ids(topk_ids, expert_mask, 0, stop, num_experts, TILE)
+    if ONE_TILE:
+        total = _histogram(tl.where(ids < NUM_BINS, ids, -1), NUM_BINS)
+        if MORE_BINS > 0:
+            more_total = _histogram(ids - NUM_BINS, REST)
+    else:
+        at = split - split  # as a run-time value: the loop counts up from it
+        while at < stop:
+            # The next tile is on its way while this one is counted.
+            is_before = at < split
+            at += TILE
+            next_ids = _load_visible_ids(topk_ids, expert_mask, at, stop, num_experts, TILE)
+            some = _histogram(tl.where(ids < NUM_BINS, ids, -1), NUM_BINS)
+            total += some
+            before += tl.where(is_before, some, 0)
+            if MORE_BINS > 0:
+                more = _histogram(ids - NUM_BINS, REST)
+                more_total += more
+                more_before += tl.where(is_before, more, 0)
+            ids = next_ids
+    return before, total, more_before, more_total
+
+
+@_kernel
+def one_shot_kernel(
+    topk_ids, topk_weights, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
+    moe_buf, expert_mask, num_local_tokens,
+    num_tokens, topk, num_experts, block_size, model_dim, chunks, pads,
+    NUM_BINS: tl.constexpr, MORE_BINS: tl.constexpr, FEW: tl.constexpr, ONE_TILE: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, FILL_TILE: tl.constexpr,
+):  # fmt: skip
+    """`chunks` programs place CHUNK entries each, `pads` write padding, and the others zero
+    `moe_buf`.
+
+    Experts are counted in NUM_BINS, and those beyond in MORE_BINS; not at all where the entries are
+    FEW: up to TILE, placed by one program. ONE_TILE: TILE holds all entries.
+    """
+    program = tl.program_id(0)
+    rows = _num_rows(num_tokens, num_local_tokens)
+    if program >= chunks + pads:
+        elements = rows.to(tl.int64) * model_dim
+        _zero(
+            moe_buf, elements, program - chunks - pads, tl.cdiv(elements, FILL_TILE).to(tl.int32),
+            tl.num_programs(0) - chunks - pads, FILL_TILE,
+        )  # fmt: skip
+    elif FEW:
+        _place_few(
+            topk_ids, topk_weights, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
+            expert_mask, rows, program - chunks, topk, num_experts, block_size, pads,
+            NUM_BINS, TILE,
+        )  # fmt: skip
+    else:
+        stop = rows * topk
+        start = program * CHUNK
+        lane = tl.arange(0, CHUNK)
+        ids = _load_visible_ids(topk_ids, expert_mask, start, stop, num_experts, CHUNK)
+        weights = tl.load(topk_weights + start + lane, mask=start + lane < stop)
+        split = start // TILE * TILE
+        near_ids = _load_visible_ids(topk_ids, expert_mask, split, stop, num_experts, TILE)
+        before, total, more_before, more_total = _count_tiles(
+            topk_ids, expert_mask, split, stop, num_experts, NUM_BINS, MORE_BINS, TILE, ONE_TILE
+        )
+        padded = tl.cdiv(total, block_size) * block_size
+        ends = tl.cumsum(padded, 0)
+        position = ends - padded
+        valid = tl.sum(padded, 0)
+        more_padded = tl.cdiv(more_total, block_size) * block_size
+        more_ends = valid + tl.cumsum(more_padded, 0)
+        more_position = more_ends - more_padded
+        if program < chunks:
+            rank = _earlier(ids, start - split + lane, near_ids, tl.arange(0, TILE), TILE)
+            target = tl.gather(position + before, tl.minimum(tl.maximum(ids, 0), NUM_BINS - 1), 0)
+            if MORE_BINS > 0:
+                more = tl.minimum(tl.maximum(ids - NUM_BINS, 0), MORE_BINS - 1)
+                more_target = tl.gather(more_position + more_before, more, 0)
+                target = tl.where(ids < NUM_BINS, target, more_target)
+            expert = ids
+            if expert_mask is not None:
+                ALL_BINS: tl.constexpr = NUM_BINS * 2 if MORE_BINS > 0 else NUM_BINS
+                _, local = _visible(expert_mask, num_experts, ALL_BINS)
+                expert = tl.gather(local, tl.maximum(ids, 0), 0)
+            _store_entries(
+                sorted_ids, sorted_weights, sorted_expert_ids, start + lane, weights, expert,
+                target + rank, ids >= 0, topk, block_size,
+            )  # fmt: skip
+        else:
+            padding = (topk << 24) | rows
+            if program == chunks:
+                tl.store(num_valid_ids, valid + tl.sum(more_padded, 0))
+                tl.store(num_valid_ids + 1, rows)
+            _store_padding(
+                sorted_ids, position + total, ends, program - chunks, pads, block_size,
+                total > 0, padding,
+            )  # fmt: skip
+            if MORE_BINS > 0:
+                _store_padding(
+                    sorted_ids, more_position + more_total, more_ends, program - chunks, pads,
+                    block_size, more_total > 0, padding,
+                )  # fmt: skip
+
+
+@triton.jit
 def _place(
     topk_ids, topk_weights, sorted_ids, sorted_weights, sorted_expert_ids, has_mask: tl.constexpr,
     start, stop, ids, weights, position, local, topk, num_experts, block_size,
@@ -149,23 +330,15 @@ def _place(
         start += CHUNK
         next_ids = _load_ids(topk_ids, start, stop, num_experts, CHUNK)
         next_weights = tl.load(topk_weights + start + lane, mask=start + lane < stop)
-        # An entry j comes after i within an expert if its key is larger by 1 to j: one unsigned
-        # comparison. Summed down the columns, of which one thread holds many rows.
-        key = ids * CHUNK + lane
-        gap = (key[None, :] - 1 - key[:, None]).to(tl.uint32, bitcast=True)
-        rank = tl.sum((gap < lane[None, :].to(tl.uint32)).to(tl.int32), 0)
         index = tl.maximum(ids, 0)
-        target = tl.gather(position, index, 0) + rank
-        keep = (ids >= 0) & (target >= 0)
-        token = entry // topk
-        tl.store(sorted_ids + target, ((entry - token * topk) << 24) | token, mask=keep)
-        tl.store(sorted_weights + target, weights, mask=keep)
-        # A block's first entry is never padding, so it is the one that names the block's expert.
+        target = tl.gather(position, index, 0) + _earlier(ids, lane, ids, lane, CHUNK)
         expert = index
         if has_mask:
             expert = tl.gather(local, index, 0)
-        block = target // block_size
-        tl.store(sorted_expert_ids + block, expert, mask=keep & (block * block_size == target))
+        _store_entries(
+            sorted_ids, sorted_weights, sorted_expert_ids, entry, weights, expert, target,
+            (ids >= 0) & (target >= 0), topk, block_size,
+        )  # fmt: skip
         if start < stop:
             position += _histogram(ids, NUM_BINS)
         ids = next_ids
@@ -181,37 +354,79 @@ def _chunk_size(stop, chunks, CHUNK: tl.constexpr):
 
 @_kernel
 def count_kernel(
-    topk_ids, counts, num_local_tokens, num_tokens, topk, num_experts, chunks, group,
+    topk_ids, counts, moe_buf, num_local_tokens,
+    num_tokens, topk, num_experts, model_dim, chunks, group, end_tile,
     NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr,
+    FILL_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Entries per expert: a program counts `group` chunks into a row of `counts`."""
+    """Entries per expert: a program counts `group` chunks into a row of `counts`. The programs
+    beyond zero the tiles of `moe_buf` before `end_tile`."""
     program = tl.program_id(0)
-    stop = _num_rows(num_tokens, num_local_tokens) * topk
-    size = group * _chunk_size(stop, chunks, CHUNK)
-    start = tl.minimum(program * size, stop)
-    end = tl.minimum(start + size, stop)
-    _, total = _count(topk_ids, start, start, end, num_experts, NUM_BINS, CHUNK, COUNT_TILE)
-    tl.store(counts + program * NUM_BINS + tl.arange(0, NUM_BINS), total)
+    groups = tl.cdiv(chunks, group)
+    rows = _num_rows(num_tokens, num_local_tokens)
+    if program >= groups:
+        elements = rows.to(tl.int64) * model_dim
+        step = tl.num_programs(0) - groups
+        _zero(moe_buf, elements, program - groups, end_tile, step, FILL_TILE)
+    else:
+        stop = rows * topk
+        size = group * _chunk_size(stop, chunks, CHUNK)
+        start = tl.minimum(program * size, stop)
+        end = tl.minimum(start + size, stop)
+        # A tile costs what it could hold, so few entries are counted in a small one.
+        if end - start <= CHUNK:
+            total = _count(topk_ids, start, end, num_experts, NUM_BINS, CHUNK)
+        else:
+            total = _count(topk_ids, start, end, num_experts, NUM_BINS, COUNT_TILE)
+        tl.store(counts + program * NUM_BINS + tl.arange(0, NUM_BINS), total)
 
 
 @_kernel
-def sort_kernel(
+def scan_kernel(
+    counts, moe_buf, num_local_tokens,
+    num_tokens, model_dim, chunks, first_tile, end_tile,
+    NUM_BINS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
+):  # fmt: skip
+    """Replace each row of `counts` by the sum of those before it, and add one row, their total: a
+    program for PART bins. The programs beyond zero `moe_buf` between two of its tiles."""
+    program = tl.program_id(0)
+    if program >= NUM_BINS // PART:
+        elements = _num_rows(num_tokens, num_local_tokens).to(tl.int64) * model_dim
+        first, step = program - NUM_BINS // PART, tl.num_programs(0) - NUM_BINS // PART
+        _zero(moe_buf, elements, first_tile + first, end_tile, step, FILL_TILE)
+    else:
+        row = tl.arange(0, ROWS)[:, None]
+        cells = counts + row * NUM_BINS + program * PART + tl.arange(0, PART)[None, :]
+        some = tl.load(cells, mask=row < chunks, other=0)
+        tl.store(cells, tl.cumsum(some, 0) - some, mask=row < chunks)
+        total = counts + chunks * NUM_BINS + program * PART + tl.arange(0, PART)
+        tl.store(total, tl.sum(some, 0))
+
+
+@_kernel
+def place_kernel(
     topk_ids, topk_weights, counts, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
     moe_buf, expert_mask, num_local_tokens,
-    num_tokens, topk, num_experts, block_size, model_dim, chunks, group, pads,
+    num_tokens, topk, num_experts, block_size, model_dim, chunks, group, pads, first_tile,
     NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr,
     SCAN_ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
 ):  # fmt: skip
-    """`chunks` programs place entries, `pads` write padding, and the others zero `moe_buf`.
+    """`chunks` programs place entries, `pads` write padding, and the others zero `moe_buf` from its
+    tile `first_tile` on.
 
-    counts: what `count_kernel` left, or None where every program counts for itself.
+    counts: what `count_kernel` left, of which SCAN_ROWS are added up at once; or, where SCAN_ROWS
+    is 0, `scan_kernel`.
     """
     program = tl.program_id(0)
+    rows = _num_rows(num_tokens, num_local_tokens)
     if program >= chunks + pads:
-        first, step = program - chunks - pads, tl.num_programs(0) - chunks - pads
-        _zero(moe_buf, num_tokens.to(tl.int64) * model_dim, first, step, FILL_TILE)
+        elements = rows.to(tl.int64) * model_dim
+        _zero(
+            moe_buf, elements, first_tile + program - chunks - pads,
+            tl.cdiv(elements, FILL_TILE).to(tl.int32),
+            tl.num_programs(0) - chunks - pads, FILL_TILE,
+        )  # fmt: skip
     else:
-        rows = _num_rows(num_tokens, num_local_tokens)
         stop = rows * topk
         size = _chunk_size(stop, chunks, CHUNK)
         # Programs from `chunks` on stand behind all entries: what comes next there is padding.
@@ -222,19 +437,14 @@ def sort_kernel(
             ids = _load_ids(topk_ids, start, end, num_experts, CHUNK)
             entry = start + tl.arange(0, CHUNK)
             weights = tl.load(topk_weights + entry, mask=entry < end)
-            if counts is None:
-                before, total = _count(
-                    topk_ids, program - program, start, stop, num_experts,
-                    NUM_BINS, CHUNK, COUNT_TILE,
-                )  # fmt: skip
-            else:
+            if SCAN_ROWS > 0:
                 used = tl.cdiv(stop, tl.maximum(group * size, 1))
                 before, total = _add_counts(counts, chunk // group, used, NUM_BINS, SCAN_ROWS)
                 first = chunk // group * group * size  # entry that the chunk's group begins with
-                _, within = _count(
-                    topk_ids, first, first, start, num_experts, NUM_BINS, CHUNK, COUNT_TILE
-                )
-                before += within
+                before += _count(topk_ids, first, start, num_experts, NUM_BINS, COUNT_TILE)
+            else:
+                before = tl.load(counts + chunk * NUM_BINS + tl.arange(0, NUM_BINS))
+                total = tl.load(counts + chunks * NUM_BINS + tl.arange(0, NUM_BINS))
             visible, local = _visible(expert_mask, num_experts, NUM_BINS)
             padded = tl.where(visible, tl.cdiv(total, block_size) * block_size, 0)
             ends = tl.cumsum(padded, 0)
@@ -249,10 +459,7 @@ def sort_kernel(
                 if program == chunks:
                     tl.store(num_valid_ids, tl.sum(padded, 0))
                     tl.store(num_valid_ids + 1, rows)
-                # Each takes one in `pads` of every expert's padding, fewer than block_size.
-                offset = program - chunks
-                while offset < block_size:
-                    place = position + offset
-                    mask = visible & (place < ends)
-                    tl.store(sorted_ids + place, (topk << 24) | rows, mask=mask)
-                    offset += pads
+                _store_padding(
+                    sorted_ids, position, ends, program - chunks, pads, block_size, visible,
+                    (topk << 24) | rows,
+                )  # fmt: skip

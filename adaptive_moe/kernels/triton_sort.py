@@ -6,9 +6,11 @@ give the same answer and differ in how the work is laid out:
 
 1  one-shot: a single launch, in which every program counts the whole batch by itself and then
    places its own chunk of it. Nothing is cheaper to launch, but every program's time grows with
-   the batch: fastest up to 500 (512 experts) or 3,000 entries (128), hopeless with many more.
+   the batch: fastest up to 1,000 (512 experts) or 4,000 entries (few experts). From there on a
+   batch is sorted as under policy 2.
 2  multi-phase: two launches and a workspace. The first counts experts per chunk of entries; in
-   the second every chunk derives its own place from those counts. Pays for one more launch.
+   the second every chunk derives its own place from those counts. Large batches take a third
+   between them, which adds the counts up.
 0  chooses between them by a rule (`one_shot_tokens`) that knows only the shape.
 
 The kernels are in triton_kernels.py. Contract: ROCm/aiter, `aiter/fused_moe.py` and
@@ -16,47 +18,144 @@ The kernels are in triton_kernels.py. Contract: ROCm/aiter, `aiter/fused_moe.py`
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
+from triton.runtime import driver
 
 from adaptive_moe.kernels.contract import buffer_length
-from adaptive_moe.kernels.triton_kernels import count_kernel, sort_kernel
-
-# Tuned on an H100 (calibration/bench_triton_kernels.py). First, how many entries a program places
-# at once, each compared with every other, and how many it counts at once. Counting a tile takes
-# longer the more bins there are, so one-shot, which counts most, does it in smaller ones then.
-FEW_BINS = 128
-ONE_SHOT_FEW_BINS = (32, 512)
-ONE_SHOT_MANY_BINS = (64, 256)
-MULTI_PHASE = (128, 512)
-MAX_CHUNKS = 256  # programs that place
-MAX_ROWS = 64  # of counts, each of as few chunks as that allows; every program reads them all
-PADS = 32  # programs that write padding
-SCAN_TILE = 4096  # counts read at once
-FILL_TILE = 2048  # elements of the output buffer zeroed at once
-# Up to MANY_TILES of them are left to FEW_FILLS programs: more would crowd those that place.
-FEW_FILLS, MANY_TILES, MAX_FILLS = 64, 2048, 65536
-NUM_WARPS = 4
+from adaptive_moe.kernels.triton_kernels import (
+    count_kernel,
+    one_shot_kernel,
+    place_kernel,
+    scan_kernel,
+)
+from adaptive_moe.shape import MAX_EXPERTS, MAX_TOPK
 
 _BUFFER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_BOUND = 4096  # calls kept with what is constant for them
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one-shot sorts up to `entries` of them.
+
+    size   entries that a program looks at together: all, except in the largest tile
+    chunk  entries that a program places; all of them, with no bins to count experts in, if it is
+           `size`
+    """
+
+    entries: int
+    size: int
+    chunk: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Sizes tuned on an H200 (calibration/bench_triton_kernels.py); none changes a result.
+
+    tiles        of one-shot, smallest first; with more entries it is multi-phase
+    chunk        entries that a program of multi-phase places at once
+    max_chunks   programs of multi-phase that place
+    max_rows     of counts, each of as few chunks as that allows; every program adds them up
+    many_entries from so many on, a third launch adds up the counts
+    many_chunks  programs that place then, a power of two: each has a row of counts
+    count_tile   entries counted at once
+    scan_tile    counts added up at once
+    fill_shares  one in so many bytes of moe_buf is zeroed beside counting, and one beside adding
+                 up, where there are three launches
+    pads         programs that write padding
+    fill_tile    elements of moe_buf zeroed at once
+    few_fills    programs that zero up to many_tiles tiles: more would crowd those that place
+    max_fills    programs that zero more than that
+    local_fills  at most so many where only the device knows how many rows there are to zero
+    """
+
+    tiles: tuple[Tile, ...] = (
+        Tile(16, 16, 16, 1),
+        Tile(32, 32, 32, 4),
+        Tile(128, 128, 16, 4),
+        Tile(256, 256, 16, 4),
+        Tile(4096, 256, 32, 4),
+    )
+    chunk: int = 128
+    max_chunks: int = 256
+    max_rows: int = 64
+    many_entries: int = 65536
+    many_chunks: int = 512
+    count_tile: int = 512
+    scan_tile: int = 4096
+    num_warps: int = 4
+    fill_shares: tuple[int, int] = (4, 8)
+    pads: int = 32
+    fill_tile: int = 2048
+    few_fills: int = 64
+    many_tiles: int = 2048
+    max_fills: int = 65536
+    local_fills: int = 2112
+
+
+TUNING = Tuning()
+
+
+@dataclass
+class Launch:
+    """One launch, but for the tensors of a call.
+
+    variant    tells apart what the kernel is compiled for
+    constants  the arguments after the tensors
+    run        launches it, once it is compiled
+    """
+
+    kernel: Any
+    programs: int
+    num_warps: int
+    variant: tuple[object, ...]
+    constants: tuple[int, ...]
+    run: Any = None
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """What is constant for calls of one kind and token count. `counts`: size of the workspace."""
+
+    length: int
+    blocks: int
+    buffer: tuple[int, int]
+    sort: Launch
+    counts: int = 0
+    count: Launch | None = None
+    scan: Launch | None = None
+
+
+_bound: dict[tuple[object, ...], _Bound] = {}
 _compiled: dict[tuple[object, ...], Any] = {}
 
 
-def _launch(
-    kernel: Any, programs: int, variant: tuple[object, ...], args: tuple[object, ...]
-) -> None:
-    """Launch `programs` programs. Skips Triton's own look-up of the compiled variant, which takes
-    longer than the launch; `variant` must tell apart whatever the kernel is specialised on."""
-    compiled = _compiled.get(variant)
-    if compiled is None:
-        # Under TRITON_INTERPRET=1 there is nothing compiled to keep.
-        compiled = kernel[(programs,)](*args, num_warps=NUM_WARPS)
-        if compiled is not None:
-            _compiled[variant] = compiled
-    else:
-        compiled[(programs, 1, 1)](*args)
+def _launch(launch: Launch, tensors: tuple[torch.Tensor | None, ...]) -> None:
+    """Skips Triton's own look-up of the compiled variant, which takes longer than the launch, and
+    hands it addresses, since it asks the driver about each tensor, and the stream, since it asks
+    for the device first."""
+    run = launch.run
+    if run is None:
+        compiled = _compiled.get(launch.variant)
+        if compiled is None:
+            compiled = launch.kernel[(launch.programs,)](
+                *tensors, *launch.constants, num_warps=launch.num_warps
+            )
+            # Under TRITON_INTERPRET=1 there is nothing compiled to keep.
+            if compiled is not None:
+                _compiled[launch.variant] = compiled
+            return
+        run = launch.run = compiled[(launch.programs, 1, 1)]
+    assert tensors[0] is not None
+    run(
+        *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
+        *launch.constants,
+        stream=driver.active.get_current_stream(tensors[0].get_device()),
+    )
 
 
 @functools.cache
@@ -67,7 +166,6 @@ def one_shot_tokens(num_experts: int) -> int:
     more, one 4-byte column an expert and one more, fits in half of AMD's 64 KiB of shared memory
     (token rows come in eights), and never from 512 experts on. AITER sends 131,072 tokens and more
     to one-shot to avoid a fault of its multi-phase kernel; these kernels need no such exception.
-    Cached because AITER's rule is compiled, and here every microsecond of the host counts.
     """
     rows = 32768 // 4 // (num_experts + 1) - 2
     return rows // 8 * 8 if num_experts < 512 else 0
@@ -99,66 +197,149 @@ def moe_sorting(
     sorted_weights float32, as long: the entry's weight; undefined at padding
     sorted_expert_ids int32 [one a block]: the expert, counted among the visible ones
     num_valid_ids int32 [2]: entries with padding, and L; what lies beyond them is undefined
-    moe_buf [M, model_dim]: zeros; an empty [0, 0] where the caller reduces by itself
-        (`accumulate=False`) and no expert is hidden
+    moe_buf [M, model_dim]: its first L rows are zeros; an empty [0, 0] where the caller reduces by
+        itself (`accumulate=False`) and no expert is hidden
 
-    Nothing waits for the device, so a call can be captured into a graph. The first call compiles:
-    make one before with each policy (policy 0 runs either), with any number of tokens.
+    Nothing waits for the device, so a call can be captured into a graph. The first call of a kind
+    compiles, for one-shot the first with so many tokens that another tile is used: make such calls
+    before a capture.
     """
-    _check(topk_ids, topk_weights, num_experts, moebuf_dtype, block_size)
-    if expert_mask is not None and (expert_mask.dtype, expert_mask.numel()) != (
-        torch.int32, num_experts,
-    ):  # fmt: skip
-        raise ValueError(
-            f"expert_mask is {expert_mask.dtype} with {expert_mask.numel()} elements; "
-            f"accepted is int32 with one element an expert, {num_experts}"
+    key = (
+        topk_ids.shape, topk_weights.shape, topk_ids.dtype, topk_weights.dtype, topk_ids.device,
+        num_experts, model_dim, moebuf_dtype, block_size,
+        None if expert_mask is None else (expert_mask.dtype, expert_mask.shape),
+        None if num_local_tokens is None else num_local_tokens.dtype,
+        dispatch_policy, accumulate, rounded,
+    )  # fmt: skip
+    bound = _bound.get(key)
+    if bound is None or not (topk_ids.is_contiguous() and topk_weights.is_contiguous()):
+        _check(topk_ids, topk_weights, num_experts, moebuf_dtype, block_size)
+        _check_options(num_experts, expert_mask, num_local_tokens)
+        if len(_bound) >= _MOST_BOUND:
+            _bound.clear()
+        bound = _bound[key] = _bind(
+            TUNING, topk_ids, num_experts, model_dim, moebuf_dtype, block_size,
+            expert_mask is not None, num_local_tokens is not None, dispatch_policy,
+            accumulate, rounded,
+        )  # fmt: skip
+    # Allocations are a third of the host's time, and take less of it without dtype and device.
+    int32, float32 = topk_ids.new_empty, topk_weights.new_empty
+    sorted_ids, sorted_weights = int32(bound.length), float32(bound.length)
+    sorted_expert_ids, num_valid_ids = int32(bound.blocks), int32(2)
+    moe_buf = torch.empty(bound.buffer, dtype=moebuf_dtype, device=topk_ids.device)
+    outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
+    if bound.count is None:
+        _launch(bound.sort, (topk_ids, topk_weights, *outputs, expert_mask, num_local_tokens))
+    else:
+        counts = int32(bound.counts)
+        _launch(bound.count, (topk_ids, counts, moe_buf, num_local_tokens))
+        if bound.scan is not None:
+            _launch(bound.scan, (counts, moe_buf, num_local_tokens))
+        _launch(
+            bound.sort, (topk_ids, topk_weights, counts, *outputs, expert_mask, num_local_tokens)
         )
-    num_tokens, topk = topk_ids.shape
-    device = topk_ids.device
-    length = buffer_length(num_tokens, topk, num_experts, block_size, rounded=rounded)
-    sorted_ids = torch.empty(length, dtype=torch.int32, device=device)
-    sorted_weights = torch.empty(length, dtype=torch.float32, device=device)
-    sorted_expert_ids = torch.empty(-(-length // block_size), dtype=torch.int32, device=device)
-    num_valid_ids = torch.empty(2, dtype=torch.int32, device=device)
-    shape = (num_tokens, model_dim) if accumulate or expert_mask is not None else (0, 0)
-    moe_buf = torch.empty(shape, dtype=moebuf_dtype, device=device)
+    return outputs
 
-    entries, size = num_tokens * topk, num_tokens * shape[1]
-    bins = max(32, triton.next_power_of_2(num_experts))
+
+def _bind(
+    tuning: Tuning,
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    model_dim: int,
+    dtype: torch.dtype,
+    block_size: int,
+    has_mask: bool,
+    has_local: bool,
+    dispatch_policy: int,
+    accumulate: bool,
+    rounded: bool,
+) -> _Bound:
+    num_tokens, topk = topk_ids.shape
+    entries = num_tokens * topk
+    length = buffer_length(num_tokens, topk, num_experts, block_size, rounded=rounded)
+    blocks = -(-length // block_size)
+    buffer = (num_tokens, model_dim) if accumulate or has_mask else (0, 0)
+    size = buffer[0] * buffer[1]
+    tiles = -(-size // tuning.fill_tile)
     # On AMD, Triton addresses a buffer under 2 GiB with 32 bits.
-    large = size * moebuf_dtype.itemsize >= 1 << 31
-    variant = (device, moebuf_dtype, large, expert_mask is None, num_local_tokens is None, bins)
-    tiles = -(-size // FILL_TILE)
-    fills = min(tiles, FEW_FILLS if tiles <= MANY_TILES else MAX_FILLS)
+    large = size * dtype.itemsize >= 1 << 31
+    variant = (topk_ids.device, dtype, large, has_mask, has_local, tuning)
+
+    def fills(tiles: int) -> int:
+        few = tiles <= tuning.many_tiles
+        return min(
+            tiles,
+            tuning.few_fills if few else tuning.local_fills if has_local else tuning.max_fills,
+        )
+
     one_shot = dispatch_policy == 1 or (
         not dispatch_policy and num_tokens <= one_shot_tokens(num_experts)
     )
-    chunk, count_tile = MULTI_PHASE
-    if one_shot:
-        chunk, count_tile = ONE_SHOT_FEW_BINS if bins <= FEW_BINS else ONE_SHOT_MANY_BINS
-    chunks = max(1, min(-(-entries // chunk), MAX_CHUNKS))
-    counts, group = None, 1
-    if not one_shot:
-        group = -(-chunks // MAX_ROWS)
-        groups = -(-chunks // group)
-        counts = torch.empty(groups * bins, dtype=torch.int32, device=device)
-        _launch(
-            count_kernel, groups, (2, *variant),
-            (topk_ids, counts, num_local_tokens, num_tokens, topk, num_experts, chunks, group,
-             bins, chunk, count_tile),
+    tile = next((tile for tile in tuning.tiles if entries <= tile.entries), None)
+    if one_shot and tile is not None:
+        few = tile.chunk == tile.size
+        # A few entries need bins only for the experts' indices among those of this rank.
+        bins, more = _bins(num_experts)
+        if few:
+            bins, more = _all_bins(num_experts) if has_mask else 32, 0
+        chunks = max(1, -(-entries // tile.chunk))
+        sort = Launch(
+            one_shot_kernel, chunks + tuning.pads + fills(tiles), tile.num_warps,
+            ("one-shot", tile, bins, more, *variant),
+            (num_tokens, topk, num_experts, block_size, buffer[1], chunks, tuning.pads,
+             bins, more, few, tile.entries == tile.size, tile.size, tile.chunk, tuning.fill_tile),
         )  # fmt: skip
-    _launch(
-        sort_kernel, chunks + PADS + fills, (1 if one_shot else 3, *variant),
-        (topk_ids, topk_weights, counts, sorted_ids, sorted_weights, sorted_expert_ids,
-         num_valid_ids, moe_buf, expert_mask, num_local_tokens, num_tokens, topk, num_experts,
-         block_size, shape[1], chunks, group, PADS, bins, chunk, count_tile, SCAN_TILE // bins,
-         FILL_TILE),
+        return _Bound(length, blocks, buffer, sort)
+
+    bins = _all_bins(num_experts)
+    many = entries >= tuning.many_entries
+    most = tuning.many_chunks if many else tuning.max_chunks
+    chunks = max(1, min(-(-entries // tuning.chunk), most))
+    group = 1 if many else -(-chunks // tuning.max_rows)
+    groups = -(-chunks // group)
+    scan, scan_rows, ends = None, max(1, tuning.scan_tile // bins), (0, 0)
+    if many:
+        first = tiles // tuning.fill_shares[0]
+        ends, scan_rows = (first, first + tiles // tuning.fill_shares[1]), 0
+        part = min(bins, tuning.scan_tile // tuning.many_chunks)
+        scan = Launch(
+            scan_kernel, bins // part + fills(ends[1] - ends[0]), tuning.num_warps,
+            ("scan", bins, *variant),
+            (num_tokens, buffer[1], chunks, *ends, bins, part, tuning.many_chunks,
+             tuning.fill_tile),
+        )  # fmt: skip
+    count = Launch(
+        count_kernel, groups + fills(ends[0]), tuning.num_warps, ("count", bins, *variant),
+        (num_tokens, topk, num_experts, buffer[1], chunks, group, ends[0],
+         bins, tuning.chunk, tuning.count_tile, tuning.fill_tile),
     )  # fmt: skip
-    return sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf
+    place = Launch(
+        place_kernel, chunks + tuning.pads + fills(tiles - ends[1]), tuning.num_warps,
+        ("place", bins, scan_rows, *variant),
+        (num_tokens, topk, num_experts, block_size, buffer[1], chunks, group, tuning.pads, ends[1],
+         bins, tuning.chunk, tuning.count_tile, scan_rows, tuning.fill_tile),
+    )  # fmt: skip
+    return _Bound(length, blocks, buffer, place, (groups + 1) * bins, count, scan)
+
+
+def _all_bins(num_experts: int) -> int:
+    return max(32, 1 << (num_experts - 1).bit_length())
+
+
+def _bins(num_experts: int) -> tuple[int, int]:
+    """Bins for so many experts, in one power of two or, of many, in two that are much smaller."""
+    bins = _all_bins(num_experts)
+    lower = bins // 2
+    rest = max(32, 1 << (num_experts - lower - 1).bit_length())
+    return (lower, rest) if lower > max(64, rest) else (bins, 0)
 
 
 def _check(
-    ids: torch.Tensor, weights: torch.Tensor, num_experts: int, dtype: torch.dtype, block_size: int
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    block_size: int,
 ) -> None:
     """Raise ValueError, naming the value and what is accepted, for what cannot be sorted."""
     for name, tensor, wanted in (
@@ -169,14 +350,30 @@ def _check(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}; "
                 f"accepted is contiguous {wanted} [num_tokens, topk], the same shape for both"
             )
-    if ids.dim() != 2 or not 1 <= ids.shape[1] <= min(16, num_experts) or len(ids) >= 1 << 24:
+    few = len(ids) < 1 << 24 and ids.numel() <= 1 << 28
+    if ids.dim() != 2 or not 1 <= ids.shape[1] <= min(MAX_TOPK, num_experts) or not few:
         raise ValueError(
-            f"topk_ids is {list(ids.shape)} for {num_experts} experts; accepted are "
-            "[num_tokens, topk] of under 2**24 tokens, topk from 1 to 16 and to num_experts"
+            f"topk_ids is {list(ids.shape)} for {num_experts} experts; accepted are [num_tokens, "
+            f"topk] of under 2**24 tokens and up to 2**28 entries, topk from 1 to {MAX_TOPK} and "
+            "to num_experts"
         )
-    if not 1 <= num_experts <= 1024:
-        raise ValueError(f"num_experts is {num_experts}; accepted are 1 to 1024")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"num_experts is {num_experts}; accepted are 1 to {MAX_EXPERTS}")
     if block_size % 16 or not 16 <= block_size <= 256:
         raise ValueError(f"block_size is {block_size}; accepted are multiples of 16 from 16 to 256")
     if dtype not in _BUFFER_DTYPES:
         raise ValueError(f"moebuf_dtype is {dtype}; accepted are bfloat16, float16 and float32")
+
+
+def _check_options(
+    num_experts: int, expert_mask: torch.Tensor | None, num_local_tokens: torch.Tensor | None
+) -> None:
+    if expert_mask is not None and (expert_mask.dtype, expert_mask.numel()) != (
+        torch.int32, num_experts,
+    ):  # fmt: skip
+        raise ValueError(
+            f"expert_mask is {expert_mask.dtype} with {expert_mask.numel()} elements; "
+            f"accepted is int32 with one element an expert, {num_experts}"
+        )
+    if num_local_tokens is not None and num_local_tokens.dtype != torch.int32:
+        raise ValueError(f"num_local_tokens is {num_local_tokens.dtype}; accepted is int32")

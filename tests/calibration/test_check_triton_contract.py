@@ -8,9 +8,10 @@ import time
 import pytest
 import torch
 
-from adaptive_moe.kernels.contract import SortingInputs, buffer_length, check_contract
+from adaptive_moe.kernels.contract import SortingInputs, buffer_length
 from calibration import check_triton_contract as checks
 from calibration.exact_memory import GUARD, POISON, expected, grouped
+from calibration.sort_contract import check_contract
 
 
 def right_sort(ids, weights, experts, dim, dtype, block, mask, rows, policy, *, rounded):
@@ -27,7 +28,7 @@ def right_sort(ids, weights, experts, dim, dtype, block, mask, rows, policy, *, 
     for output, words, defined in zip(outputs, answer.words, answer.defined, strict=False):
         mine = output[: len(words)].view(torch.int32)
         mine[defined] = words[defined]
-    outputs[4].zero_()
+    outputs[4][: len(ids) if rows is None else int(rows)] = 0
     if policy == 2:
         torch.empty(100, dtype=torch.int32).fill_(1)  # a workspace
     return outputs
@@ -138,6 +139,24 @@ def test_what_is_undefined_may_be_anything():
         return outputs
 
     assert check(sort, 33, 3, 61)["failures"] == []
+
+
+def test_rows_of_moe_buf_that_are_not_real_may_hold_anything():
+    def sort(*arguments, rounded):
+        outputs = right_sort(*arguments, rounded=rounded)
+        outputs[4][outputs[3][1] :] = 5.0
+        return outputs
+
+    assert check(sort, 33, 3, 61)["failures"] == []
+
+
+def test_inputs_begin_at_every_alignment():
+    starts = {
+        case[1][0].data_ptr() % 16
+        for size in (1, 2, 3, 4)
+        for case in checks.cases(33, 4, 61 + size, "cpu")
+    }
+    assert starts == {0, 4, 8, 12}
 
 
 def test_the_reference_holds_the_contract():

@@ -1,4 +1,5 @@
-"""The contract's checker sees every kind of defect, on poisoned memory that is cleaned up after."""
+"""Every kind of defect is seen by the contract's checker and by the comparison with a baseline;
+poisoned memory is cleaned up after."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -7,7 +8,13 @@ import pytest
 import torch
 
 from adaptive_moe.kernels import cpu_sort
-from adaptive_moe.kernels.contract import SortingInputs, check_contract, poisoned_memory
+from adaptive_moe.kernels.contract import (
+    SortingInputs,
+    differences_from,
+    expected,
+    poisoned_memory,
+)
+from calibration.sort_contract import check_contract
 
 Outputs = list[torch.Tensor]
 ROWS, TOPK, EXPERTS, BLOCK, DIM = 6, 2, 4, 4, 8
@@ -44,12 +51,15 @@ def right(inputs: SortingInputs) -> Outputs:
     return list(cpu_sort.moe_sorting(*inputs.arguments(1)))
 
 
-def spoil_beyond_num_valid_ids(outputs: Outputs) -> int:
-    total = int(outputs[3][0])
-    outputs[0][total:] = 12345
-    outputs[1][total:] = float("nan")
-    outputs[2][total // BLOCK :] = 99
-    return total
+def problems_of(inputs: SortingInputs, outputs: Outputs) -> tuple[list[str], list[str]]:
+    """By the checker, and by the comparison with right outputs."""
+    return (
+        check_contract(inputs, tuple(outputs)),
+        differences_from(expected(right(inputs)), outputs, inputs),
+    )
+
+
+NONE: tuple[list[str], list[str]] = ([], [])
 
 
 @pytest.fixture(params=INPUTS)
@@ -58,33 +68,31 @@ def inputs(request: pytest.FixtureRequest) -> Iterator[SortingInputs]:
 
 
 def test_right_outputs_have_no_problem(inputs: SortingInputs) -> None:
-    assert check_contract(inputs, tuple(right(inputs))) == []
+    assert problems_of(inputs, right(inputs)) == NONE
 
 
-def test_what_lies_beyond_num_valid_ids_does_not_matter(inputs: SortingInputs) -> None:
+def test_what_is_undefined_does_not_matter(inputs: SortingInputs) -> None:
     outputs = right(inputs)
-    spoil_beyond_num_valid_ids(outputs)
-    assert check_contract(inputs, tuple(outputs)) == []
+    total, real = outputs[3].tolist()
+    outputs[1][:total][outputs[0][:total] >> 24 == TOPK] = float("nan")
+    outputs[0][total:] = 12345
+    outputs[1][total:] = float("nan")
+    outputs[2][total // BLOCK :] = 99
+    outputs[4][real:] = float("nan")
+    assert problems_of(inputs, outputs) == NONE
 
 
 def test_padding_may_name_any_token_that_is_not_real(inputs: SortingInputs) -> None:
     outputs = right(inputs)
     outputs[0][outputs[0] >> 24 == TOPK] = PADDING | ROWS
-    assert check_contract(inputs, tuple(outputs)) == []
-    assert check_contract(inputs, (*outputs, torch.empty(0))) == []  # newer AITERs return more
+    assert problems_of(inputs, outputs) == NONE
 
 
-def test_what_equals_right_outputs_where_they_are_defined_is_right(inputs: SortingInputs) -> None:
+def test_buffers_may_be_longer(inputs: SortingInputs) -> None:
     outputs = right(inputs)
-    total = spoil_beyond_num_valid_ids(outputs)
-    outputs[1][:total][outputs[0][:total] >> 24 == TOPK] = float("nan")
-    assert check_contract(inputs, tuple(outputs), right=right(inputs)) == []
-
-
-def test_what_differs_from_right_outputs_is_judged_by_itself(inputs: SortingInputs) -> None:
-    outputs = right(inputs)
-    outputs[0][outputs[0] >> 24 == TOPK] = PADDING | ROWS
-    assert check_contract(inputs, tuple(outputs), right=right(inputs)) == []
+    for place in range(3):
+        outputs[place] = torch.cat([outputs[place], outputs[place][:BLOCK]])
+    assert problems_of(inputs, outputs) == NONE
 
 
 def is_entry(outputs: Outputs) -> torch.Tensor:
@@ -157,7 +165,7 @@ def wrong_block_expert(outputs: Outputs) -> None:
 
 
 def unzeroed(outputs: Outputs) -> None:
-    outputs[4][-1, -1] = 1e-3
+    outputs[4][int(outputs[3][1]) - 1, -1] = 1e-3
 
 
 def unwritten_buffer(outputs: Outputs) -> None:
@@ -204,9 +212,54 @@ def test_a_planted_defect_is_named(
 ) -> None:
     outputs = right(inputs)
     defect(outputs)
-    for known in (None, right(inputs)):
-        problems = check_contract(inputs, tuple(outputs), right=known)
-        assert any(DEFECTS[defect] in problem for problem in problems), problems
+    problems, differences = problems_of(inputs, outputs)
+    assert any(DEFECTS[defect] in problem for problem in problems), problems
+    part = next(
+        (name for name in ("moe_buf", "num_valid_ids", "weight") if name in DEFECTS[defect]),
+        "sorted",
+    )
+    assert any(part in difference for difference in differences), differences
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_an_output_that_is_not_contiguous_is_another(inputs: SortingInputs, place: int) -> None:
+    outputs = right(inputs)
+    outputs[place] = torch.stack([outputs[place]] * 2, -1)[..., 0]
+    differences = differences_from(expected(right(inputs)), outputs, inputs)
+    assert differences == [f"output {place + 1} is not contiguous"]
+
+
+@pytest.mark.parametrize(("row", "seen"), [(0, True), (3, True), (4, False), (5, False)])
+def test_local_ids_are_compared_in_real_rows(row: int, seen: bool) -> None:
+    inputs = padded()
+    ids = torch.tensor(IDS, dtype=torch.int32)
+    baseline = expected([*right(inputs), ids])
+    assert differences_from(baseline, [*right(inputs), ids.clone()], inputs) == []
+    changed = ids.clone()
+    changed[row, 1] += 1
+    differences = differences_from(baseline, [*right(inputs), changed], inputs)
+    assert differences == (["output 6 has other content"] if seen else [])
+    assert differences_from(baseline, right(inputs), inputs) == [
+        "returned list of 5, where the baseline returns 6 outputs"
+    ]
+    (shape,) = differences_from(baseline, [*right(inputs), ids[:4]], inputs)
+    assert "output 6 is torch.int32 [4, 2]" in shape
+
+
+def test_the_comparison_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = padded()
+    baseline, outputs = expected([*right(inputs), inputs.topk_ids]), right(inputs)
+    waits = []
+    for name in ("item", "tolist", "__bool__", "__int__", "cpu", "nonzero"):
+        kept = getattr(torch.Tensor, name)
+
+        def waiting(tensor: torch.Tensor, *args: object, kept=kept, name=name) -> object:
+            waits.append(name)
+            return kept(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, waiting)
+    assert differences_from(baseline, [*outputs, inputs.topk_ids], inputs) == []
+    assert waits == ["tolist"]
 
 
 @pytest.mark.parametrize("place", range(5))

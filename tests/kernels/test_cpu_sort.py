@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_moe.kernels import cpu_sort, load_kernel
-from adaptive_moe.kernels.contract import SortingInputs, check_contract, poisoned_memory
+from adaptive_moe.kernels.contract import SortingInputs, poisoned_memory
 from adaptive_moe.shape import SortingShape
 from adaptive_moe.tuning.inputs import Routing, route, sorting_inputs
+from calibration.sort_contract import check_contract
 
 POLICIES = (0, 1, 2)
 CPU = torch.device("cpu")
@@ -83,7 +84,7 @@ def assert_is_by_hand(inputs: SortingInputs, outputs: Outputs) -> None:
     assert outputs[2][: len(blocks)].tolist() == blocks
     found = outputs[1][: valid[0]].tolist()
     assert [None if w is None else f for f, w in zip(found, weights, strict=True)] == weights
-    assert not outputs[4].any()
+    assert not outputs[4][: valid[1]].any()
 
 
 CASES = {
@@ -94,6 +95,7 @@ CASES = {
     "no real token": {"local": 0},
     "every expert of a token": {"experts": 4, "topk": 4},
     "topk 16": {"experts": 16, "topk": 16, "tokens": 5},
+    "topk 32": {"experts": 33, "topk": 32, "tokens": 5},
     "block 1": {"block": 1},
     "block 32": {"block": 32},
     "block 48": {"block": 48},
@@ -188,6 +190,13 @@ def test_without_accumulation_the_buffer_is_an_empty_placeholder(policy: int) ->
     outputs = sort(masked, policy, accumulate=False)
     assert list(outputs[4].shape) == [37, 8]
     assert check_contract(masked, outputs, accumulate=False) == []
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rows_that_are_not_real_are_left_as_they_were(policy: int) -> None:
+    outputs = sort(make_inputs(local=5), policy)
+    assert not outputs[4][:5].any()
+    assert outputs[4][5:].isnan().all()
 
 
 @pytest.mark.parametrize("policy", [3, 7, 255])

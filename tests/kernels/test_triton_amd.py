@@ -1,8 +1,8 @@
-"""Every kernel variant compiles to a code object for AMD and NVIDIA GPUs, with none present.
+"""Every kernel variant compiles to a code object for AMD GPUs, with none present.
 
 calibration/compile_triton_amd.py says which variants those are and how they are compiled. The
-recorded run has them all; here those of most and of usual many experts are compiled anew, since a
-kernel that starts to spill does so with the most first.
+recorded run has them all; here those of the most experts are compiled anew, since a kernel that
+starts to spill does so with the most first.
 """
 
 import json
@@ -17,14 +17,15 @@ import torch
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "calibration"))
-from compile_triton_amd import EXPERTS, record  # noqa: E402
+from adaptive_moe.kernels import triton_sort
+from calibration.compile_triton_amd import EXPERTS, record
 
-TARGETS = ("gfx942", "gfx950", "sm_90")
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ("gfx942", "gfx950")
 AMD_SHARED_MEMORY = 64 * 1024  # of a workgroup, gfx942
 AMD_VECTOR_REGISTERS = 128  # with more, a SIMD holds under four wavefronts
-FEW_EXPERTS = (256, 513)
+AMD_WAVES = 16  # of a workgroup
+FEW_EXPERTS = (513,)
 Results = dict[str, dict[str, Any]]
 
 
@@ -42,17 +43,19 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
     environment.pop("TRITON_INTERPRET", None)
     out = folder / "out.json"
-    command = [sys.executable, str(ROOT / "calibration/compile_triton_amd.py"), "--out", str(out)]
+    command = [sys.executable, "-m", "calibration.compile_triton_amd", "--out", str(out)]
     command += ["--targets", *TARGETS, "--experts", *map(str, FEW_EXPERTS)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    child = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert child.returncode == 0, child.stderr[-3000:]
     result: dict[str, Results] = json.loads(out.read_text())["targets"]
     return result
 
 
 def variants(experts: int) -> int:
-    """Three launches, with options and without; two more dtypes."""
-    return experts * 2 * 3 + 2 * 3
+    """One-shot's tiles and four launches, with options and without; two more dtypes."""
+    return (experts * 2 + 2) * (len(triton_sort.TUNING.tiles) + 4)
 
 
 def check_amd(results: Results, target: str) -> None:
@@ -61,6 +64,7 @@ def check_amd(results: Results, target: str) -> None:
         assert result["architecture"] == target, name
         assert result["wavefront"] == 64, name
         assert result["vgpr"] <= AMD_VECTOR_REGISTERS, name
+        assert result["num_warps"] <= AMD_WAVES, name
         spilled = [result[key] for key in ("vgpr_spills", "sgpr_spills", "scratch_bytes")]
         assert spilled == [0, 0, 0], name
         assert result["static_lds_bytes"] + result["shared_bytes"] <= AMD_SHARED_MEMORY, name
@@ -85,33 +89,45 @@ def test_the_recorded_registers_are_those_of_these_kernels(
     check_amd(results, target)
     if recorded["triton"] == triton.__version__:
         same = compiled[target].keys() & results.keys()
-        assert len(same) == 3 * 2 + 2 * 3  # those with 513 experts, and the dtypes
+        assert len(same) == variants(1)  # those with 513 experts, and the dtypes
         assert {name: compiled[target][name] for name in same} == {
             name: results[name] for name in same
         }
 
 
-def test_nvidia_cubins(compiled: dict[str, Results]) -> None:
-    assert len(compiled["sm_90"]) == variants(len(FEW_EXPERTS))
-    for name, result in compiled["sm_90"].items():
-        assert result["is_elf"], name
-        assert result["architecture"].startswith("sm_90"), name
+def launches(**case: Any) -> list[triton_sort.Launch]:
+    return [launch for launch, _ in record(**case)]
 
 
-def test_one_launch_against_two() -> None:
-    names = [kernel.__name__ for kernel, _, _ in record(experts=256)]
-    assert names == ["sort_kernel", "count_kernel", "sort_kernel"]
+def test_one_launch_against_two_or_three() -> None:
+    def names(tokens: int) -> list[str]:
+        return [launch.kernel.__name__ for launch in launches(experts=256, tokens=tokens)]
+
+    assert names(64) == ["one_shot_kernel", "count_kernel", "place_kernel"]
+    largest = triton_sort.TUNING.tiles[-1].entries
+    assert names(largest)[0] == "one_shot_kernel"
+    assert names(triton_sort.TUNING.many_entries)[-3:] == [
+        "count_kernel",
+        "scan_kernel",
+        "place_kernel",
+    ]
 
 
-def test_token_counts_never_compile() -> None:
+def test_a_token_count_compiles_no_more_than_its_tile() -> None:
     """A token count is neither in the key of what is compiled nor in what it is compiled for."""
-    keys = {variant for tokens in range(1, 300) for _, variant, _ in record(
+    entries = triton_sort.TUNING.tiles[-1].entries
+    keys = {launch.variant for tokens in range(1, entries, 7) for launch in launches(
         experts=256, tokens=tokens)}  # fmt: skip
-    assert len(keys) == 3
-    for kernel, _, args in record(experts=256, options=True):
-        for parameter, value in zip(kernel.params, args, strict=True):
+    assert len(keys) == len(triton_sort.TUNING.tiles) + 2
+    for launch, tensors in record(experts=256, options=True):
+        arguments = (*tensors, *launch.constants)
+        for parameter, value in zip(launch.kernel.params, arguments, strict=True):
             if isinstance(value, int) and not parameter.is_constexpr:
                 assert parameter.do_not_specialize, parameter.name
+
+
+def test_where_experts_are_not_counted_their_number_compiles_nothing() -> None:
+    assert launches(experts=8, tokens=8)[0].variant == launches(experts=1000, tokens=8)[0].variant
 
 
 @pytest.mark.parametrize(
@@ -120,7 +136,7 @@ def test_token_counts_never_compile() -> None:
         {"experts": 257},
         {"experts": 256, "options": True},
         {"experts": 256, "dtype": torch.float32},
-        {"experts": 256, "tokens": 64, "model_dim": 1 << 24},  # 2 GiB of bfloat16
+        {"experts": 256, "model_dim": 1 << 24},  # 2 GiB of bfloat16
     ],
 )
 def test_what_is_compiled_apart_has_a_key_of_its_own(
@@ -133,5 +149,5 @@ def test_what_is_compiled_apart_has_a_key_of_its_own(
         return real(1, **options) if size and isinstance(size[0], tuple) else real(*size, **options)
 
     monkeypatch.setattr(torch, "empty", small)
-    plain = {variant for _, variant, _ in record(experts=256)}
-    assert plain.isdisjoint({variant for _, variant, _ in record(**other)})
+    plain = {launch.variant for launch in launches(experts=256, tokens=64)}
+    assert plain.isdisjoint({launch.variant for launch in launches(tokens=64, **other)})

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ def cases() -> dict[str, dict[str, object]]:
         "no tokens": {"tokens": 0},
         "one token": {"tokens": 1, "topk": 8},
         "every slot": {"topk": 16, "tokens": 9},
+        "topk 22": {"topk": 22, "experts": 512, "tokens": 30},
+        "topk 32": {"topk": 32, "tokens": 9},
+        "hundreds of entries in one tile": {"experts": 385, "tokens": 60, "mask": "half"},
         "two experts": {"experts": 8, "topk": 2, "tokens": 130},
         "bins exactly full": {"experts": 256, "topk": 8, "tokens": 16},
         "one expert too many for the bins": {"experts": 257, "topk": 9},
@@ -116,6 +120,21 @@ def test_example_written_by_hand(problems: dict[str, list[str]]) -> None:
     assert problems["example"] == []
 
 
+def test_our_sorts_are_offered_without_loading_triton() -> None:
+    code = """
+import sys
+from types import SimpleNamespace
+
+from adaptive_moe.kernels.ours import sorts
+
+live = SimpleNamespace(device=SimpleNamespace(type="cuda"), rounded=True, num_outputs=5)
+print([sort.name for sort in sorts(live, SimpleNamespace(block_size=32))])
+print("triton" in sys.modules)
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.splitlines() == ["['triton one-shot', 'triton multi-phase']", "False"]
+
+
 def valid_arguments() -> dict[str, object]:
     return {
         "topk_ids": torch.zeros(4, 2, dtype=torch.int32),
@@ -140,6 +159,15 @@ def valid_arguments() -> dict[str, object]:
         ({"moebuf_dtype": torch.int8}, ["torch.int8", "bfloat16, float16 and float32"]),
         ({"expert_mask": torch.ones(7, dtype=torch.int32)}, ["expert_mask", "7 elements"]),
         ({"expert_mask": torch.ones(8, dtype=torch.bool)}, ["expert_mask is torch.bool"]),
+        ({"num_local_tokens": torch.ones(1).long()}, ["num_local_tokens is torch.int64"]),
+        (
+            {
+                "topk_ids": torch.zeros(4, 33).int(),
+                "topk_weights": torch.zeros(4, 33),
+                "num_experts": 64,
+            },
+            ["[4, 33] for 64 experts", "1 to 32"],
+        ),
     ],
 )
 def test_bad_input_is_named(change: dict[str, object], words: list[str]) -> None:
@@ -170,27 +198,29 @@ def test_policy_zero_asks_what_fits(num_tokens: int, num_experts: int, policy: i
 
 def run_cases() -> dict[str, list[str]]:
     from adaptive_moe.kernels import triton_sort
+    from adaptive_moe.kernels.triton_sort import Tile
 
     # An interpreted program takes its time, idle or not: few that pad and few that zero.
-    usual: dict[str, object] = {"PADS": 3, "FEW_FILLS": 2}
-    usual = {
-        name: getattr(triton_sort, name) for name in dir(triton_sort) if name.isupper()
-    } | usual
-    small: dict[str, object] = {
-        "ONE_SHOT_FEW_BINS": (16, 32),
-        "ONE_SHOT_MANY_BINS": (16, 32),
-        "MULTI_PHASE": (16, 32),
-        "MAX_CHUNKS": 5,
-        "MAX_ROWS": 2,
-        "MANY_TILES": 1,
-        "MAX_FILLS": 3,
-    }
+    usual = replace(triton_sort.TUNING, pads=3, few_fills=2)
+    small = replace(
+        usual,
+        tiles=(Tile(16, 16, 16, 1), Tile(32, 32, 16, 1), Tile(4096, 32, 16, 1)),
+        chunk=16,
+        max_chunks=5,
+        max_rows=2,
+        many_entries=300,
+        many_chunks=4,
+        count_tile=32,
+        many_tiles=1,
+        max_fills=3,
+        local_fills=2,
+    )
     found = {}
     for name, case in cases().items():
-        vars(triton_sort).update({**usual, **small} if case.get("small") else usual)
+        triton_sort.TUNING = small if case.get("small") else usual
+        triton_sort._bound.clear()
         for policy in [policy for other, policy in sorts() if other == name]:
             found[f"{name}/{policy}"] = run_case(case, policy, triton_sort.moe_sorting)
-    vars(triton_sort).update(usual)
     found["example"] = example()
     return found
 
@@ -224,8 +254,9 @@ def route(
 def run_case(
     case: dict[str, object], policy: int, moe_sorting: Callable[..., tuple[torch.Tensor, ...]]
 ) -> list[str]:
-    from adaptive_moe.kernels.contract import SortingInputs, check_contract
+    from adaptive_moe.kernels.contract import SortingInputs
     from calibration.exact_memory import guarded_memory
+    from calibration.sort_contract import check_contract
 
     plain = {"tokens": 61, "topk": 4, "experts": 33, "block": 32, "dim": 40, "dtype": "bfloat16"}
     full: dict[str, object] = {**plain, "routing": "uniform", "mask": None, "local": None, **case}
