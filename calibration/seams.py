@@ -12,7 +12,7 @@ import torch
 from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels import Candidate, KernelUnavailableError, SortKernel, load_kernel
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
-from adaptive_moe.kernels.contract import SortingInputs, differences_from, expected
+from adaptive_moe.kernels.contract import SortingInputs, compare, differences, expected
 from adaptive_moe.kernels.sorts import GROUPS
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.settings import Mode, Settings
@@ -141,7 +141,8 @@ def without_wrong(kernel: SortKernel, inputs: SortingInputs) -> tuple[SortKernel
     answer = expected(kernel.baseline.bind(inputs)())
     for candidate in kernel.candidates[1:]:
         try:
-            problems = differences_from(answer, candidate.bind(inputs)(), inputs)
+            outputs = candidate.bind(inputs)()
+            (problems,) = differences([compare(answer, outputs, inputs)])
         except Exception as error:
             problems = [f"{type(error).__name__}: {error}"]
         if problems:

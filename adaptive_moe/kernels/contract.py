@@ -129,19 +129,51 @@ def expected(outputs: Sequence[Tensor]) -> Expected:
     return Expected(ids, weights, experts, valid, buffer, _dirty_rows(moe_buf), tuple(others))
 
 
-def differences_from(
-    right: Expected, outputs: Sequence[Tensor], inputs: SortingInputs
-) -> list[str]:
-    """In what the outputs differ from the baseline's, one sentence each; empty where a consumer
-    reads the same.
+@dataclass(frozen=True)
+class Comparison:
+    """One sort's outputs beside the baseline's, as far as it is known without waiting.
+
+    problems  sentences that the host can say already
+    words     on the device, int32: num_valid_ids of both, and a flag for each of `flags`; None
+              where there are problems
+    flags     what each flag means
+    """
+
+    problems: tuple[str, ...]
+    words: Tensor | None = None
+    flags: tuple[str, ...] = ()
+
+
+def differences(comparisons: Sequence[Comparison]) -> list[list[str]]:
+    """In what each differs from the baseline, one sentence each; empty where a consumer reads the
+    same. Waits for the device once, for all of them."""
+    waiting = [c.words for c in comparisons if c.words is not None]
+    numbers = iter(torch.cat(waiting).tolist() if waiting else ())
+    found = []
+    for one in comparisons:
+        if one.words is None:
+            found.append(list(one.problems))
+            continue
+        ours, theirs = ([next(numbers), next(numbers)] for _ in range(2))
+        wrong = [problem for problem in one.flags if next(numbers)]
+        if ours != theirs:
+            wrong = [f"num_valid_ids is {ours}, the baseline's {theirs}"]
+        found.append(wrong)
+    return found
+
+
+def compare(right: Expected, outputs: Sequence[Tensor], inputs: SortingInputs) -> Comparison:
+    """Compare what a consumer reads of a sort's outputs with the baseline's, without waiting.
 
     Compared are both counts of num_valid_ids, the entries before the first of them, their weights
     and their blocks' experts, and of moe_buf and what follows it the rows that are real. Padding
-    entries only have to be padding, and buffers only long enough. Waits for the device once.
+    entries only have to be padding, and buffers only long enough.
     """
     number = 5 + len(right.others)
     if not isinstance(outputs, tuple | list) or len(outputs) != number:
-        return [f"returned {_kind(outputs)}, where the baseline returns {number} outputs"]
+        return Comparison(
+            (f"returned {_kind(outputs)}, where the baseline returns {number} outputs",)
+        )
     ids, weights, experts, valid, moe_buf, *others = outputs
     problems = [
         f"{name} is {ours.dtype} {list(ours.shape)}, the baseline's {theirs.dtype} "
@@ -168,7 +200,7 @@ def differences_from(
         if not output.is_contiguous()
     ]
     if problems:
-        return problems
+        return Comparison(tuple(problems))
 
     # On the device, up to counts that only it knows.
     total, real = right.num_valid_ids[0], right.num_valid_ids[1]
@@ -193,10 +225,7 @@ def differences_from(
         differ[f"output {number} has other content"] = _of_rows(ours != theirs, row < real)
     flags = torch.stack([one.any() for one in differ.values()]).int()
     words = torch.cat((valid[:2], right.num_valid_ids[:2], flags))
-    ours0, ours1, theirs0, theirs1, *wrong = words.tolist()
-    if (ours0, ours1) != (theirs0, theirs1):
-        return [f"num_valid_ids is {[ours0, ours1]}, the baseline's {[theirs0, theirs1]}"]
-    return [problem for problem, is_wrong in zip(differ, wrong, strict=True) if is_wrong]
+    return Comparison((), words, tuple(differ))
 
 
 def _dirty_rows(moe_buf: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 from adaptive_moe.kernels import Candidate
 from adaptive_moe.kernels.contract import (
+    Comparison,
     SortingInputs,
-    differences_from,
+    compare,
+    differences,
     expected,
     poisoned_memory,
 )
@@ -143,35 +145,40 @@ def check(
     """Compare each candidate with the baseline, the first, on each of these inputs.
 
     The baseline defines right. All run on poisoned memory, so that an output left unwritten shows.
-    This is also each candidate's first call, in which kernels may compile: never timed.
-    Raises CalibrationFailedError where the baseline raises.
+    This is also each candidate's first call, in which kernels may compile: never timed. Waits for
+    the device once. Raises CalibrationFailedError where the baseline raises.
     """
     baseline = candidates[0]
+    compared: list[tuple[str, Comparison]] = []
     for one in inputs:
         others = [c for c in candidates[1:] if c.name not in exclusions.by_name]
         if not others:
-            return
+            break
         try:
             with poisoned_memory():
                 right = expected(baseline.bind(one)())
         # Whatever the baseline raises: without it nothing can be said.
         except Exception as error:
-            exclusion = Exclusion(baseline.name, wrong=False, reason=f"raised {short(error)}")
-            exclusions.add(exclusion, num_tokens)
+            _exclude(exclusions, baseline.name, error, num_tokens)
+            return
         for candidate in others:
             try:
                 with poisoned_memory():
                     outputs = candidate.bind(one)()
-                problems = differences_from(right, outputs, one)
+                compared.append((candidate.name, compare(right, outputs, one)))
                 del outputs  # moe_buf is as large as the batch's activations
             # A candidate may fail in any way its kernel likes; that only costs it the candidacy.
             except Exception as error:
-                reason = f"raised {short(error)}"
-                exclusions.add(Exclusion(candidate.name, wrong=False, reason=reason), num_tokens)
-                continue
-            if problems:
-                reason = "; ".join(problems)
-                exclusions.add(Exclusion(candidate.name, wrong=True, reason=reason), num_tokens)
+                _exclude(exclusions, candidate.name, error, num_tokens)
+    try:
+        found = differences([comparison for _, comparison in compared])
+    # What a kernel did wrong may be said only when the device is waited for, and by no name.
+    except Exception as error:
+        _exclude(exclusions, baseline.name, error, num_tokens)
+        return
+    for (name, _), problems in zip(compared, found, strict=True):
+        if problems:
+            exclusions.add(Exclusion(name, wrong=True, reason="; ".join(problems)), num_tokens)
 
 
 def measure(
@@ -265,7 +272,7 @@ def _prepare(
         try:
             samplers[name] = bench.clock.prepare(calls, call_us)
         except Exception as error:
-            _exclude(bench, name, error, num_tokens)
+            _exclude(bench.exclusions, name, error, num_tokens)
     return samplers
 
 
@@ -361,7 +368,7 @@ def _enqueue(
     try:
         return samplers[name]()
     except Exception as error:
-        _exclude(bench, name, error, num_tokens)
+        _exclude(bench.exclusions, name, error, num_tokens)
         return None
 
 
@@ -371,12 +378,12 @@ def _wait(bench: Bench, name: str, wait: Pending | None, num_tokens: int) -> Sam
     try:
         sample = wait()
     except Exception as error:
-        _exclude(bench, name, error, num_tokens)
+        _exclude(bench.exclusions, name, error, num_tokens)
         return None
     host_us = None if sample.host_us is None else max(sample.host_us, LEAST_US)
     return Sample(max(sample.device_us, LEAST_US), host_us)
 
 
-def _exclude(bench: Bench, name: str, error: Exception, num_tokens: int) -> None:
+def _exclude(exclusions: Exclusions, name: str, error: Exception, num_tokens: int) -> None:
     reason = f"raised {short(error)}"
-    bench.exclusions.add(Exclusion(name, wrong=False, reason=reason), num_tokens)
+    exclusions.add(Exclusion(name, wrong=False, reason=reason), num_tokens)

@@ -10,7 +10,8 @@ import torch
 from adaptive_moe.kernels import cpu_sort
 from adaptive_moe.kernels.contract import (
     SortingInputs,
-    differences_from,
+    compare,
+    differences,
     expected,
     poisoned_memory,
 )
@@ -22,6 +23,11 @@ PADDING = TOPK << 24
 
 # Six tokens of two experts each; expert 3 has a single entry, every group has padding.
 IDS = [[0, 1], [0, 2], [1, 2], [0, 1], [2, 1], [3, 0]]
+
+
+def differences_of(right, outputs, inputs):
+    (found,) = differences([compare(right, outputs, inputs)])
+    return found
 
 
 def plain() -> SortingInputs:
@@ -55,7 +61,7 @@ def problems_of(inputs: SortingInputs, outputs: Outputs) -> tuple[list[str], lis
     """By the checker, and by the comparison with right outputs."""
     return (
         check_contract(inputs, tuple(outputs)),
-        differences_from(expected(right(inputs)), outputs, inputs),
+        differences_of(expected(right(inputs)), outputs, inputs),
     )
 
 
@@ -212,21 +218,21 @@ def test_a_planted_defect_is_named(
 ) -> None:
     outputs = right(inputs)
     defect(outputs)
-    problems, differences = problems_of(inputs, outputs)
+    problems, found = problems_of(inputs, outputs)
     assert any(DEFECTS[defect] in problem for problem in problems), problems
     part = next(
         (name for name in ("moe_buf", "num_valid_ids", "weight") if name in DEFECTS[defect]),
         "sorted",
     )
-    assert any(part in difference for difference in differences), differences
+    assert any(part in difference for difference in found), found
 
 
 @pytest.mark.parametrize("place", range(5))
 def test_an_output_that_is_not_contiguous_is_another(inputs: SortingInputs, place: int) -> None:
     outputs = right(inputs)
     outputs[place] = torch.stack([outputs[place]] * 2, -1)[..., 0]
-    differences = differences_from(expected(right(inputs)), outputs, inputs)
-    assert differences == [f"output {place + 1} is not contiguous"]
+    found = differences_of(expected(right(inputs)), outputs, inputs)
+    assert found == [f"output {place + 1} is not contiguous"]
 
 
 @pytest.mark.parametrize(("row", "seen"), [(0, True), (3, True), (4, False), (5, False)])
@@ -234,15 +240,15 @@ def test_local_ids_are_compared_in_real_rows(row: int, seen: bool) -> None:
     inputs = padded()
     ids = torch.tensor(IDS, dtype=torch.int32)
     baseline = expected([*right(inputs), ids])
-    assert differences_from(baseline, [*right(inputs), ids.clone()], inputs) == []
+    assert differences_of(baseline, [*right(inputs), ids.clone()], inputs) == []
     changed = ids.clone()
     changed[row, 1] += 1
-    differences = differences_from(baseline, [*right(inputs), changed], inputs)
-    assert differences == (["output 6 has other content"] if seen else [])
-    assert differences_from(baseline, right(inputs), inputs) == [
+    found = differences_of(baseline, [*right(inputs), changed], inputs)
+    assert found == (["output 6 has other content"] if seen else [])
+    assert differences_of(baseline, right(inputs), inputs) == [
         "returned list of 5, where the baseline returns 6 outputs"
     ]
-    (shape,) = differences_from(baseline, [*right(inputs), ids[:4]], inputs)
+    (shape,) = differences_of(baseline, [*right(inputs), ids[:4]], inputs)
     assert "output 6 is torch.int32 [4, 2]" in shape
 
 
@@ -258,7 +264,7 @@ def test_the_comparison_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatc
             return kept(tensor, *args)
 
         monkeypatch.setattr(torch.Tensor, name, waiting)
-    assert differences_from(baseline, [*outputs, inputs.topk_ids], inputs) == []
+    assert differences_of(baseline, [*outputs, inputs.topk_ids], inputs) == []
     assert waits == ["tolist"]
 
 

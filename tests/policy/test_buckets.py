@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from adaptive_moe.policy.buckets import bucket_of, first_buckets, halfway
 from adaptive_moe.policy.coverage import Situation
-from tests.tables import make_table
+from adaptive_moe.policy.table import PolicyTable
+from tests.tables import make_evidence, winning
 
 quick = settings(max_examples=100)
 counts = st.sets(st.integers(1, 300), min_size=1, max_size=12).map(sorted)
@@ -28,7 +29,8 @@ def test_lookup_reads_the_candidate_of_the_bucket_that_tuning_mapped_to(
     buckets: list[int], data: st.DataObject
 ) -> None:
     chosen = data.draw(st.lists(st.integers(0, 2), min_size=len(buckets), max_size=len(buckets)))
-    table = make_table(dict(zip(buckets, chosen, strict=True)))
+    measured = [winning(n, index) for n, index in zip(buckets, chosen, strict=True)]
+    table = PolicyTable(make_evidence(measured))
     for num_tokens in range(1, buckets[-1] + 1):
         served_by = bucket_of(num_tokens, buckets)
         if buckets[served_by] == num_tokens:

@@ -88,7 +88,7 @@ def test_what_raised_may_pass_and_what_was_wrong_stays_wrong():
 
 
 def test_the_choice_of_a_count_is_that_of_the_bucket_at_or_above_it():
-    table = make_table({8: 1, 64: 2})
+    table = PolicyTable(make_evidence([winning(8, 1), winning(64, 2)]))
     assert table.choice_at(9, Situation.EAGER).num_tokens == 64
     assert table.choice_at(65, Situation.EAGER) is None
     assert table.choice_at(8, Situation.GRAPH) is None
