@@ -143,7 +143,9 @@ def _extras(seen: SortCall) -> str:
         if isinstance(value, Buffer):
             words.append(f"{name}=given")
         elif name not in KNOWN and value is not None:
-            words.append(f"{name}={value}")
+            text = str(value)
+            # An address is another one at each start, and would be a table of its own.
+            words.append(f"{name}={type(value).__name__ if ' at 0x' in text else text}")
     return ",".join(words)
 
 

@@ -1,8 +1,6 @@
 """A call of AITER's sort as it was seen: what tells it from others, and how to make it again."""
 
 import contextvars
-import enum
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -161,29 +159,3 @@ class SortCall:
                 # Its own work on that stream comes first, as it does for the calls.
                 stack.enter_context(torch.cuda.stream(self.stream))
             return function(*args, **kwargs)
-
-    def context_values(self) -> str:
-        """The caller's ContextVars that hold a plain value, `name=value` by name: what of them a
-        table can be told apart by."""
-        values = {
-            variable.name: value
-            for variable, value in self.context.items()
-            if isinstance(value, bool | int | str | enum.Enum) and not _is_torchs(variable)
-        }
-        return ",".join(f"{name}={values[name]}" for name in sorted(values))
-
-
-def _is_torchs(variable: "contextvars.ContextVar[Any]") -> bool:
-    """Settings of torch's compiler are ContextVars too, and differ from one start to the next; no
-    sort reads them. They are named after their module, or mean nothing until they are set."""
-    if variable.name.startswith("torch."):
-        return True
-    unset = getattr(sys.modules.get("torch.utils._config_module"), "_UNSET_SENTINEL", None)
-    return unset is not None and _default(variable) is unset
-
-
-def _default(variable: "contextvars.ContextVar[Any]") -> Any:
-    try:
-        return contextvars.Context().run(variable.get)
-    except LookupError:
-        return None

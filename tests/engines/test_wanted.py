@@ -241,6 +241,20 @@ def test_decode_and_prefill_of_one_layer_are_one_table_a_block():
     assert next(o for o in wanted if o.key.block_size == 128).coverage.eager == ((1025, 4096),)
 
 
+def test_later_arguments_tell_tables_apart_by_value_and_not_by_address():
+    """Else each start would have a table of its own."""
+    by_extras = [
+        coverages(hook_with(seen_call(8, extras={"order": order}, **GPU)), Batches(64))[0]
+        for order in ("rising", 7, object(), object())
+    ]
+    assert [one.coverage.extras for (one,) in by_extras] == [
+        "order=rising",
+        "order=7",
+        "order=object",
+        "order=object",
+    ]
+
+
 # Later warm-ups
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import enum
 import gc
 import weakref
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.settings import Mode, Settings
 from adaptive_moe.shape import SortingShape
 from tests.aiter_standin.load import load_aiter
-from tests.engines.seen import seen_call
 from tests.hook.hooking import (
     KEY,
     batch,
@@ -192,10 +190,6 @@ def test_an_engines_shapes_and_tables_go_when_it_is_gone(aiter, caplog):
 LAYER = contextvars.ContextVar("layer", default="none")
 
 
-class Format(enum.Enum):
-    MXFP4 = 4
-
-
 def seen_in(module, call):
     """The SortCall of a call made within a context of its own."""
     hook = installed(module)
@@ -264,27 +258,6 @@ def test_a_call_on_a_gpu_is_made_again_on_its_device_and_stream(monkeypatch):
     assert within == []
 
 
-def test_what_contexts_say_in_plain_values_is_named_in_order():
-    number, text, thing, kind, switch = (
-        contextvars.ContextVar(name) for name in ("number", "a text", "thing", "kind", "switch")
-    )
-    module = seam_of(policy_of)
-
-    def call():
-        number.set(3)
-        text.set("fp4")
-        thing.set(torch.zeros(3))
-        kind.set(Format.MXFP4)
-        switch.set(True)
-        module.moe_sorting(*sort_arguments(8))
-
-    def run():
-        return seen_in(module, call)[1]
-
-    seen = contextvars.Context().run(run)
-    assert seen.context_values() == "a text=fp4,kind=Format.MXFP4,number=3,switch=True"
-
-
 def test_a_measured_call_passes_what_the_seen_one_passed():
     passed = []
     later = {"return_local_topk_ids": False, "accumulate": True, "order": "rising", "output": None}
@@ -331,19 +304,3 @@ def test_a_kernel_needs_the_hook_in_place(aiter):
         hook.kernel(hook.seen[KEY], KEY, COVERAGE)
     says = "adaptive_moe is not active in this process: install() it first"
     assert str(refused.value) == says
-
-
-def test_settings_of_torchs_compiler_tell_no_calls_apart():
-    """vLLM runs its model under some of them, and a calibration before its start does not."""
-    import torch._inductor.config as inductor
-
-    ours = contextvars.ContextVar("ours")
-
-    def seen_context():
-        ours.set(1)
-        with inductor.patch(graph_partition=True):
-            return contextvars.copy_context()
-
-    context = contextvars.Context().run(seen_context)
-    assert len(context) > 1
-    assert seen_call(context=context).context_values() == "ours=1"
