@@ -130,9 +130,12 @@ def test_the_examples_run_on_the_stand_in(shell, tmp_path):
     said = shell(f"{script} tables {sys.executable} plain.py", **on_standin)
     assert "8 experts, topk 2, dim 64, bfloat16, block 32, up to 64 tokens; aiter" in said
     shell("mkdir elsewhere && tar -xzf tables.tar.gz -C elsewhere")
-    copied = str(tmp_path / "elsewhere" / "tables")
-    again = shell(f"{sys.executable} plain.py", **on_standin, ADAPTIVE_MOE_CACHE_DIR=copied)
-    assert "bfloat16, block 32 stored" in again
+    copied = tmp_path / "elsewhere" / "tables"
+    (name,) = (path.name for path in copied.iterdir())
+    again = shell(f"{sys.executable} plain.py", **on_standin, ADAPTIVE_MOE_CACHE_DIR=str(copied))
+    # A busy machine leaves counts unsettled, and then the stored table is measured further.
+    assert re.search("bfloat16, block 32 (stored|measured)", again)
+    assert [path.name for path in copied.iterdir()] == [name]
 
 
 def test_make_targets_and_files_that_the_papers_name_exist():

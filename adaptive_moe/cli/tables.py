@@ -6,55 +6,21 @@
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from adaptive_moe.cli import output
 from adaptive_moe.cli.options import UsageError, cache_folder_here
-from adaptive_moe.models import ModelError, find_model
+from adaptive_moe.cli.selection import Found, all_in, select, start_of
 from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.savings import savings
-from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.report.explain import explain, is_for
 from adaptive_moe.report.page import page
 from adaptive_moe.report.plot import draw, inline_svg, plot_format
 from adaptive_moe.report.text import advice, result_line, settled_words, table_lines
-from adaptive_moe.report.words import calls_words, plural, title_words, where_words
-from adaptive_moe.store.folder import read_file, stored_files
-from adaptive_moe.store.text import StoredTable, read_any, to_text
-
-
-@dataclass(frozen=True)
-class Found:
-    """A table, and the file it was read from."""
-
-    stored: StoredTable
-    path: Path
-
-    @property
-    def table(self) -> PolicyTable:
-        return self.stored.table
-
-    @property
-    def engine(self) -> str:
-        return self.stored.request.engine
-
-    def describe(self) -> str:
-        """One line: what the table is for, and on what it was measured."""
-        evidence = self.table.evidence
-        return f"{calls_words(evidence.coverage)}; {where_words(evidence)}, for {self.engine}"
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Tables, and in words where they come from. unusable: files without one, and why."""
-
-    tables: tuple[Found, ...]
-    where: str
-    unusable: tuple[tuple[Path, str], ...] = ()
-
+from adaptive_moe.report.words import plural, title_words
+from adaptive_moe.store.text import to_text
 
 # list
 
@@ -65,7 +31,7 @@ def options_of_list(parser: argparse.ArgumentParser) -> None:
 
 def run_list(args: argparse.Namespace) -> int:
     folder = cache_folder_here()
-    selection = _all_in(folder) if args.table is None else select(args.table)
+    selection = all_in(folder) if args.table is None else select(args.table)
     lines = []
     for found in selection.tables:
         measured = f"{settled_words(found.table)}; measured {found.table.evidence.created}"
@@ -192,7 +158,7 @@ def run_page(args: argparse.Namespace) -> int:
     output.check_place(args.output)
     selection = select(args.table)
     if args.table is None:
-        selection = _start_of(selection.tables[0])
+        selection = start_of(selection.tables[0])
     tables = [found.table for found in selection.tables]
     plots, missing = [], None
     try:
@@ -208,44 +174,6 @@ def run_page(args: argparse.Namespace) -> int:
     return 0
 
 
-# which tables
-
-
-def select(table: str | None) -> Selection:
-    """The tables that --table names; without it, those of the newest file of the cache folder.
-
-    Raises ValueError saying what to do where that is nothing.
-    """
-    folder = cache_folder_here()
-    if table is None:
-        path = max(stored_files(folder), key=_written, default=None)
-        if path is None:
-            raise UsageError(
-                f"nothing is kept in {folder}: run `adaptive-moe calibrate`, or give --table FILE"
-            )
-        return Selection(tuple(_read(path)), f"{path}, the newest")
-    path = Path(table)
-    if path.is_dir():
-        selection = _all_in(path)
-        if not selection.tables:
-            raise UsageError(f"{path} holds no usable table: give another folder, or a file")
-        return selection
-    if path.is_file():
-        return Selection(tuple(_read(path)), str(path))
-    if path.is_absolute() or (path.suffix == ".json" and path.parent != Path(".")):
-        raise UsageError(f"{path} does not exist: give a file, or part of a name in {folder}")
-    paths = [path for path in stored_files(folder) if table.lower() in path.name]
-    paths = paths or _of_model(folder, table)
-    if not paths:
-        raise UsageError(
-            f"--table={table!r} is no file, no part of a name in {folder} and no model with a "
-            "table there: `adaptive-moe list` prints what is kept"
-        )
-    tables = tuple(found for path in paths for found in _read(path))
-    where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files of {folder}"
-    return Selection(tables, where)
-
-
 def _add_table_and_json(parser: argparse.ArgumentParser, default: str = "the newest") -> None:
     parser.add_argument(
         "--table",
@@ -253,54 +181,3 @@ def _add_table_and_json(parser: argparse.ArgumentParser, default: str = "the new
         help=f"a folder, a stored or report file, part of a stored name, or a model [{default}]",
     )
     output.add_json(parser)
-
-
-def _all_in(folder: Path) -> Selection:
-    """Every stored file of a folder, by name."""
-    tables, unusable = [], []
-    for path in stored_files(folder):
-        try:
-            found = Found(read_file(path), path)
-            name = f"{found.stored.key.name}.json"
-            if name != path.name:
-                raise ValueError(f"its content belongs into {name}")
-            found.table  # noqa: B018  raises where the evidence is not whole
-            tables.append(found)
-        except (OSError, ValueError) as error:
-            unusable.append((path, getattr(error, "strerror", None) or str(error)))
-    return Selection(tuple(tables), str(folder), tuple(unusable))
-
-
-def _start_of(latest: Found) -> Selection:
-    """The tables that were kept for the same engine, kernel and machine as this one."""
-
-    def origin(found: Found) -> tuple[Any, ...]:
-        return found.engine, found.table.evidence.kernel, found.table.evidence.environment
-
-    folder = latest.path.parent
-    tables = tuple(f for f in _all_in(folder).tables if origin(f) == origin(latest))
-    return Selection(tables, f"{folder}, {latest.engine}")
-
-
-def _read(path: Path) -> Iterator[Found]:
-    """The tables of one file."""
-    return (Found(stored, path) for stored in read_any(path))
-
-
-def _written(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:  # removed meanwhile
-        return 0.0
-
-
-def _of_model(folder: Path, name: str) -> list[Path]:
-    """Stored tables of a known model's sort, with and without its shared experts."""
-    try:
-        models = [find_model(name)]
-    except ModelError:
-        return []
-    if models[0].shared_experts:
-        models.append(models[0].fused())
-    wanted = [f"{m.num_experts}x{m.topk}-{m.model_dim}-" for m in models]
-    return [path for path in stored_files(folder) if path.name.startswith(tuple(wanted))]
