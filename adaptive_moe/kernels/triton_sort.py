@@ -153,9 +153,8 @@ def _launch(launch: Launch, tensors: tuple[torch.Tensor | None, ...]) -> None:
             compiled = launch.kernel[(max(1, launch.programs),)](
                 *tensors, *launch.constants, num_warps=launch.num_warps
             )
-            # Under TRITON_INTERPRET=1 there is nothing compiled to keep.
-            if compiled is not None:
-                _compiled[launch.variant] = compiled
+            # Under TRITON_INTERPRET=1 that is None, and launched so again.
+            _compiled[launch.variant] = compiled
             return
         run = launch.run = compiled[(launch.programs, 1, 1)]
     assert tensors[0] is not None
