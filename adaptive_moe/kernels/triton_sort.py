@@ -104,6 +104,8 @@ TUNING = Tuning()
 class Launch:
     """One launch, but for the tensors of a call.
 
+    programs   how many; none where it is only to be compiled, with constants for which the kernel
+               finds nothing to do
     variant    tells apart what the kernel is compiled for
     constants  the arguments after the tensors
     run        launches it, once it is compiled
@@ -119,7 +121,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Bound:
-    """What is constant for calls of one kind and token count. `counts`: size of the workspace."""
+    """What is constant for calls of one kind and token count.
+
+    counts  size of the workspace
+    ahead   kernels for fewer entries: compiled with the first such call, as a stored table is
+            checked at its smallest and largest count only, and a capture must not compile
+    """
 
     length: int
     blocks: int
@@ -128,6 +135,7 @@ class _Bound:
     counts: int = 0
     count: Launch | None = None
     scan: Launch | None = None
+    ahead: tuple[Launch, ...] = ()
 
 
 _bound: dict[tuple[object, ...], _Bound] = {}
@@ -142,12 +150,11 @@ def _launch(launch: Launch, tensors: tuple[torch.Tensor | None, ...]) -> None:
     if run is None:
         compiled = _compiled.get(launch.variant)
         if compiled is None:
-            compiled = launch.kernel[(launch.programs,)](
+            compiled = launch.kernel[(max(1, launch.programs),)](
                 *tensors, *launch.constants, num_warps=launch.num_warps
             )
-            # Under TRITON_INTERPRET=1 there is nothing compiled to keep.
-            if compiled is not None:
-                _compiled[launch.variant] = compiled
+            # Under TRITON_INTERPRET=1 that is None, and launched so again.
+            _compiled[launch.variant] = compiled
             return
         run = launch.run = compiled[(launch.programs, 1, 1)]
     assert tensors[0] is not None
@@ -201,8 +208,8 @@ def moe_sorting(
         itself (`accumulate=False`) and no expert is hidden
 
     Nothing waits for the device, so a call can be captured into a graph. The first call of a kind
-    compiles, for one-shot the first with so many tokens that another tile is used: make such calls
-    before a capture.
+    compiles, and for one-shot also what sorts fewer tokens: before a capture, call each policy with
+    the fewest and the most tokens that it will have.
     """
     key = (
         topk_ids.shape, topk_weights.shape, topk_ids.dtype, topk_weights.dtype, topk_ids.device,
@@ -212,6 +219,7 @@ def moe_sorting(
         dispatch_policy, accumulate, rounded,
     )  # fmt: skip
     bound = _bound.get(key)
+    is_new = bound is None
     if bound is None or not (topk_ids.is_contiguous() and topk_weights.is_contiguous()):
         _check(topk_ids, topk_weights, num_experts, moebuf_dtype, block_size)
         _check_options(num_experts, expert_mask, num_local_tokens)
@@ -228,16 +236,21 @@ def moe_sorting(
     sorted_expert_ids, num_valid_ids = int32(bound.blocks), int32(2)
     moe_buf = torch.empty(bound.buffer, dtype=moebuf_dtype, device=topk_ids.device)
     outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
-    if bound.count is None:
-        _launch(bound.sort, (topk_ids, topk_weights, *outputs, expert_mask, num_local_tokens))
-    else:
+    one_shot: tuple[torch.Tensor | None, ...] = (
+        topk_ids, topk_weights, *outputs, expert_mask, num_local_tokens
+    )  # fmt: skip
+    sort = one_shot
+    if bound.count is not None:
         counts = int32(bound.counts)
         _launch(bound.count, (topk_ids, counts, moe_buf, num_local_tokens))
         if bound.scan is not None:
             _launch(bound.scan, (counts, moe_buf, num_local_tokens))
-        _launch(
-            bound.sort, (topk_ids, topk_weights, counts, *outputs, expert_mask, num_local_tokens)
-        )
+        sort = (topk_ids, topk_weights, counts, *outputs, expert_mask, num_local_tokens)
+    _launch(bound.sort, sort)
+    if is_new:
+        for launch in bound.ahead:
+            if launch.variant not in _compiled:
+                _launch(launch, sort if launch.kernel is place_kernel else one_shot)
     return outputs
 
 
@@ -275,21 +288,27 @@ def _bind(
     one_shot = dispatch_policy == 1 or (
         not dispatch_policy and num_tokens <= one_shot_tokens(num_experts)
     )
-    tile = next((tile for tile in tuning.tiles if entries <= tile.entries), None)
-    if one_shot and tile is not None:
+    ahead = []
+    for tile in tuning.tiles if one_shot else ():
         few = tile.chunk == tile.size
         # A few entries need bins only for the experts' indices among those of this rank.
         bins, more = _bins(num_experts)
         if few:
             bins, more = _all_bins(num_experts) if has_mask else 32, 0
-        chunks = max(1, -(-entries // tile.chunk))
-        sort = Launch(
-            one_shot_kernel, chunks + tuning.pads + fills(tiles), tile.num_warps,
-            ("one-shot", tile, bins, more, *variant),
-            (num_tokens, topk, num_experts, block_size, buffer[1], chunks, tuning.pads,
-             bins, more, few, tile.entries == tile.size, tile.size, tile.chunk, tuning.fill_tile),
+        name: tuple[object, ...] = ("one-shot", tile, bins, more, *variant)
+        is_one = tile.entries == tile.size
+        constants: tuple[int, ...] = (
+            bins, more, few, is_one, tile.size, tile.chunk, tuning.fill_tile
         )  # fmt: skip
-        return _Bound(length, blocks, buffer, sort)
+        if entries > tile.entries:
+            batch = (0, topk, num_experts, block_size, 0, 0, 0)
+            ahead.append(Launch(one_shot_kernel, 0, tile.num_warps, name, (*batch, *constants)))
+            continue
+        chunks = max(1, -(-entries // tile.chunk))
+        batch = (num_tokens, topk, num_experts, block_size, buffer[1], chunks, tuning.pads)
+        programs = chunks + tuning.pads + fills(tiles)
+        sort = Launch(one_shot_kernel, programs, tile.num_warps, name, (*batch, *constants))
+        return _Bound(length, blocks, buffer, sort, ahead=tuple(ahead))
 
     bins = _all_bins(num_experts)
     many = entries >= tuning.many_entries
@@ -299,6 +318,10 @@ def _bind(
     groups = -(-chunks // group)
     scan, scan_rows, ends = None, max(1, tuning.scan_tile // bins), (0, 0)
     if many:
+        nothing: tuple[int, ...] = (0, topk, num_experts, block_size, 0, 0, 1, 0, 0)
+        constants = (bins, tuning.chunk, tuning.count_tile, scan_rows, tuning.fill_tile)
+        name = ("place", bins, scan_rows, *variant)
+        ahead.append(Launch(place_kernel, 0, tuning.num_warps, name, (*nothing, *constants)))
         first = tiles // tuning.fill_shares[0]
         ends, scan_rows = (first, first + tiles // tuning.fill_shares[1]), 0
         part = min(bins, tuning.scan_tile // tuning.many_chunks)
@@ -319,7 +342,8 @@ def _bind(
         (num_tokens, topk, num_experts, block_size, buffer[1], chunks, group, tuning.pads, ends[1],
          bins, tuning.chunk, tuning.count_tile, scan_rows, tuning.fill_tile),
     )  # fmt: skip
-    return _Bound(length, blocks, buffer, place, (groups + 1) * bins, count, scan)
+    workspace = (groups + 1) * bins
+    return _Bound(length, blocks, buffer, place, workspace, count, scan, tuple(ahead))
 
 
 def _all_bins(num_experts: int) -> int:

@@ -126,6 +126,28 @@ def test_a_token_count_compiles_no_more_than_its_tile() -> None:
                 assert parameter.do_not_specialize, parameter.name
 
 
+@pytest.mark.parametrize("policy", [1, 2])
+@pytest.mark.parametrize("most", [100, 5000, 70000])
+def test_after_the_fewest_and_the_most_entries_no_number_compiles(
+    policy: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a stored table is checked, before a capture that must not compile."""
+    launched: list[triton_sort.Launch] = []
+    monkeypatch.setattr(triton_sort, "_launch", lambda launch, _: launched.append(launch))
+    monkeypatch.setattr(triton_sort, "_bound", {})
+
+    def variants_of(entries: int) -> set[tuple[object, ...]]:
+        launched.clear()
+        ids = torch.zeros(entries, 1, dtype=torch.int32)
+        triton_sort.moe_sorting(ids, ids.float(), 256, 8, torch.bfloat16, dispatch_policy=policy)
+        return {launch.variant for launch in launched}
+
+    known = variants_of(1) | variants_of(most)
+    for entries in (2, 16, 17, 33, 100, 129, 257, 4096, 4097, 65535, 65536, 70000):
+        if entries <= most:
+            assert variants_of(entries) <= known, entries
+
+
 def test_where_experts_are_not_counted_their_number_compiles_nothing() -> None:
     assert launches(experts=8, tokens=8)[0].variant == launches(experts=1000, tokens=8)[0].variant
 
