@@ -241,6 +241,22 @@ def test_calls_that_do_not_sort_by_policy_are_left_alone(aiter, option, mode):
     assert hook.seen == {}
 
 
+def test_calls_with_nothing_to_choose_do_not_leave_the_wrapper(aiter, monkeypatch):
+    """They are all that some models make: they must cost no more than the others."""
+
+    def unread(*arguments):
+        raise AssertionError("the slow path was taken")
+
+    hook = installed(aiter)
+    monkeypatch.setattr("adaptive_moe.hook.slow_path.read_key", unread)
+    aiter._moe_sorting_impl = lambda *args, **kwargs: None
+    aiter.moe_sorting(*sort_arguments(8), flat=True)
+    aiter.moe_sorting(*sort_arguments(8), output_aux="opus")
+    aiter.moe_sorting(*sort_arguments(0))
+    assert (hook.counts().passed, hook.counts().failed) == (3, 0)
+    hook.uninstall()
+
+
 def test_everything_but_the_policy_goes_through_untouched():
     received = {}
 
