@@ -55,12 +55,10 @@ def _ck_and_opus(seen: "SortCall") -> Iterator[OtherSort]:
     # Without that parameter it always accumulates, as then does whoever calls it.
     call = functools.partial(_implementation, implementation, takes_accumulate)
     if not seen.local_ids and has_ck(Path(seen.module.__file__ or "").parent):
-        ck = functools.partial(call, False, options)
-        yield OtherSort("ck", ck, "ck", takes_padding=False)
+        yield OtherSort("ck", functools.partial(call, False, options), "ck")
     # Where no function replaces it, Opus under policy 0 is AITER's default already.
     if seen.backend(0) != "opus" or standing is not implementation:
-        opus = functools.partial(call, True, options)
-        yield OtherSort("opus", opus, "opus", takes_padding=False)
+        yield OtherSort("opus", functools.partial(call, True, options), "opus")
 
 
 def _implementation(
@@ -103,7 +101,7 @@ def _flydsl(seen: "SortCall", shape: "SortingShape") -> Iterator[OtherSort]:
         return
     call = functools.partial(_sort_by_flydsl, kernels.moe_sorting_flydsl, seen.rounded)
     source = digest([file]) if file.is_file() else ""
-    yield OtherSort("flydsl", call, f"flydsl {source}", takes_padding=False)
+    yield OtherSort("flydsl", call, f"flydsl {source}")
 
 
 def _sort_by_flydsl(

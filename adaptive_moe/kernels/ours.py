@@ -30,7 +30,8 @@ def sorts(live: "SortCall", shape: "SortingShape") -> Iterator[OtherSort]:
     source = digest(sorted(Path(__file__).parent.glob("triton_*.py")))
     for name, policy in PHASES.items():
         call = functools.partial(_sort, policy, live.rounded)
-        yield OtherSort(name, call, f"{name} {source} triton {_triton_version()}")
+        identity = f"{name} {source} triton {_triton_version()}"
+        yield OtherSort(name, call, identity, takes_padding=True)
 
 
 def _sort(policy: int, rounded: bool, *leading: Any) -> Any:

@@ -75,7 +75,7 @@ class OtherSort:
     name: str
     call: Callable[..., Any]
     identity: str
-    takes_padding: bool = True
+    takes_padding: bool = False
 
 
 def offered(
