@@ -13,7 +13,7 @@ from adaptive_moe.shape import SortingShape
 from adaptive_moe.store.folder import Folder, stored_files
 from adaptive_moe.store.key import Request, key_of
 from adaptive_moe.store.text import read_any, report_text, to_text
-from tests.cli.running import SHAPE, SMALL, run
+from tests.cli.running import ROOT, SHAPE, SMALL, run
 from tests.store.making import REQUEST, made_table
 
 
@@ -271,6 +271,38 @@ def test_aiter_asked_for_by_name_where_there_is_none(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert "AITER is not installed" in done.stderr
     assert "run this where the engine serves" in done.stderr
+
+
+def test_aiter_is_measured_and_kept_for_no_engine(tmp_path):
+    """A plain measurement of a shape: an engine's start asks under its own name."""
+    shape = ["--experts", "8", "--topk", "2", "--hidden", "64", "--local-experts", "4"]
+    how = ["--kernel", "aiter", "--block-size", "64", "--max-tokens", "8", "--budget", "0.5"]
+    standin = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "aiter_standin")])
+    done = run("calibrate", *shape, *how, cache=tmp_path, PYTHONPATH=standin)
+    assert done.returncode == 0, done.stderr
+    assert "which is what engines sort with" in done.stdout
+    (path,) = stored_files(tmp_path)
+    assert f"written to {path}" in done.stdout
+    (stored,) = read_any(path)
+    found = stored.table.evidence
+    assert stored.request.engine == "no engine"
+    assert found.kernel.startswith("aiter 0.1.99 opus, ")
+    assert found.candidates == ("policy 0", "policy 1", "policy 2")
+    assert (found.coverage.shape.block_size, found.coverage.shape.local_experts) == (64, 4)
+
+
+def test_an_aiter_that_cannot_be_used_is_one_line(tmp_path):
+    package = tmp_path / "package" / "aiter"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('no GPU')")
+    (package / "fused_moe.py").write_text("# dispatch_policy")
+    path = os.pathsep.join([str(ROOT), str(package.parent)])
+    words = ["calibrate", "--model", "mixtral-8x7b", "--kernel", "aiter"]
+    done = run(*words, cache=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "adaptive-moe calibrate: aiter.fused_moe cannot be imported: no GPU"
+    )
 
 
 def test_without_anything_kept_the_next_step_is_named(tmp_path, monkeypatch, capsys):
