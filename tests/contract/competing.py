@@ -113,7 +113,7 @@ def start(engine: Engine, sorts: str, folder: Path) -> dict[str, Any]:
         "ADAPTIVE_MOE_SORTS": sorts,
         "ADAPTIVE_MOE_CACHE_DIR": str(folder),
         "ADAPTIVE_MOE_REPORT": f"{folder}.json",
-        "ADAPTIVE_MOE_BUDGET_S": "5",  # for a busy machine; it ends when settled
+        "ADAPTIVE_MOE_BUDGET_S": "30",  # for a busy machine; it ends when settled
         "ADAPTIVE_MOE_BUCKETS": "8,64",
         "AITER_STANDIN_SLOW": _setting(engine, sorts)[0],
     }
