@@ -43,9 +43,9 @@ mutants: $(VENV)/dev.stamp
 	$(BIN)/mutmut run $(ARGS)
 	$(BIN)/mutmut results
 
-# What pip install takes elsewhere: dist/adaptive_moe-*.whl.
-wheel: $(VENV)/run.stamp
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+# What pip install takes elsewhere: dist/adaptive_moe-*.whl. Needs no torch.
+wheel:
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
 format: $(VENV)/dev.stamp
