@@ -28,7 +28,7 @@ from adaptive_moe.settings import LogDetail, Mode, Settings
 from adaptive_moe.store.folder import Folder, cache_folder
 from adaptive_moe.store.key import Request, TableKey, key_for
 from adaptive_moe.store.shared import SharedStore
-from adaptive_moe.store.tables import Served, Stores, table_for
+from adaptive_moe.store.tables import Served, Stores, continues_later, table_for
 from adaptive_moe.store.text import report_text, to_text
 from adaptive_moe.store.write import replace_file
 
@@ -224,7 +224,9 @@ def _capturing() -> bool:
 def _report(hook: AiterHook, served: Mapping[CallKey, Served], engine: str) -> None:
     """The line of the start, and beneath it each table and its file."""
     settings = hook.settings
-    continues = any(one.is_kept for one in served.values())
+    if settings.mode is Mode.FIXED or (hook.tables and not served):
+        return  # that was said when it was installed; an earlier warm-up has said it
+    continues = any(one.is_kept and continues_later(one.table) for one in served.values())
     tables = [one.table for one in served.values()]
     logger.info("%s", report.start_line(tables, continues=continues))
     for one in served.values():

@@ -107,14 +107,18 @@ def _may_replace(shared: PolicyTable, own: PolicyTable | None, key: TableKey) ->
     return False
 
 
+def continues_later(table: PolicyTable) -> bool:
+    """Will a later start with the same budget measure a stored table further?"""
+    unfinished = bool(table.open_counts) or table.failed
+    return unfinished and table.evidence.starts <= MORE_STARTS
+
+
 def _continues(stored: PolicyTable, budget_s: float, folder: Folder) -> bool:
     """Is a stored table to be measured further? Without a writable folder every start would do so
     for ever."""
-    found = stored.evidence
-    if stored.open_counts and budget_s > found.budget_s:
+    if stored.open_counts and budget_s > stored.evidence.budget_s:
         return True
-    unfinished = bool(stored.open_counts) or stored.failed
-    return unfinished and found.starts <= MORE_STARTS and folder.is_writable
+    return continues_later(stored) and folder.is_writable
 
 
 def _as_start(table: PolicyTable, starts: int) -> PolicyTable:

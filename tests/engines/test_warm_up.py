@@ -344,6 +344,15 @@ def test_a_table_is_logged_as_far_as_is_asked_and_with_when(tmp_path, caplog, de
         assert caplog.messages[:-1] == [text.start_line([table]), "\n".join(lines)]
 
 
+def test_a_warm_up_with_nothing_new_has_no_line_of_a_start(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "adaptive_moe")
+    start = Start(tmp_path)
+    start.warm_up()
+    caplog.clear()
+    start.warm_up()
+    assert caplog.messages == []
+
+
 def test_what_a_warm_up_did_in_a_line():
     key = seen_call().key
     made = warm_up.WarmUp({key: make_table({64: 1})}, ("one", "two"), 1.234, {key: "stored"})
