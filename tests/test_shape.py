@@ -22,9 +22,9 @@ def test_shapes_go_up_to_what_is_said(at_the_edge):
     [
         ({"num_experts": 0}, "num_experts=0 is not accepted: give an integer from 1 to 1024"),
         ({"num_experts": 1025}, "num_experts=1025 is not accepted: give an integer from 1 to 1024"),
-        ({"topk": 0}, "topk=0 is not accepted: give an integer from 1 to 16"),
-        ({"topk": True}, "topk=True is not accepted: give an integer from 1 to 16"),
-        ({"topk": 17}, "topk=17 is not accepted: give an integer from 1 to 16"),
+        ({"topk": 0}, "topk=0 is not accepted: give an integer from 1 to 32"),
+        ({"topk": True}, "topk=True is not accepted: give an integer from 1 to 32"),
+        ({"topk": 33}, "topk=33 is not accepted: give an integer from 1 to 32"),
         ({"model_dim": 0}, "model_dim=0 is not accepted: give an integer from 1 to 1048576"),
         (
             {"model_dim": 1048577},

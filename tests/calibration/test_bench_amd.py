@@ -46,7 +46,7 @@ def test_every_part_has_its_figures(sent_back):
     ]
     results = {name: part["result"] for name, part in sent_back["parts"].items()}
     assert results["doctor"]["findings"]["aiter"]
-    assert results["calibrate qwen3-30b"]["kernel"].startswith("aiter ")
+    assert results["calibrate qwen3-30b"]["evidence"]["kernel"].startswith("aiter ")
     for name in ("step", "sorts", "noise", "hook"):
         assert results[name]["kernel"] == "aiter"
     step = results["step"]["shapes"]["qwen3-30b"]["situations"]["eager, as it comes"]
