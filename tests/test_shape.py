@@ -7,7 +7,7 @@ import pytest
 from adaptive_moe.shape import SortingShape
 
 SHAPE = SortingShape(256, 8, 7168)
-LARGEST = SortingShape(1024, 16, 1048576, "float32", 1024, local_experts=1024)
+LARGEST = SortingShape(1024, 32, 1048576, "float32", 1024, local_experts=1024)
 SMALLEST = SortingShape(1, 1, 1, "float16", 1, local_experts=1)
 
 
