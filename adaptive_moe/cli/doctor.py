@@ -117,10 +117,10 @@ def _torch() -> Finding:
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    found = describe_environment(device)
-    units = f"{found.compute_units} CUs" if gpu else plural(found.compute_units, "thread")
-    text = f"{found.torch}, {found.device} ({found.arch}, {found.runtime or 'CPU only'}, {units})"
-    return Finding("torch", text, facts={"gpu": gpu, "environment": asdict(found)})
+    here = describe_environment(device)
+    units = f"{here.compute_units} CUs" if gpu else plural(here.compute_units, "thread")
+    text = f"{here.torch}, {here.device} ({here.arch}, {here.runtime or 'CPU only'}, {units})"
+    return Finding("torch", text, facts={"gpu": gpu, "environment": asdict(here)})
 
 
 def _aiter(aiter: AiterInstall, settings: Settings) -> Finding:
@@ -181,10 +181,10 @@ def _cache(settings: Settings, environ: Mapping[str, str]) -> Finding:
     if str(folder).startswith("~"):
         problem = "it has no home folder to begin in"
     facts = {"folder": str(folder), "files": number, "usable": problem is None, "problem": problem}
-    asked = settings.mode is Mode.AUTO or settings.cache_dir is not None
+    is_needed = settings.mode is Mode.AUTO or settings.cache_dir is not None
     if problem is not None:
         text = f"{folder}: {problem}; give another ADAPTIVE_MOE_CACHE_DIR"
-        return Finding("cache", text, ok=not asked, facts=facts)
+        return Finding("cache", text, ok=not is_needed, facts=facts)
     return Finding("cache", f"{folder}, {plural(number, 'table')}", facts=facts)
 
 

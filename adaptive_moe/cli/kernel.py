@@ -21,25 +21,25 @@ WHY = {
 _FIRST_TOKENS = 8
 
 
-def choose(asked: str) -> tuple[str, str]:
-    """aiter, triton or cpu, and why in words for whoever reads the result.
+def choose(name: str) -> tuple[str, str]:
+    """aiter, triton or cpu, for a --kernel of that name or of auto; and why, in words.
 
-    Raises KernelUnavailableError where AITER is asked for by name and cannot be used.
+    Raises KernelUnavailableError where --kernel names AITER, and it cannot be used.
     """
     import torch
 
     from adaptive_moe.kernels import KernelUnavailableError
     from adaptive_moe.kernels.aiter import find_aiter
 
-    if asked in WHY:
-        return asked, WHY[asked]
+    if name in WHY:
+        return name, WHY[name]
     aiter, gpu = find_aiter(), torch.cuda.is_available()
-    if asked == "aiter" and aiter.problem is not None:
+    if name == "aiter" and aiter.problem is not None:
         raise KernelUnavailableError(
             f"--kernel aiter cannot run here, {aiter.problem}: run this where the engine serves; "
             "--kernel cpu shows the method"
         )
-    if asked == "aiter" or (aiter.problem is None and gpu):
+    if name == "aiter" or (aiter.problem is None and gpu):
         return "aiter", f"on AITER {aiter.version}, which is what engines sort with"
     name = "triton" if gpu and _has_triton() else "cpu"
     return name, f"{WHY[name]}; {aiter.problem or 'AITER needs a GPU, and torch sees none'}"

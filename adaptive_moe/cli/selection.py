@@ -14,7 +14,7 @@ from adaptive_moe.store.text import StoredTable, read_any
 
 
 @dataclass(frozen=True)
-class Found:
+class TableFile:
     """A table, and the file it was read from."""
 
     stored: StoredTable
@@ -38,7 +38,7 @@ class Found:
 class Selection:
     """Tables, and in words where they come from. unusable: files without one, and why."""
 
-    tables: tuple[Found, ...]
+    tables: tuple[TableFile, ...]
     where: str
     unusable: tuple[tuple[Path, str], ...] = ()
 
@@ -73,7 +73,7 @@ def select(table: str | None) -> Selection:
             f"--table={table!r} is no file, no part of a name in {folder} and no model with a "
             "table there: `adaptive-moe list` prints what is kept"
         )
-    tables = tuple(found for path in paths for found in _read(path))
+    tables = tuple(file for path in paths for file in _read(path))
     where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files of {folder}"
     return Selection(tables, where)
 
@@ -83,31 +83,31 @@ def all_in(folder: Path) -> Selection:
     tables, unusable = [], []
     for path in stored_files(folder):
         try:
-            found = Found(read_file(path), path)
-            name = f"{found.stored.key.name}.json"
+            file = TableFile(read_file(path), path)
+            name = f"{file.stored.key.name}.json"
             if name != path.name:
                 raise ValueError(f"its content belongs into {name}")
-            found.table  # noqa: B018  raises where the evidence is not whole
-            tables.append(found)
+            file.table  # noqa: B018  raises where the evidence is not whole
+            tables.append(file)
         except (OSError, ValueError) as error:
             unusable.append((path, getattr(error, "strerror", None) or str(error)))
     return Selection(tuple(tables), str(folder), tuple(unusable))
 
 
-def start_of(latest: Found) -> Selection:
+def start_of(latest: TableFile) -> Selection:
     """The tables that were kept for the same engine, kernel and machine as this one."""
 
-    def origin(found: Found) -> tuple[Any, ...]:
-        return found.engine, found.table.evidence.kernel, found.table.evidence.environment
+    def origin(file: TableFile) -> tuple[Any, ...]:
+        return file.engine, file.table.evidence.kernel, file.table.evidence.environment
 
     folder = latest.path.parent
     tables = tuple(f for f in all_in(folder).tables if origin(f) == origin(latest))
     return Selection(tables, f"{folder}, {latest.engine}")
 
 
-def _read(path: Path) -> Iterator[Found]:
+def _read(path: Path) -> Iterator[TableFile]:
     """The tables of one file."""
-    return (Found(stored, path) for stored in read_any(path))
+    return (TableFile(stored, path) for stored in read_any(path))
 
 
 def _written(path: Path) -> float:

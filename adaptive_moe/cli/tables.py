@@ -12,7 +12,7 @@ from typing import Any
 
 from adaptive_moe.cli import output
 from adaptive_moe.cli.options import UsageError, cache_folder_here
-from adaptive_moe.cli.selection import Found, all_in, select, start_of
+from adaptive_moe.cli.selection import TableFile, all_in, select, start_of
 from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.savings import savings
 from adaptive_moe.report.explain import explain, is_for
@@ -33,12 +33,12 @@ def run_list(args: argparse.Namespace) -> int:
     folder = cache_folder_here()
     selection = all_in(folder) if args.table is None else select(args.table)
     lines = []
-    for found in selection.tables:
-        measured = f"{settled_words(found.table)}; measured {found.table.evidence.created}"
-        lines += [result_line(found.table), f"  {found.describe()}", f"  {measured}"]
-        lines.append(f"  {found.path.name}")
+    for file in selection.tables:
+        settled = f"{settled_words(file.table)}; measured {file.table.evidence.created}"
+        lines += [result_line(file.table), f"  {file.describe()}", f"  {settled}"]
+        lines.append(f"  {file.path.name}")
     lines += [f"{path.name}: not usable, {why}" for path, why in selection.unusable]
-    entries = [_entry(found) for found in selection.tables]
+    entries = [_entry(file) for file in selection.tables]
     entries += [
         {"file": str(path), "usable": False, "problem": why} for path, why in selection.unusable
     ]
@@ -47,12 +47,12 @@ def run_list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _entry(found: Found) -> dict[str, Any]:
-    table, evidence = found.table, found.table.evidence
+def _entry(file: TableFile) -> dict[str, Any]:
+    table, evidence = file.table, file.table.evidence
     return {
-        "file": str(found.path),
+        "file": str(file.path),
         "usable": True,
-        "engine": found.engine,
+        "engine": file.engine,
         "title": title_words(evidence.coverage),
         "coverage": asdict(evidence.coverage),
         "kernel": evidence.kernel,
@@ -74,10 +74,10 @@ def options_of_show(parser: argparse.ArgumentParser) -> None:
 def run_show(args: argparse.Namespace) -> int:
     selection = select(args.table)
     lines = [selection.where]
-    for found in selection.tables:
-        lines += [*table_lines(found.table, measured_now=False), *advice(found.table), ""]
+    for file in selection.tables:
+        lines += [*table_lines(file.table, measured_now=False), *advice(file.table), ""]
     # One table is itself, so that its JSON can be read again; several are a report.
-    plain = [json.loads(to_text(found.stored.request, found.table)) for found in selection.tables]
+    plain = [json.loads(to_text(file.stored.request, file.table)) for file in selection.tables]
     output.report(args, lines[:-1], plain[0] if len(plain) == 1 else plain)
     return 0
 
@@ -97,16 +97,16 @@ def run_explain(args: argparse.Namespace) -> int:
     selection = select(args.table)
     lines, plain = [selection.where], []
     # Of the tables of one model each block size has its own counts.
-    fitting = [found for found in selection.tables if is_for(found.table, args.tokens)]
-    for found in fitting or selection.tables:
-        why = explain(found.table, args.tokens, captured=args.graph)
-        lines += [found.describe(), *why]
+    fitting = [file for file in selection.tables if is_for(file.table, args.tokens)]
+    for file in fitting or selection.tables:
+        why = explain(file.table, args.tokens, captured=args.graph)
+        lines += [file.describe(), *why]
         plain.append(
             {
-                "file": str(found.path),
+                "file": str(file.path),
                 "num_tokens": args.tokens,
                 "captured": args.graph,
-                "candidate": found.table.candidate(args.tokens, captured=args.graph),
+                "candidate": file.table.candidate(args.tokens, captured=args.graph),
                 "why": why,
             }
         )
@@ -127,8 +127,8 @@ def run_plot(args: argparse.Namespace) -> int:
     output.check_place(args.output)
     selection = select(args.table)
     paths = _plot_paths(args.output, len(selection.tables))
-    for path, found in zip(paths, selection.tables, strict=True):
-        output.write(path, draw(found.table, image_format))
+    for path, file in zip(paths, selection.tables, strict=True):
+        output.write(path, draw(file.table, image_format))
     if args.output == output.STDOUT:
         return 0
     lines = [selection.where, *(f"written to {path}" for path in paths)]
@@ -159,7 +159,7 @@ def run_page(args: argparse.Namespace) -> int:
     selection = select(args.table)
     if args.table is None:
         selection = start_of(selection.tables[0])
-    tables = [found.table for found in selection.tables]
+    tables = [file.table for file in selection.tables]
     plots, missing = [], None
     try:
         plots = [inline_svg(table, f"plot{number}-") for number, table in enumerate(tables)]

@@ -125,7 +125,7 @@ def _section(number: int, table: PolicyTable, plot: str) -> Iterator[str]:
     yield from (f'<p class="note">{escape(line)}</p>' for line in advice(table))
     if plot:
         yield f'<div class="plot">{plot}</div>'
-    yield _who_sorts(table)
+    yield _sorted_by(table)
     for situation in measured(table):
         rows = [list(map(escape, row)) for row in bucket_rows(table, situation)]
         evidence_rows = f'<div class="wide">{_html_table(bucket_heads(table), rows)}</div>'
@@ -134,7 +134,7 @@ def _section(number: int, table: PolicyTable, plot: str) -> Iterator[str]:
     yield "</section>"
 
 
-def _who_sorts(table: PolicyTable) -> str:
+def _sorted_by(table: PolicyTable) -> str:
     """What each kind of call gets, by token counts."""
     rows = []
     for situation in measured(table):

@@ -2,7 +2,7 @@
 
 Made for print and for every reader: candidates differ in marker, line and hatch as well as in
 colour (Okabe and Ito's, which colour-blind readers tell apart). Above, the time of each candidate;
-below it, what each saves of the baseline's time with its interval; at the bottom a band with who
+below it, what each saves of the baseline's time with its interval; at the bottom a band with what
 sorts. Hollow markers are not settled; an arrow at the edge stands for a loss beyond it.
 """
 

@@ -1,7 +1,7 @@
 """Tables in lines of text: the one line of a start, a table's result, its counts, what to do where
 much is open.
 
-Whoever prints one takes it from here; the words are those of words.py.
+Logs and commands take their lines from here; the words are those of words.py.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ UNSETTLED, UNMEASURED = "not settled", "not measured"
 
 
 def start_line(tables: Sequence[PolicyTable], *, continues: bool = True) -> str:
-    """The one line of a start that chose by these tables, for whoever greps the log.
+    """The one line of a start that chose by these tables, made for grep.
 
     continues: will the next start measure what is open? Such as `adaptive_moe: on, 2 shapes,
     captured calls save 3 to 12% of the sort at 14 of 51 counts; details below`.
@@ -61,9 +61,9 @@ def start_line(tables: Sequence[PolicyTable], *, continues: bool = True) -> str:
     return line
 
 
-def fixed_line(policy: int, asked: str) -> str:
-    """The one line of a start with a fixed policy; asked: the variable with its value."""
-    return f"adaptive_moe: policy {policy} for every call ({asked})"
+def fixed_line(policy: int, variable: str) -> str:
+    """The one line of a start with a fixed policy; variable: which asked for it, with its value."""
+    return f"adaptive_moe: policy {policy} for every call ({variable})"
 
 
 def result_line(table: PolicyTable) -> str:
@@ -83,7 +83,7 @@ def result_line(table: PolicyTable) -> str:
 def table_lines(
     table: PolicyTable, *, measured_now: bool = True, with_counts: bool = True
 ) -> list[str]:
-    """A table as a log has it: its result first; beneath what it is for, who sorts, why the
+    """A table as a log has it: its result first; beneath what it is for, what sorts, why the
     baseline was kept, where and when it was measured; and with_counts a line for each count."""
     evidence = table.evidence
     when = f"in {evidence.seconds:.2f} s" if measured_now else f"at {evidence.created}"
@@ -92,7 +92,7 @@ def table_lines(
         f"  {calls_words(evidence.coverage)}",
         f"  baseline {candidate_words(evidence.coverage.baseline)}; "
         f"{where_words(evidence)}; measured {when}",
-        *(f"  {situation_words(s)}: {_who_sorts(table, s)}" for s in measured(table)),
+        *(f"  {situation_words(s)}: {_sorted_by(table, s)}" for s in measured(table)),
     ]
     if why := kept_words(table):
         lines.append(f"  the baseline stays at {why}")
@@ -180,26 +180,26 @@ def changed_spans(table: PolicyTable, situation: Situation) -> list[tuple[int, i
 
 def _gains_of(tables: Sequence[PolicyTable], situation: Situation) -> str:
     """Such as `captured calls save 3 to 12% of the sort at 14 of 51 counts`, or nothing."""
-    found = [savings(table, situation) for table in tables]
-    gains = [(one.least, one.most) for one in found if one.least is not None]
+    each = [savings(table, situation) for table in tables]
+    gains = [(saved.least, saved.most) for saved in each if saved.least is not None]
     if not gains:
         return ""
     least = min(low for low, _ in gains if low is not None)
     most = max(high for _, high in gains if high is not None)
-    counts = f"{sum(one.improved for one in found)} of {sum(one.counts for one in found)}"
+    improved, counts = (sum(getattr(s, n) for s in each) for n in ("improved", "counts"))
     return (
         f"{situation_words(situation)} calls save {between_words(least, most)} of the sort at "
-        f"{counts} counts"
+        f"{improved} of {counts} counts"
     )
 
 
 def _off(table: PolicyTable, situation: Situation) -> str:
     """Such as `captured calls, up to 12% off the sort at 9 to 24 tokens`; nothing without a gain:
     between two measured counts it may be less than at either."""
-    found, spans = savings(table, situation), changed_spans(table, situation)
-    if found.most is None or not spans:
+    saved, spans = savings(table, situation), changed_spans(table, situation)
+    if saved.most is None or not spans:
         return ""
-    gain = f"up to {100 * found.most:.0f}% off the sort"
+    gain = f"up to {100 * saved.most:.0f}% off the sort"
     return f"{situation_words(situation)} calls, {gain} at {span_words(spans)}"
 
 
@@ -213,7 +213,7 @@ def _open_words(table: PolicyTable) -> str:
     return f"; {table.open_counts} of {counts} counts not settled" if table.open_counts else ""
 
 
-def _who_sorts(table: PolicyTable, situation: Situation) -> str:
+def _sorted_by(table: PolicyTable, situation: Situation) -> str:
     """Such as `policy 1 (one-shot) 2 to 24, else policy 0 (AITER's rule)`."""
     runs = table.runs(captured=situation is Situation.GRAPH)
     baseline = table.evidence.coverage.baseline
@@ -221,7 +221,7 @@ def _who_sorts(table: PolicyTable, situation: Situation) -> str:
         return f"{candidate_words(runs[0][2])} at every count"
     pieces = []
     for name in dict.fromkeys(name for *_, name in runs if name != baseline):
-        spans = [(first, last) for first, last, one in runs if one == name]
+        spans = [(first, last) for first, last, sort in runs if sort == name]
         words = [f"{first}" if first == last else f"{first} to {last}" for first, last in spans]
         pieces.append(f"{candidate_words(name)} at {', '.join(words)}")
     if any(name == baseline for *_, name in runs):

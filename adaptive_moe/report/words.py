@@ -143,11 +143,11 @@ def verdict_words(choice: Choice, view: Verdict, confidence: float) -> str:
     """Why the count gets what it gets, as far as this view of it goes."""
     if not choice.was_measured:
         return "not measured, no time was left"
-    baseline, *others = view.judgements
+    baseline, *judged = view.judgements
     if choice.candidate != baseline.candidate:
-        others = [view.judgement(choice.candidate)]
+        judged = [view.judgement(choice.candidate)]
     open_word = NO_MORE if choice.settled else ""
-    said = [_short_words(judgement, confidence, open_word) for judgement in others]
+    said = [_short_words(judgement, confidence, open_word) for judgement in judged]
     return "; ".join(said) or "it is the only candidate"
 
 
