@@ -223,7 +223,7 @@ def _verdict(
     facts = {"mode": settings.mode.value, "fixed_policy": settings.fixed_policy}
     here = [finding for finding in engines if finding.facts["version"] is not None]
     working = [finding for finding in here if finding.facts["problem"] is None]
-    problem = _vllm_refuses(engines, environ)
+    problem = _vllm_refuses(engines, environ) or _not_accepted(environ)
     if settings.mode is Mode.OFF and problem is None:
         off = f"off: AITER and the engine as they are; {NEUTRAL_VARIABLE}=auto turns it on"
         return Finding("verdict", off, facts=facts)
@@ -243,6 +243,13 @@ def _verdict(
     else:
         text = f"will choose {where}: what no stored table is for is measured at warm-up"
     return Finding("verdict", text, facts=facts)
+
+
+def _not_accepted(environ: Mapping[str, str]) -> str | None:
+    """What is wrong with the policy that was asked for, if anything."""
+    names = (ENGINE_VARIABLE, NEUTRAL_VARIABLE)
+    _, problems = read_for_serving({n: environ[n] for n in names if n in environ})
+    return problems[0] if problems and "disagree" not in problems[0] else None
 
 
 def _vllm_refuses(engines: list[Finding], environ: Mapping[str, str]) -> str | None:

@@ -145,6 +145,12 @@ def test_what_is_not_accepted_and_what_is_misspelt_is_not_ok(machine):
     assert "did you mean ADAPTIVE_MOE_BUDGET_S?" in found["misspelt"].text
 
 
+def test_a_policy_that_is_not_accepted_is_the_verdict(machine):
+    text, ok = outlook(**{NEUTRAL: "atuo"})
+    assert text.startswith(f"will not: {NEUTRAL}='atuo' is not accepted: give auto")
+    assert not ok
+
+
 def test_two_variables_that_disagree_are_named(machine):
     found = diagnosis(**{ENGINE: "auto", NEUTRAL: "2"})
     assert not found[ENGINE].ok
