@@ -134,6 +134,7 @@ class Evidence:
     created     UTC in ISO 8601
     seconds     wall-clock time it took
     starts      engine starts that measured for it; a start continues what another left open
+    cut_short   did the budget end while more seemed worth measuring?
     excluded    candidates that failed or were wrong at any count
     graph       empty where nothing is captured
     """
@@ -148,6 +149,7 @@ class Evidence:
     created: str
     seconds: float
     starts: int = 1
+    cut_short: bool = False
     excluded: tuple[Exclusion, ...] = ()
     graph: tuple[Bucket, ...] = field(default=())
     eager: tuple[Bucket, ...] = field(default=())

@@ -58,6 +58,11 @@ class PolicyTable:
         """Did a candidate raise? What was wrong stays wrong; what raised may pass."""
         return any(not exclusion.wrong for exclusion in self.evidence.excluded)
 
+    @property
+    def unfinished(self) -> bool:
+        """Would measuring further probably settle more, or bring back a candidate that raised?"""
+        return self.failed or (self.evidence.cut_short and self.open_counts > 0)
+
     def choices(self, situation: Situation) -> tuple[Choice, ...]:
         """The choice of each bucket of one situation, by token count."""
         return self.graph_choices if situation is Situation.GRAPH else self.eager_choices

@@ -109,8 +109,7 @@ def _may_replace(shared: PolicyTable, own: PolicyTable | None, key: TableKey) ->
 
 def continues_later(table: PolicyTable) -> bool:
     """Will a later start with the same budget measure a stored table further?"""
-    unfinished = bool(table.open_counts) or table.failed
-    return unfinished and table.evidence.starts <= MORE_STARTS
+    return table.unfinished and table.evidence.starts <= MORE_STARTS
 
 
 def _continues(stored: PolicyTable, budget_s: float, folder: Folder) -> bool:

@@ -131,7 +131,7 @@ def calibrate(
                 progress=progress,
             )
             budget_s = plan.seconds(len(kernel.candidates))
-            buckets = _measure(session, budget_s, plan.rule.max_rounds)
+            buckets, cut_short = _measure(session, budget_s, plan.rule.max_rounds)
         exclusions = tuple(session.exclusions.by_name.values())
         del session
     except Exception as error:
@@ -158,6 +158,7 @@ def calibrate(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             seconds=round(now() - begun, 3),
             starts=usable.starts + 1 if usable else 1,
+            cut_short=cut_short,
             excluded=exclusions,
             graph=buckets[Situation.GRAPH],
             eager=buckets[Situation.EAGER],
@@ -167,8 +168,9 @@ def calibrate(
 
 def _measure(
     session: Session, budget_s: float, max_rounds: int
-) -> dict[Situation, tuple[Bucket, ...]]:
-    """Both passes over both situations: the buckets of each; none where no round fitted."""
+) -> tuple[dict[Situation, tuple[Bucket, ...]], bool]:
+    """Both passes over both situations: the buckets of each, none where no round fitted; and
+    whether the budget ended before there was nothing left worth measuring."""
     sections = [Section(session, s) for s in Situation if session.coverage.counts(s)]
 
     def reserved_s() -> float:
@@ -189,10 +191,11 @@ def _measure(
     for section in sections:
         section.sketch_unmeasured(deadline)
     _confirm(session, sections, deadline, max_rounds)
+    cut_short = session.now() >= deadline or any(section.cut_short for section in sections)
     if not any(section.was_measured for section in sections):
-        return {}
+        return {}, cut_short
     found = {section.situation: section.buckets() for section in sections}
-    return {situation: found.get(situation, ()) for situation in Situation}
+    return {situation: found.get(situation, ()) for situation in Situation}, cut_short
 
 
 def _confirm(

@@ -146,6 +146,8 @@ class Section:
         self.session, self.situation, self.rule = session, situation, session.rule
         self.domain = session.coverage.counts(situation)
         self.measured: dict[int, _Measured] = {}
+        # Did the time for refining end before there was nothing left worth it?
+        self.cut_short = False
         self._winners: list[int] = []
         earlier = session.earlier.buckets(situation) if session.earlier else ()
         self.earlier = {
@@ -212,16 +214,16 @@ class Section:
             return deadline - self.session.now() - self.reserve()
 
         choices = self.kept | {n: self._presumed(n) for n in self.measured}
-        while time_left() > 0.0:
-            asked = {n: one.asked for n, one in self.measured.items()}
-            for num_tokens in choices:
-                asked.setdefault(num_tokens, self.rule.max_rounds)
-            step = next_step(choices, asked, self.domain, self.rule)
-            if step is None:
+        asked = dict.fromkeys(choices, self.rule.max_rounds)
+        asked |= {n: one.asked for n, one in self.measured.items()}
+        while step := next_step(choices, asked, self.domain, self.rule):
+            if time_left() <= 0.0:
+                self.cut_short = True
                 return
             slot = self.session.now() + time_left()
             self._first_pass(step.num_tokens, step.rounds, slot, slot)
             choices[step.num_tokens] = self._presumed(step.num_tokens)
+            asked[step.num_tokens] = step.rounds
 
     def sketch_unmeasured(self, deadline: float) -> None:
         """A sketch of every bucket of the grid that had no time."""

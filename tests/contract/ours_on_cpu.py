@@ -18,12 +18,12 @@ from adaptive_moe.kernels.sorts import REGISTRY
 def sorts(live, shape):
     as_on_a_gpu = dataclasses.replace(live, device=torch.device("cuda"))
     for one in ours.sorts(as_on_a_gpu, shape):
-        sort_with, _, *rest = (one.call.func, *one.call.args)
-        yield dataclasses.replace(one, call=functools.partial(sort_with, on_cpu, *rest))
+        yield dataclasses.replace(one, call=functools.partial(on_cpu, *one.call.args))
 
 
-def on_cpu(*arguments, accumulate, rounded):
-    outputs = sort(*arguments, accumulate, backend="triton")
+def on_cpu(policy, rounded, *leading):
+    *arguments, accumulate = leading
+    outputs = sort(*arguments, policy, accumulate, backend="triton")
     assert rounded  # as the stand-in's AITER does
     return outputs
 

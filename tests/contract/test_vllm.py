@@ -22,7 +22,9 @@ VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
 # Before this version vLLM passes AITER no policy and does not know the variable.
 KNOWS_THE_VARIABLE = tuple(map(int, VERSION.split("."))) >= (0, 23)
 # What was decided for a shape, behind vLLM's own prefix: level, date, file.
-HEADLINE = re.compile(r"INFO \d\d-\d\d \d\d:\d\d:\d\d \[(?:.*/)?warm_up.py:\d+\] 256 experts")
+HEADLINE = re.compile(
+    r"INFO \d\d-\d\d \d\d:\d\d:\d\d \[(?:.*/)?warm_up.py:\d+\] DeepSeek-V3, block"
+)
 
 
 def run(code, *, standin=True, check=True, **environ):

@@ -78,6 +78,7 @@ class Start:
             environment=describe_environment(kernel.device),
             excluded=tuple(excluded),
             starts=earlier.starts + 1 if earlier else 1,
+            cut_short=None in self.gains,
         )
         return PolicyTable(evidence)
 

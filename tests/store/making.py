@@ -81,6 +81,7 @@ def made_table(
         "budget_s": 1.5,
         "created": "2026-01-01T00:00:00+00:00",
         "seconds": 1.0,
+        "cut_short": None in given,
         "excluded": tuple(excluded),
         "graph": tuple(bucket(n, given, names) for n in sizes),
         "eager": tuple(bucket(n, given, names) for n in counts),

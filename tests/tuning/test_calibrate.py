@@ -321,6 +321,19 @@ def test_a_plan_that_cannot_be_is_refused_by_name(budget_s):
         Plan(budget_s=budget_s)
 
 
+def test_a_calibration_is_cut_short_only_where_more_seemed_worth_measuring():
+    """A start continues the first of these, and not the second, which would end as it did."""
+    rng = random.Random(1)
+
+    def noisy(call: Call) -> float:
+        return {0: 100.0, 1: 90.0, 2: 120.0}[call.policy] * math.exp(rng.gauss(0.0, 0.5))
+
+    short = Simulated(noisy).calibrate(budget_s=0.3)
+    assert (short.evidence.cut_short, short.unfinished) == (True, True)
+    whole = Simulated(steady(100.0, 70.0, 120.0)).calibrate()
+    assert (whole.evidence.cut_short, whole.unfinished) == (False, False)
+
+
 # What an earlier calibration knew.
 
 
