@@ -151,7 +151,6 @@ def test_without_graphs_sglang_shows_its_shapes_and_all_is_calibrated(sglang, mo
     monkeypatch.setattr(module, "prebuild_deepep_v2_buffer", lambda **options: None, raising=False)
     runner = module.ModelRunner.__new__(module.ModelRunner)
     runner.is_draft_worker, runner.model, runner.tp_group = False, None, None
-    monkeypatch.setattr("adaptive_moe.engines.sglang._tensor_parallel", lambda: None)
     runner.init_cuda_graphs()
     assert asked == [8]
     assert forward(sglang.runner, 8, dim=448).policy == 1
