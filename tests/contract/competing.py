@@ -113,7 +113,9 @@ def start(engine: Engine, sorts: str, folder: Path) -> dict[str, Any]:
         "ADAPTIVE_MOE_SORTS": sorts,
         "ADAPTIVE_MOE_CACHE_DIR": str(folder),
         "ADAPTIVE_MOE_REPORT": f"{folder}.json",
-        "ADAPTIVE_MOE_BUDGET_S": "30",  # for a busy machine; it ends when settled
+        # For a busy machine: a gain is either large, or surely not worth it.
+        "ADAPTIVE_MOE_BUDGET_S": "30",
+        "ADAPTIVE_MOE_MARGIN": "0.3",
         "ADAPTIVE_MOE_BUCKETS": "8,64",
         "AITER_STANDIN_SLOW": _setting(engine, sorts)[0],
     }

@@ -166,7 +166,10 @@ def aiter_calls():
 
 def test_tensor_parallel_ranks_share_tables_and_a_second_start_measures_nothing(tmp_path):
     folders = f"{tmp_path / 'a'} {tmp_path / 'b'}"
-    log = run(f"sglang_worker.py {folders}", **{VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "30"})
+    log = run(
+        f"sglang_worker.py {folders}",
+        **{VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "30", "ADAPTIVE_MOE_MARGIN": "0.3"},
+    )
     first, second = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
     assert [rank["group"] for rank in first] == [[0, 1]] * 2
     assert first[0]["tables"] == first[1]["tables"] != []
@@ -289,7 +292,7 @@ def test_what_is_measured_is_sglangs_small_sort_as_it_serves(sglang, small_sort)
 def test_a_copied_cache_folder_is_what_the_next_start_finds(tmp_path):
     """Two ranks measure once; then both, and one with a copied cache folder, measure nothing."""
     here, there, copied = tmp_path / "a", tmp_path / "b", tmp_path / "c"
-    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "30"}
+    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "30", "ADAPTIVE_MOE_MARGIN": "0.3"}
 
     def starts(*folders):
         log = run(f"sglang_worker.py {' '.join(map(str, folders))}", **environ)

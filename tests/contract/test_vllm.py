@@ -22,6 +22,9 @@ VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
 # Before this version vLLM passes AITER no policy and does not know the variable.
 KNOWS_THE_VARIABLE = tuple(map(int, VERSION.split("."))) >= (0, 23)
 # What was decided for a shape, behind vLLM's own prefix: level, date, file.
+# With such a margin a gain is either large, or surely not worth it: every count is settled in few
+# rounds, on a busy machine, too.
+SETTLES = {"ADAPTIVE_MOE_BUDGET_S": "60", "ADAPTIVE_MOE_MARGIN": "0.3"}
 HEADLINE = re.compile(
     r"INFO \d\d-\d\d \d\d:\d\d:\d\d \[(?:.*/)?warm_up.py:\d+\] DeepSeek-V3, block"
 )
@@ -148,7 +151,7 @@ def test_no_variable_of_ours_makes_vllm_raise(envs, name, value, monkeypatch):
 
 
 def test_workers_forked_or_not_calibrate_in_kernel_warmup_and_sort_by_their_tables():
-    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "30", "AITER_STANDIN_SLOW": "0"}
+    environ = {VARIABLE: "auto", **SETTLES, "AITER_STANDIN_SLOW": "0"}
     done = run("worker.py", **environ)
     log = done.stdout + done.stderr
     results = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
@@ -161,7 +164,7 @@ def test_workers_forked_or_not_calibrate_in_kernel_warmup_and_sort_by_their_tabl
     assert log.count("auto has nothing to choose") == 2
     assert len(HEADLINE.findall(log)) == 4
     # The second of them found what the first had stored.
-    assert log.count("table from") == 2
+    assert log.count("; measured at ") == 2
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +174,7 @@ def engines(tmp_path_factory):
     folders = [str(root / name) for name in ("cold", "warm", "none", "a", "b")]
     cold, warm, none, a, b = folders
     mixed = f"tensor:{cold},{warm},{none}-"
-    environ = {VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "30", "AITER_STANDIN_SLOW": "0"}
+    environ = {VARIABLE: "auto", **SETTLES, "AITER_STANDIN_SLOW": "0"}
     done = run(f"worker.py tensor:{warm} {mixed} {mixed} data:{a},{b}", **environ)
     log = done.stdout + done.stderr
     starts = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
@@ -365,9 +368,7 @@ def test_a_copied_cache_folder_is_what_the_next_start_finds(tmp_path):
     here, copied = tmp_path / "a", tmp_path / "b"
 
     def start(folder):
-        # With such a margin every count is settled at once, on a busy machine, too.
-        environ = {"ADAPTIVE_MOE_BUDGET_S": "30", "ADAPTIVE_MOE_MARGIN": "0.5"}
-        done = run(f"worker.py tensor:{folder}", **{VARIABLE: "auto", **environ})
+        done = run(f"worker.py tensor:{folder}", **{VARIABLE: "auto", **SETTLES})
         log = done.stdout + done.stderr
         ((rank,),) = json.loads(re.search(r"^RESULT (.*)$", log, re.MULTILINE).group(1))
         assert sorted(rank["tables"]) == ["16", "64"]
@@ -379,4 +380,4 @@ def test_a_copied_cache_folder_is_what_the_next_start_finds(tmp_path):
     shutil.copytree(here, copied)
     second, log = start(copied)
     assert (second["sorts"], second["tables"]) == (0, first["tables"])
-    assert log.count(f"table from {copied}") == 2
+    assert log.count("; measured at ") == 2
