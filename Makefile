@@ -57,18 +57,17 @@ RESULTS := calibration/results
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m calibration.decision --out $(RESULTS)/decision.json
-	$(BIN)/python -m calibration.hook --kernel cpu --out $(RESULTS)/hook_cpu.json
 
 # Those that need one, with the python that has torch and triton there: minutes.
 GPU_PYTHON ?= python3
 
 bench-gpu:
-	$(GPU_PYTHON) -m calibration.step --seconds 0.12 --out $(RESULTS)/step.json
-	$(GPU_PYTHON) -m calibration.sorts --out $(RESULTS)/sorts.json \
+	$(GPU_PYTHON) -m calibration.step --seconds 0.1 --out $(RESULTS)/step.json
+	$(GPU_PYTHON) -m calibration.sorts --seconds 0.05 --out $(RESULTS)/sorts.json \
 		--against calibration/recorded/sort_implementations_h100.csv
-	$(GPU_PYTHON) -m calibration.noise --repeats 3 --out $(RESULTS)/noise.json
+	$(GPU_PYTHON) -m calibration.noise --repeats 5 --seconds 0.08 --out $(RESULTS)/noise.json
 	$(GPU_PYTHON) -m calibration.startup --repeats 2 --out $(RESULTS)/startup.json
-	$(GPU_PYTHON) -m calibration.hook --seconds 0.7 --out $(RESULTS)/hook.json
+	$(GPU_PYTHON) -m calibration.hook --counts 64 --seconds 7 --out $(RESULTS)/hook.json
 
 # One JSON file from an MI300X or MI355X to send back, with the python that has torch and AITER
 # there. docs/bench-amd.md

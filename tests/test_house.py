@@ -128,3 +128,32 @@ def test_the_probe_sees_imports_inside_functions_and_not_those_for_types(monkeyp
     )
     monkeypatch.setitem(modules(), "adaptive_moe.probe", source)
     assert imports("adaptive_moe.probe") == {"adaptive_moe.policy.table"}
+
+
+# Names that a protocol or a habit asks of several modules: AITER's own function and our stand-ins
+# for it, the entry points of plugins and sorts, the logger, what only type checkers see.
+SHARED_NAMES = {"moe_sorting", "register", "sorts", "logger", "TYPE_CHECKING"}
+
+
+def test_no_public_name_has_two_homes():
+    homes: dict[str, set[str]] = {}
+    for module, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for name in _defined(node):
+                homes.setdefault(name, set()).add(module)
+    twice = {
+        name: sorted(places)
+        for name, places in homes.items()
+        if len(places) > 1 and not name.startswith("_") and name not in SHARED_NAMES
+    }
+    assert not twice
+
+
+def _defined(node):
+    """Names that a statement at the top of a module defines; imports define none."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for target in targets:
+            yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))

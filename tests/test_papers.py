@@ -65,7 +65,8 @@ def test_the_python_of_the_api_page_runs():
 
 
 QUESTIONS = (
-    "api benchmark-method bench-amd benchmarks engines how-it-works quickstart troubleshooting"
+    "api architecture benchmark-method bench-amd benchmarks engines how-it-works quickstart sorts"
+    " store troubleshooting"
 )
 
 

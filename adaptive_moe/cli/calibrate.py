@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adaptive_moe.cli import kernel, options, output
-from adaptive_moe.cli.progress import Progress
+from adaptive_moe.cli.progress import ProgressBar
 from adaptive_moe.settings import Settings, parse_buckets, parse_budget, parse_margin, read_settings
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.output is not None:
         output.check_place(args.output)
-    name, why = kernel.choose(args.kernel)
+    name, why = kernel.pick(args.kernel)
     quiet = args.json or args.output == output.STDOUT
     if name == "cpu" and args.budget is None and not os.environ.get("ADAPTIVE_MOE_BUDGET_S"):
         settings = replace(settings, budget_s=options.CPU_BUDGET_S)
@@ -87,7 +87,7 @@ def _measure(
     key = key_for(sorts, coverage, plan.rule, engine=ENGINE, first=plan.first)
     folder = Folder(cache_folder(settings))
     earlier = None if settings.recalibrate else folder.get(key)
-    with Progress(settings.budget_s, quiet=quiet) as progress:
+    with ProgressBar(settings.budget_s, quiet=quiet) as progress:
         table = calibrate(
             *(sorts, coverage, plan),
             earlier=earlier.evidence if earlier else None,

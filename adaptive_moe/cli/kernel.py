@@ -21,7 +21,7 @@ WHY = {
 _FIRST_TOKENS = 8
 
 
-def choose(name: str) -> tuple[str, str]:
+def pick(name: str) -> tuple[str, str]:
     """aiter, triton or cpu, for a --kernel of that name or of auto; and why, in words.
 
     Raises KernelUnavailableError where --kernel names AITER, and it cannot be used.

@@ -9,7 +9,7 @@ from typing import Any
 PLAIN_EVERY_S = 10.0
 
 
-class Progress:
+class ProgressBar:
     """Shows what is measured, how long that has taken, and the budget, on standard error.
 
     Called with (the number of the step, of how many known by now, what it measures). The budget is
@@ -23,7 +23,7 @@ class Progress:
         self.done = sys.maxsize
         self.bar: Any = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         if not self.quiet and sys.stderr.isatty():
             from tqdm import tqdm
 

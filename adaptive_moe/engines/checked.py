@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from adaptive_moe.tuning.rounds import Exclusions
 
-Counts = dict[str, set[int]]
+_Counts = dict[str, set[int]]
 
 
 def checked(table: PolicyTable, kernel: SortKernel, expert_mask: "Tensor | None") -> PolicyTable:
@@ -42,10 +42,10 @@ def checked(table: PolicyTable, kernel: SortKernel, expert_mask: "Tensor | None"
     return table
 
 
-def _chosen(table: PolicyTable) -> Counts:
+def _chosen(table: PolicyTable) -> _Counts:
     """The smallest and the largest count of each candidate that is chosen in the baseline's
     place."""
-    ends: Counts = {}
+    ends: _Counts = {}
     for first, last, name in (*table.runs(), *table.runs(captured=True)):
         if name != table.evidence.coverage.baseline:
             ends.setdefault(name, set()).update((first, last))
@@ -55,7 +55,7 @@ def _chosen(table: PolicyTable) -> Counts:
 def _check(
     kernel: SortKernel,
     table: PolicyTable,
-    counts: Counts,
+    counts: _Counts,
     mask: "Tensor | None",
     exclusions: "Exclusions",
 ) -> None:

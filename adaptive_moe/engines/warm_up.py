@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("adaptive_moe")
 
 # `adaptive_moe.tuning.calibrate.calibrate`, or a stand-in for it.
-Measure = Callable[..., PolicyTable]
+Calibrate = Callable[..., PolicyTable]
 
-T = TypeVar("T")
-Made = TypeVar("Made")
+_T = TypeVar("_T")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def warm_up_hook(
     batches: Batches,
     *,
     engine: str = "plain",
-    measure: Measure | None = None,
+    measure: Calibrate | None = None,
 ) -> WarmUp:
     """Make a table for every shape seen that has none for all of these batches, and set them.
 
@@ -127,11 +127,11 @@ def warm_up_hook(
 
 
 def _each(
-    things: Mapping[CallKey, T], make: Callable[[T], Made]
-) -> tuple[dict[CallKey, Made], list[str]]:
+    things: Mapping[CallKey, _T], make: Callable[[_T], _Made]
+) -> tuple[dict[CallKey, _Made], list[str]]:
     """What is made of each thing, and a sentence for each that raised: a shape that fails (out of
     memory, no shape we know) costs only itself."""
-    made: dict[CallKey, Made] = {}
+    made: dict[CallKey, _Made] = {}
     problems: list[str] = []
     for key, thing in things.items():
         try:
@@ -148,7 +148,7 @@ def _task(hook: AiterHook, wanted: Wanted, engine: str) -> _Task:
     return _Task(wanted, kernel, key)
 
 
-def _served(task: _Task, stores: Stores, plan: "Plan", measure: Measure) -> Served:
+def _served(task: _Task, stores: Stores, plan: "Plan", measure: Calibrate) -> Served:
     """Measured, and checked, as the seen call was made: in its context, on its device and
     stream."""
     wanted, mask = task.wanted, task.wanted.seen.expert_mask

@@ -118,7 +118,8 @@ def measured(
 
     words = {
         "ASK": ASK,
-        # Only a schema of bool makes it True, of an engine's own; to others both are not ours.
+        # True only where AITER's schema declares a bool. True == 1, so the key must tell them
+        # apart.
         "baseline": f"{TRUE!r} if dispatch_policy is True else dispatch_policy",
     }
     scope = {

@@ -14,7 +14,7 @@ from adaptive_moe.kernels.aiter import KNOWN, ConfigCall
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # Kept in a CallKey in place of a True, which as a part of a tuple would be the same as 1.
 TRUE = "True"
@@ -143,12 +143,12 @@ class SortCall:
             return "flydsl"
         return "opus"
 
-    def as_called(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    def as_called(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
         """Run a function where this call ran: in a copy of its context, on its device and stream,
         in its grad and inference mode. Everything is afterwards as it was."""
         return self.context.copy().run(lambda: self._in_place(function, *args, **kwargs))
 
-    def _in_place(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    def _in_place(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
         import torch
 
         with ExitStack() as stack:

@@ -27,7 +27,7 @@ TOPK = (
     "top_k_experts",
     "moe_num_active_primary_experts",
 )
-HIDDEN = ("hidden_size", "hidden_dim", "d_model", "n_embd", "dim")
+HIDDEN_SIZE_KEYS = ("hidden_size", "hidden_dim", "d_model", "n_embd", "dim")
 INTERMEDIATE = (
     "moe_intermediate_size",
     "expert_ffn_hidden_size",
@@ -67,7 +67,7 @@ def model_from_config(path: Path, *, fuse_shared: bool = False) -> Model:
         str(config.get("model_type") or path.parent.name or path.stem),
         _count(inner, EXPERTS, path),
         _count(inner, TOPK, path),
-        _count(inner, HIDDEN, path),
+        _count(inner, HIDDEN_SIZE_KEYS, path),
         str(path),
         next((d for level in (config, inner) if (d := _dtype(level))), "bfloat16"),
         _shared_experts(inner),

@@ -18,7 +18,8 @@ from adaptive_moe.policy.coverage import Situation
 from adaptive_moe.policy.evidence import SCHEMA, Bucket, Evidence
 from adaptive_moe.policy.verdict import Choice, between, choices
 
-MAX_CANDIDATES = 256
+# A byte indexes them, and hook/entries.py keeps 255 for itself.
+MAX_CANDIDATES = 255
 # First and last token count, and the candidate of all of them.
 Run = tuple[int, int, str]
 

@@ -36,10 +36,10 @@ REFINE_MARGINS = 3.0
 # buckets allow. A gain that surely exceeds CLEAR_GAIN is confirmed by one lot, others by LOTS.
 LOT, LOTS = 5, 3
 CLEAR_GAIN = 0.10
-# The host's time is noisy, and pooled over buckets. A candidate never wins by it in one alone: all
-# its rounds share one moment.
+# A candidate needs host times of so many buckets to win by them: the rounds of one bucket are taken
+# at one moment.
 HOST_BUCKETS = 2
-# The largest log ratio that is told from larger ones: exp() of those has no float.
+# Log ratios are capped here, so that exp() cannot overflow.
 MOST_LOG_RATIO = 20.0
 
 
@@ -210,7 +210,7 @@ def judge_rounds(
     standing = Standing.UNSETTLED
     if n >= min_rounds:
         standing = standing_of(gain, low, likely_high, rule.margin)
-        # A tie whose gain may be anything at `confidence` would still veto a winner elsewhere.
+        # Without a finite interval a tie must not count: it would block a winner of another view.
         if standing is Standing.TIED and math.isinf(sure):
             standing = Standing.UNSETTLED
     if math.isinf(sure):
@@ -236,8 +236,8 @@ def open_judgements(verdict: Verdict, rule: Rule) -> list[Judgement]:
 def loss(verdict: Verdict, candidate: str) -> float:
     """Time of `candidate` over the fastest trusted candidate's in this view, 1.0 being equal.
 
-    Infinite for one without a gain, such as a dropped one: it must not be used on a neighbour's
-    word.
+    Infinite for one without a gain, such as a dropped one: a neighbour's result must not bring it
+    into use.
     """
     ratios = _ratios(verdict)
     return ratios[candidate] / min(ratios.values()) if candidate in ratios else math.inf
@@ -382,12 +382,12 @@ def _worth_us(views: Sequence[Verdict], candidate: str, rule: Rule) -> float | N
     return saved_us - lost_us if saved_us > lost_us else None
 
 
-Relation = tuple[str, str]
+HostGroup = tuple[str, str]
 
 
-def _relation(choice: Choice, candidate: str) -> Relation:
-    """A candidate, and how it stands on the device: a baseline that is a rule runs another kernel,
-    with other launches, where that changes."""
+def _host_group(choice: Choice, candidate: str) -> HostGroup:
+    """A candidate and its standing on the device. Host times are pooled within one group: where the
+    standing changes, a baseline that is a rule runs another kernel, with other launches."""
     standing = choice.device[0].judgement(candidate).standing
     if standing in (Standing.FASTER, Standing.UNCONFIRMED):
         return candidate, "faster"
@@ -401,12 +401,12 @@ def _with_host(buckets: Sequence[Bucket], chosen: Sequence[Choice], rule: Rule) 
     The host enqueues the same launches for any token count, so its time is pooled over the buckets
     in which a candidate stands alike on the device.
     """
-    parts: dict[Relation, list[Ratios]] = {}
+    parts: dict[HostGroup, list[Ratios]] = {}
     for bucket, choice in zip(buckets, chosen, strict=True):
         for fill in bucket.fills:
             for result in fill.results[1:]:
                 if result.host is not None:
-                    parts.setdefault(_relation(choice, result.candidate), []).append(result.host)
+                    parts.setdefault(_host_group(choice, result.candidate), []).append(result.host)
     host = {relation: (len(some), pool(some)) for relation, some in parts.items()}
     if not host:
         return list(chosen)
@@ -419,13 +419,13 @@ def _with_host(buckets: Sequence[Bucket], chosen: Sequence[Choice], rule: Rule) 
 
 
 def _host_view(
-    bucket: Bucket, choice: Choice, host: Mapping[Relation, tuple[int, Ratios]], rule: Rule
+    bucket: Bucket, choice: Choice, host: Mapping[HostGroup, tuple[int, Ratios]], rule: Rule
 ) -> Verdict:
     baseline, *others = bucket.fills[0].results
     judgements = [Judgement(baseline.candidate, Standing.BASELINE, baseline.host_us, gain=0.0)]
     for result in others:
         name = result.candidate
-        buckets, ratios = host.get(_relation(choice, name), (0, None))
+        buckets, ratios = host.get(_host_group(choice, name), (0, None))
         judgement = judge_rounds(name, result.host_us, ratios, rule, rule.min_rounds)
         out = choice.device[0].judgement(name).gain is None
         if out or (judgement.standing is Standing.FASTER and buckets < HOST_BUCKETS):

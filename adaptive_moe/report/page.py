@@ -19,7 +19,7 @@ from adaptive_moe.report.words import (
     TUNES_NOTHING,
     calls_words,
     candidate_words,
-    measured,
+    measured_situations,
     plural,
     situation_words,
     title_words,
@@ -126,7 +126,7 @@ def _section(number: int, table: PolicyTable, plot: str) -> Iterator[str]:
     if plot:
         yield f'<div class="plot">{plot}</div>'
     yield _sorted_by(table)
-    for situation in measured(table):
+    for situation in measured_situations(table):
         rows = [list(map(escape, row)) for row in bucket_rows(table, situation)]
         evidence_rows = f'<div class="wide">{_html_table(bucket_heads(table), rows)}</div>'
         counts = plural(len(table.choices(situation)), "token count")
@@ -137,7 +137,7 @@ def _section(number: int, table: PolicyTable, plot: str) -> Iterator[str]:
 def _sorted_by(table: PolicyTable) -> str:
     """What each kind of call gets, by token counts."""
     rows = []
-    for situation in measured(table):
+    for situation in measured_situations(table):
         kind = situation_words(situation)
         for first, last, name in table.runs(captured=situation is Situation.GRAPH):
             span = f"{last:,}" if first == last else f"{first:,} to {last:,}"

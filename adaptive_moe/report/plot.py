@@ -21,7 +21,7 @@ from adaptive_moe.policy.verdict import OPEN, Judgement
 from adaptive_moe.report.words import (
     calls_words,
     candidate_words,
-    measured,
+    measured_situations,
     situation_words,
     time_us,
     title_words,
@@ -91,7 +91,7 @@ def figure_of(table: PolicyTable, *, titled: bool = True) -> Any:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    situations = list(measured(table))
+    situations = list(measured_situations(table))
     figure = Figure(figsize=(11.0, 6.4), layout="constrained")
     grid: Any = figure.subplots(
         3, len(situations), squeeze=False, sharex="col", height_ratios=(3.0, 2.0, 0.3)

@@ -17,7 +17,7 @@ from adaptive_moe.report.words import (
     between_words,
     calls_words,
     candidate_words,
-    measured,
+    measured_situations,
     percent,
     plural,
     situation_words,
@@ -51,7 +51,7 @@ def start_line(tables: Sequence[PolicyTable], *, continues: bool = True) -> str:
     if not gains:
         if not open_counts:
             return f"adaptive_moe: no gain found at {plural(counts, 'count')}, all settled"
-        then = "the next start continues" if continues else "measured as often as starts do"
+        then = "the next start continues" if continues else "more rounds promise little"
         return f"adaptive_moe: no gain found; {left}, {then}"
     head = f"adaptive_moe: on, {plural(len(tables), 'shape')}"
     for more in (gains, gains[:1]):
@@ -70,10 +70,12 @@ def result_line(table: PolicyTable) -> str:
     """What came out of it, in one sentence, such as `DeepSeek-V3, block 32, on AMD Instinct MI300X:
     captured calls, up to 12% off the sort at 9 to 24 tokens; the baseline elsewhere`."""
     evidence = table.evidence
-    gained = [words for situation in measured(table) if (words := _off(table, situation))]
+    gained = [
+        words for situation in measured_situations(table) if (words := _off(table, situation))
+    ]
     if gained:
         said = f"{'; '.join(gained)}; the baseline elsewhere"
-        if all(_is_everywhere(table, situation) for situation in measured(table)):
+        if all(_is_everywhere(table, situation) for situation in measured_situations(table)):
             said = "; ".join(gained)
     else:
         said = f"no gain found, the baseline everywhere{_open_words(table)}"
@@ -92,7 +94,7 @@ def table_lines(
         f"  {calls_words(evidence.coverage)}",
         f"  baseline {candidate_words(evidence.coverage.baseline)}; "
         f"{where_words(evidence)}; measured {when}",
-        *(f"  {situation_words(s)}: {_sorted_by(table, s)}" for s in measured(table)),
+        *(f"  {situation_words(s)}: {_sorted_by(table, s)}" for s in measured_situations(table)),
     ]
     if why := kept_words(table):
         lines.append(f"  the baseline stays at {why}")
@@ -117,7 +119,7 @@ def bucket_table(table: PolicyTable) -> list[str]:
     """The evidence as aligned lines, a block a situation: us of each candidate (empty where nothing
     was measured), what the winner saves, rounds, and the verdict in words."""
     lines: list[str] = []
-    situations = list(measured(table))
+    situations = list(measured_situations(table))
     for situation in situations:
         if len(situations) > 1:
             lines.append(situation_words(situation))

@@ -66,7 +66,7 @@ def where_words(evidence: Evidence) -> str:
     return f"{evidence.kernel}, on {evidence.environment.device}"
 
 
-def measured(table: PolicyTable) -> Iterator[Situation]:
+def measured_situations(table: PolicyTable) -> Iterator[Situation]:
     """The situations that were measured, in the order they are read."""
     return (situation for situation in Situation if table.choices(situation))
 

@@ -22,9 +22,9 @@ from adaptive_moe.settings.variables import (
     SettingsError,
     Variable,
     budget,
-    counts,
     margin,
     policy,
+    token_counts,
 )
 
 __all__ = [
@@ -100,7 +100,7 @@ def parse_margin(name: str, text: str) -> float:
 
 def parse_buckets(name: str, text: str) -> tuple[int, ...]:
     """Rising token counts separated by commas; empty text is the default grid, ()."""
-    return tuple(_parse(name, text, COUNTS, counts)) if text.strip() else ()
+    return tuple(_parse(name, text, COUNTS, token_counts)) if text.strip() else ()
 
 
 def _read(environ: Mapping[str, str]) -> tuple[Settings, list[tuple[SettingsError, str]]]:

@@ -86,7 +86,7 @@ def margin(text: str) -> float:
     return margin
 
 
-def counts(text: str) -> tuple[int, ...]:
+def token_counts(text: str) -> tuple[int, ...]:
     counts = tuple(_count(word) for word in text.split(","))
     if any(low >= high for low, high in pairwise(counts)):
         raise ValueError
@@ -177,7 +177,7 @@ VARIABLES = (
         "powers of two",
         COUNTS,
         "token counts measured first; crossovers between them are refined either way",
-        counts,
+        token_counts,
     ),
     Variable(
         "ADAPTIVE_MOE_BUSY_FROM",

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.settings import Settings
-from adaptive_moe.store.key import TableKey, differences
+from adaptive_moe.store.key import TableKey, differing_fields
 from adaptive_moe.store.text import MAX_BYTES, StoredTable, from_text, to_text
 from adaptive_moe.store.write import remove_stale, replace_file
 
@@ -48,7 +48,9 @@ class Folder:
         try:
             stored = read_file(path)
             if stored.key != key:
-                raise ValueError(f"it is for another {', '.join(differences(key, stored.key))}")
+                raise ValueError(
+                    f"it is for another {', '.join(differing_fields(key, stored.key))}"
+                )
             return stored.table
         except (FileNotFoundError, NotADirectoryError):
             self._say_nearest(key)
@@ -96,7 +98,7 @@ class Folder:
         nearest: tuple[list[str], Path] | None = None
         try:
             for path, other in self._keys_of_shape(key):
-                fields = differences(key, other)
+                fields = differing_fields(key, other)
                 if nearest is None or len(fields) < len(nearest[0]):
                     nearest = fields, path
         except Exception as error:

@@ -111,7 +111,7 @@ def key_of(request: Request, evidence: Evidence) -> TableKey:
     )
 
 
-def differences(key: TableKey, other: TableKey) -> list[str]:
+def differing_fields(key: TableKey, other: TableKey) -> list[str]:
     """The fields in which `other` differs, such as `torch: 2.9.0, here 2.13.0`."""
     here, there = _flat(to_plain(key)), _flat(to_plain(other))
     return [

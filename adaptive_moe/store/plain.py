@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 MAX_ITEMS = 4096
 MAX_TEXT = 4096
@@ -33,9 +33,9 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def from_plain(kind: type[T], value: Any, where: str = "calibration") -> T:
+def from_plain(kind: type[_T], value: Any, where: str = "calibration") -> _T:
     """Build `kind` from plain values; ValueError naming the place of whatever does not fit."""
-    result: T = _reader(typing.cast(Any, kind))(value, where)
+    result: _T = _reader(typing.cast(Any, kind))(value, where)
     return result
 
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from adaptive_moe.policy.evidence import Evidence
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.store.folder import Folder
-from adaptive_moe.store.key import TableKey, differences
+from adaptive_moe.store.key import TableKey, differing_fields
 from adaptive_moe.store.shared import SharedStore
 from adaptive_moe.store.text import from_text, to_text
 
 logger = logging.getLogger("adaptive_moe")
 
-# So many later starts continue what the first one left open.
+# At most so many later starts continue an unfinished table.
 MORE_STARTS = 3
 
 # Measures, continuing from that evidence where there is some; raises where it cannot.
@@ -70,7 +70,7 @@ def table_for(
     if shared is not None and _may_replace(shared, stored, key):
         return _keep(key, stores, stored, shared, "stored" if shared == stored else "shared")
     if stored is None:
-        # Counted for each key anew, also where evidence of a smaller coverage was used.
+        # Starts are counted from 1 for each key, also with evidence of a smaller coverage.
         table, origin = _as_start(measure(earlier), 1), "measured"
     elif _continues(stored, budget_s, stores.folder):
         table, origin = _continued(key, stored, measure, stores.folder.level)
@@ -89,7 +89,7 @@ def _parsed(key: TableKey, text: str | None) -> PolicyTable | None:
     try:
         stored = from_text(text)
         if stored.key != key:
-            raise ValueError(f"it is for another {', '.join(differences(key, stored.key))}")
+            raise ValueError(f"it is for another {', '.join(differing_fields(key, stored.key))}")
         return stored.table
     except Exception as error:
         logger.warning("%s of another rank is not used: %s", key.name, error)

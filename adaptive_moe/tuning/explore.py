@@ -55,11 +55,11 @@ Progress = Callable[[int, int, str], None]
 SKETCH_ROUNDS = 6
 # What a step must save, in margins, to be taken.
 WORTH_MEASURING = 0.4
-# What settling a doubt is worth beside a gap that may lose as much: it decides the counts that the
-# bucket serves, and whether there is anything in the gaps on its two sides.
+# A doubt counts so many times a gap of the same loss: its result decides a whole bucket, and
+# whether the gaps on both sides matter.
 DOUBT_WEIGHT = 3.0
-# What is kept back to confirm a bucket, over as many rounds of its first pass as that takes: fewer
-# candidates, but prepared anew for each lot.
+# Time of a confirming round over one of the first pass: fewer candidates, but each lot is prepared
+# anew.
 CONFIRM_COST = 1.2
 LEAST_S = 1e-6
 
@@ -111,7 +111,7 @@ class Session:
         check(self.kernel.candidates, new, num_tokens, self.exclusions)
         self._checking_s += self._now() - begun
 
-    def tell(self, situation: Situation, num_tokens: int) -> None:
+    def report_progress(self, situation: Situation, num_tokens: int) -> None:
         """Progress: a bucket that was not expected adds itself to the total."""
         self._done += 1
         self.total = max(self.total, self._done)
@@ -146,7 +146,7 @@ class Section:
         self.session, self.situation, self.rule = session, situation, session.rule
         self.domain = session.coverage.counts(situation)
         self.measured: dict[int, _Measured] = {}
-        # Did the time for refining end before there was nothing left worth it?
+        # True if the time for refining ended while steps worth taking were left.
         self.cut_short = False
         self._winners: list[int] = []
         earlier = session.earlier.buckets(situation) if session.earlier else ()
@@ -249,7 +249,7 @@ class Section:
     def confirm(self, rounds: int, deadline: float) -> None:
         """The second pass of the chosen winners, brought to so many rounds."""
         for num_tokens in self._winners:
-            self.session.tell(self.situation, num_tokens)
+            self.session.report_progress(self.situation, num_tokens)
             for fill in self.measured[num_tokens].fills:
                 confirm(
                     *(self.bench, fill, rounds, num_tokens),
@@ -259,8 +259,8 @@ class Section:
     def buckets(self) -> tuple[Bucket, ...]:
         """The evidence, by token count, with everything known by now about each candidate.
 
-        A refinement that was cut short is left out: its neighbours know more. An earlier bucket
-        stays where measuring again did not settle it.
+        A refinement that was cut short is left out: its neighbours were measured better. An
+        earlier bucket stays where measuring again did not settle it.
         """
         grid = {*self.grid, *self.earlier}
         found = dict(self.earlier)
@@ -279,9 +279,9 @@ class Section:
         """The first pass of one bucket, brought to `rounds` rounds at each fill.
 
         A bucket begun before the deadline gets the rounds of a verdict, and more until its slot
-        ends: fewer would tell nothing.
+        ends: fewer rounds give no verdict.
         """
-        self.session.tell(self.situation, num_tokens)
+        self.session.report_progress(self.situation, num_tokens)
         self._check(num_tokens)
         one = self.measured.setdefault(num_tokens, self._fresh(num_tokens))
         one.asked = max(one.asked, rounds)
@@ -362,8 +362,8 @@ class Section:
 def _powers(coverage: Coverage, situation: Situation) -> tuple[int, ...]:
     """The counts to begin with: powers of two, and the last count below `busy_from`.
 
-    But powers of four for eager calls of as few tokens as graphs hold: those are rare, and
-    exploring still goes where there is something.
+    But powers of four for eager calls of as few tokens as graphs hold: those are rare. Refining
+    adds counts there where the winner changes.
     """
     powers = [1 << k for k in range(coverage.max_tokens.bit_length())]
     if situation is Situation.GRAPH:
@@ -419,7 +419,7 @@ def _doubts(choices: Mapping[int, Choice], asked: Mapping[int, int], rule: Rule)
         rounds = min(2 * asked[num_tokens], rule.max_rounds)
         promise = max(_promise(verdict, rule) for verdict in choices[num_tokens].device)
         if promise > 0.0 and rounds > asked[num_tokens]:
-            # It serves the counts above the bucket below; with one added, the first has a width.
+            # It serves the counts above the bucket below; 1 is added so that the first has a width.
             width = math.log((num_tokens + 1) / (below + 1))
             saves = DOUBT_WEIGHT * promise * width
             yield Step(num_tokens, rounds, rounds - asked[num_tokens], saves)

@@ -27,12 +27,12 @@ from adaptive_moe.tuning.clocks import Clock, Pending, Sample, Sampler
 
 logger = logging.getLogger("adaptive_moe")
 
-# A first look this many times slower than the best is looked at once more, with the best beside it,
+# A first look this many times slower than the best is taken once more, with the best beside it,
 # so that no single stall of the machine drops a good candidate.
 FAR_SLOWER = 3.0
 # Two visits that differ by more than this ratio are followed by two more.
 DISAGREE = 1.1
-# The least time that a clock is believed: a coarse one may read 0.0.
+# Shorter readings are raised to this: a coarse clock may read 0.0.
 LEAST_US = 1e-3
 
 
@@ -92,7 +92,7 @@ class FillRounds:
     first: dict[str, Times]
     second: dict[str, Times] = field(default_factory=dict)
     dropped: dict[str, float] = field(default_factory=dict)
-    looked: bool = False
+    first_look_done: bool = False
     call_us: float = 0.0
 
     @property
@@ -172,7 +172,7 @@ def check(
                 _exclude(exclusions, candidate.name, error, num_tokens)
     try:
         found = differences([comparison for _, comparison in compared])
-    # What a kernel did wrong may be said only when the device is waited for, and by no name.
+    # A kernel's error may surface only at this wait, without the candidate's name.
     except Exception as error:
         _exclude(exclusions, baseline.name, error, num_tokens)
         return
@@ -190,12 +190,12 @@ def measure(
     `spent` is asked before each round. Only whole rounds count.
     """
     names = [name for name in bench.candidates if name not in bench.exclusions.by_name]
-    if not fill.looked:
+    if not fill.first_look_done:
         if len(names) < 2:
             return
         samplers = _prepare(bench, fill, names, math.inf, num_tokens)
         _first_look(bench, fill, samplers, num_tokens)
-        fill.looked = True
+        fill.first_look_done = True
     # A settled candidate takes no part, and is not captured into a graph for it.
     live = _live(bench, fill)
     if len(live) < 2:
@@ -306,9 +306,9 @@ def _one_round(
 ) -> None:
     order = _order(number, live)
     visits = _visit(bench, samplers, [*order, *reversed(order)], num_tokens)
-    # Enqueued at the end of the round, by those alone that need it.
-    torn = [name for name in order if _disagree(visits[name])]
-    for name, more in _visit(bench, samplers, [*torn, *reversed(torn)], num_tokens).items():
+    # Only candidates whose visits disagree are sampled twice more.
+    unstable = [name for name in order if _disagree(visits[name])]
+    for name, more in _visit(bench, samplers, [*unstable, *reversed(unstable)], num_tokens).items():
         visits[name] += more
     logger.debug("samples us: %s", visits)
     baseline = _middle(visits[live[0]])

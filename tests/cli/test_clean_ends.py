@@ -226,7 +226,7 @@ def test_the_plain_progress_lines_come_seldom(monkeypatch, capsys):
 
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with progress.Progress(30.0) as shown:
+    with progress.ProgressBar(30.0) as shown:
         for second in range(25):
             now[0] = float(second)
             shown(second, 50, "64 tokens")

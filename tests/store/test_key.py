@@ -8,7 +8,7 @@ import torch
 from adaptive_moe.kernels import load_kernel
 from adaptive_moe.policy.coverage import Coverage
 from adaptive_moe.policy.evidence import Rule
-from adaptive_moe.store.key import differences, key_for
+from adaptive_moe.store.key import differing_fields, key_for
 from adaptive_moe.tuning.calibrate import Plan, calibrate
 from tests.store.making import COVERAGE, HERE, KEY, REQUEST, SHAPE, key_for_table, made_table
 
@@ -36,7 +36,7 @@ def test_what_can_change_the_answer_makes_another_key(other):
     key = key_for_table(made_table(**other))
     assert key != KEY
     assert key.name != KEY.name
-    assert len(differences(KEY, key)) >= 1
+    assert len(differing_fields(KEY, key)) >= 1
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_what_is_unstable_or_only_says_how_much_was_settled_does_not(other):
 
 def test_differences_name_the_fields():
     table = made_table(environment=replace(HERE, torch="2.9.0", compute_units=302))
-    assert differences(KEY, key_for_table(table)) == [
+    assert differing_fields(KEY, key_for_table(table)) == [
         "compute_units: 302, here 304",
         "torch: 2.9.0, here 2.13.0",
     ]
