@@ -73,7 +73,7 @@ def table_for(
         # Starts are counted from 1 for each key, also with evidence of a smaller coverage.
         table, origin = _as_start(measure(earlier), 1), "measured"
     elif _continues(stored, budget_s, stores.folder):
-        table, origin = _continued(key, stored, measure, stores.folder.level)
+        table, origin = _continued(key, stored, measure, budget_s, stores.folder.level)
     else:
         table, origin = stored, "stored"
     agreed = _offered(key, stores, table) if text is None else None
@@ -128,7 +128,7 @@ def _as_start(table: PolicyTable, starts: int) -> PolicyTable:
 
 
 def _continued(
-    key: TableKey, stored: PolicyTable, measure: Measure, level: int
+    key: TableKey, stored: PolicyTable, measure: Measure, budget_s: float, level: int
 ) -> tuple[PolicyTable, str]:
     """The stored table measured further, and its origin. Where that fails or settles less, the
     stored one serves; the start counts all the same, or every later start would try again."""
@@ -139,13 +139,15 @@ def _continued(
         *(phrase, found.created, stored.open_counts),
         *(", a candidate failed" if stored.failed else "", found.starts + 1),
     )
+    # With that budget: a larger one is a reason to continue only until it was tried.
+    tried = PolicyTable(replace(found, budget_s=max(found.budget_s, budget_s)))
     try:
         table = measure(found)
     except Exception as error:
         logger.warning("%s stays as stored: %s: %s", phrase, type(error).__name__, error)
-        return _as_start(stored, found.starts + 1), "stored"
+        return _as_start(tried, found.starts + 1), "stored"
     if table.open_counts > stored.open_counts:
-        return _as_start(stored, found.starts + 1), "stored"
+        return _as_start(tried, found.starts + 1), "stored"
     return _as_start(table, found.starts + 1), "measured"
 
 

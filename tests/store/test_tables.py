@@ -111,6 +111,13 @@ def test_a_larger_budget_continues_whatever_the_number_of_starts(rank):
     rank.start(budget_s=99.0)
 
 
+def test_a_larger_budget_that_fails_is_tried_once(rank):
+    rank.folder.replace(KEY, another(*OPEN, starts=4))
+    for _ in range(2):
+        assert rank.start(RuntimeError("HIP error: 719"), budget_s=9.0).origin == "stored"
+    assert len(rank.measured) == 1
+
+
 def test_without_a_writable_folder_nothing_is_continued(rank, monkeypatch):
     rank.start(another(*OPEN))
     monkeypatch.setattr("os.access", lambda path, mode: False)
