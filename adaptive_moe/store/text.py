@@ -98,7 +98,10 @@ def report_text(texts: Iterable[str]) -> str:
 
 
 def _whole(stored: StoredTable) -> StoredTable:
-    stored.table  # noqa: B018  raises ValueError where the evidence is not whole
+    try:
+        stored.table  # noqa: B018  raises ValueError where the evidence is not whole
+    except ArithmeticError as error:  # of numbers that no calibration gives
+        raise ValueError(f"impossible measurement: {error}") from None
     return stored
 
 

@@ -120,3 +120,10 @@ def test_people_read_a_stored_file_and_a_report(tmp_path):
         file.write_text(content)
         with pytest.raises(ValueError, match=r"table\.json holds no tables"):
             read_any(file)
+
+
+def test_numbers_that_no_calibration_gives_are_refused_for_people_too(tmp_path):
+    file = tmp_path / "table.json"
+    file.write_text(TEXT.replace('"confidence": 0.99', '"confidence": 1.0'))
+    with pytest.raises(ValueError, match=r"holds no tables \(impossible measurement"):
+        read_any(file)
