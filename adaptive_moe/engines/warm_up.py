@@ -119,9 +119,13 @@ def warm_up_hook(
         hook.set_tables(tables)
         hook.end_warm_up(tables, batches.owner)
         if speaks:
-            _report(hook, served, engine)
-            for key, one in served.items():
-                _name_file(folder, tasks[key], one)
+            try:
+                _report(hook, served, engine)
+                for key, one in served.items():
+                    _name_file(folder, tasks[key], one)
+            # The tables are set: what cannot be said about them must not stop the caller.
+            except Exception:
+                logger.exception("the tables are set, but not everything about them could be said")
     origins = {key: one.origin for key, one in served.items()}
     return WarmUp(tables, tuple(problems), time.monotonic() - begun, origins)
 

@@ -322,6 +322,19 @@ def test_layers_that_cannot_be_asked_about_cost_the_tables_and_are_said(tmp_path
 # Log and report
 
 
+@pytest.mark.parametrize("name", ["start_line", "table_lines"])
+def test_a_report_that_fails_costs_one_line_and_no_table(tmp_path, monkeypatch, caplog, name):
+    def fails(*args, **named):
+        raise ValueError("no words")
+
+    monkeypatch.setattr(text, name, fails)
+    start = Start(tmp_path)
+    assert len(start.warm_up().tables) == 1
+    assert start.sort(8) == 1
+    (line,) = warnings(caplog)
+    assert line.startswith("the tables are set")
+
+
 def test_the_report_keeps_what_earlier_warm_ups_made(tmp_path):
     report = tmp_path / "report.txt"
     start = Start(tmp_path / "cache", settings={"report": str(report)})
