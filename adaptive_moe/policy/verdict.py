@@ -275,13 +275,21 @@ def between(below: Choice, above: Choice, rule: Rule) -> str:
     """The candidate of the counts between two neighbouring buckets.
 
     The upper bucket's, where it cannot lose much. In a gap that is left open, because the budget
-    ended, a candidate that beat the baseline in both buckets: the upper's, the lower's, or none.
+    ended or the host loses in the lower bucket, a candidate that beat the baseline in both buckets:
+    the upper's, the lower's, or none.
     """
-    if gap_loss(below, above, rule) == 0.0:
+    if gap_loss(below, above, rule) == 0.0 and not _host_loses(below, above.candidate, rule):
         return above.candidate
     faster_in_both = {*below.faster} & {*above.faster}
     serving = (name for name in (above.candidate, below.candidate) if name in faster_in_both)
     return next(serving, above.baseline)
+
+
+def _host_loses(choice: Choice, candidate: str, rule: Rule) -> bool:
+    """Does a candidate take much more of the host's time in that bucket? How far such a loss
+    reaches is not known: no bucket is added to find out."""
+    host = [view.judgement(candidate) for view in choice.verdicts if view.on_host]
+    return any((j.gain or 0.0) < -REFINE_MARGINS * rule.margin for j in host)
 
 
 def _judge(

@@ -125,3 +125,20 @@ def test_evidence_that_is_not_whole_makes_no_table(fields, words):
 def test_measurements_that_cannot_be_are_refused(numbers):
     with pytest.raises(ValueError, match="impossible measurement"):
         Ratios(*numbers)
+
+
+def test_a_gap_does_not_take_what_the_hosts_time_forbids_at_its_lower_end():
+    """At 8 tokens policy 1 costs half of the host's time more; at 64 it saves on the device."""
+    eager = [
+        bucket(8, [result("policy 0", 0.0, host=0.0), result("policy 1", 0.0, host=-0.5)]),
+        bucket(
+            64,
+            [
+                result("policy 0", 0.0, host=0.0),
+                result("policy 1", 0.025, second=0.025, host=0.0),
+            ],
+        ),
+    ]
+    coverage = Coverage.up_to(SortingShape(16, 4, 64), 64)
+    table = PolicyTable(make_evidence(eager, coverage=coverage))
+    assert [table.candidate(n) for n in (8, 9, 63, 64)] == ["policy 0"] * 3 + ["policy 1"]
