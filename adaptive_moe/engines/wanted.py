@@ -3,6 +3,7 @@ same layers will ask for at other token counts; each for the counts that occur, 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 from adaptive_moe.engines.block_sizes import Chooser, aiters_choosers, key_at, pieces_of
 from adaptive_moe.hook.hook import AiterHook
@@ -11,6 +12,9 @@ from adaptive_moe.kernels.call import Buffer, CallKey, SortCall
 from adaptive_moe.policy.coverage import BUSY_FROM, Coverage, Span
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
+
+# Characters of an argument's value that are a part of a table's key; of a longer one it is a hash.
+MAX_WORDS = 200
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,11 @@ def _extras(seen: SortCall) -> str:
         elif name not in KNOWN and value is not None:
             text = str(value)
             # An address is another one at each start, and would be a table of its own.
-            words.append(f"{name}={type(value).__name__ if ' at 0x' in text else text}")
+            if " at 0x" in text:
+                text = type(value).__name__
+            elif len(text) > MAX_WORDS:
+                text = f"{type(value).__name__} {sha256(text.encode(errors='replace')).hexdigest()}"
+            words.append(f"{name}={text}")
     return ",".join(words)
 
 

@@ -389,3 +389,14 @@ def test_tiles_are_snapped_as_vllm_snaps_them():
     assert chooser(seen_call(8, block_size=16), 100) == [
         Piece(1, 100, SortRequest(16, accumulate=True, sorts=True))
     ]
+
+
+def test_a_long_argument_is_told_from_others_in_few_words():
+    """A text of more than plain.MAX_TEXT would be stored and never read again."""
+    found = [
+        coverages(hook_with(seen_call(8, extras={"order": "y" * 5000 + last}, **GPU)), Batches(64))
+        for last in ("1", "2", "1")
+    ]
+    first, other, same = ([one.coverage.extras for one in wanted] for wanted, _ in found)
+    assert first == same != other
+    assert len(first[0]) < 100
