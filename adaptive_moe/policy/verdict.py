@@ -286,10 +286,11 @@ def between(below: Choice, above: Choice, rule: Rule) -> str:
 
 
 def _host_loses(choice: Choice, candidate: str, rule: Rule) -> bool:
-    """Does a candidate take much more of the host's time in that bucket? How far such a loss
+    """Does a candidate surely take much more of the host's time in that bucket? How far such a loss
     reaches is not known: no bucket is added to find out."""
     host = [view.judgement(candidate) for view in choice.verdicts if view.on_host]
-    return any((j.gain or 0.0) < -REFINE_MARGINS * rule.margin for j in host)
+    tolerance = REFINE_MARGINS * rule.margin
+    return any(j.gain_high is not None and j.gain_high < -tolerance for j in host)
 
 
 def _judge(

@@ -115,9 +115,8 @@ def continues_later(table: PolicyTable) -> bool:
 def _continues(stored: PolicyTable, budget_s: float, folder: Folder) -> bool:
     """Is a stored table to be measured further? Without a writable folder every start would do so
     for ever."""
-    if stored.open_counts and budget_s > stored.evidence.budget_s:
-        return True
-    return continues_later(stored) and folder.is_writable
+    has_larger_budget = stored.open_counts > 0 and budget_s > stored.evidence.budget_s
+    return (has_larger_budget or continues_later(stored)) and folder.is_writable
 
 
 def _as_start(table: PolicyTable, starts: int) -> PolicyTable:

@@ -118,10 +118,12 @@ def test_a_larger_budget_that_fails_is_tried_once(rank):
     assert len(rank.measured) == 1
 
 
-def test_without_a_writable_folder_nothing_is_continued(rank, monkeypatch):
+@pytest.mark.parametrize("budget_s", [1.5, 9.0])
+def test_without_a_writable_folder_nothing_is_continued(rank, monkeypatch, budget_s):
     rank.start(another(*OPEN))
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert rank.start().origin == "stored"
+    assert rank.start(budget_s=budget_s).origin == "stored"
+    assert len(rank.measured) == 1
 
 
 def test_what_is_stored_serves_where_continuing_fails_and_the_start_counts(rank, caplog):
