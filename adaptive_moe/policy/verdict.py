@@ -278,19 +278,14 @@ def between(below: Choice, above: Choice, rule: Rule) -> str:
     ended or the host loses in the lower bucket, a candidate that beat the baseline in both buckets:
     the upper's, the lower's, or none.
     """
-    if gap_loss(below, above, rule) == 0.0 and not _host_loses(below, above.candidate, rule):
+    highs = [v.judgement(above.candidate).gain_high or 0.0 for v in below.verdicts if v.on_host]
+    # From busy_from on the host's time has no say.
+    host_counts = any(view.on_host for view in above.verdicts)
+    host_loses = host_counts and min(highs, default=0.0) < -REFINE_MARGINS * rule.margin
+    if gap_loss(below, above, rule) == 0.0 and not host_loses:
         return above.candidate
-    faster_in_both = {*below.faster} & {*above.faster}
-    serving = (name for name in (above.candidate, below.candidate) if name in faster_in_both)
-    return next(serving, above.baseline)
-
-
-def _host_loses(choice: Choice, candidate: str, rule: Rule) -> bool:
-    """Does a candidate surely take much more of the host's time in that bucket? How far such a loss
-    reaches is not known: no bucket is added to find out."""
-    host = [view.judgement(candidate) for view in choice.verdicts if view.on_host]
-    tolerance = REFINE_MARGINS * rule.margin
-    return any(j.gain_high is not None and j.gain_high < -tolerance for j in host)
+    in_both = {*below.faster} & {*above.faster}
+    return next((c.candidate for c in (above, below) if c.candidate in in_both), above.baseline)
 
 
 def _judge(
