@@ -14,7 +14,7 @@ from adaptive_moe.shape import SortingShape
 
 MAX_TOKENS = 1 << 20
 # Where nothing is captured: from so many tokens on, an eager step is bound by the device in every
-# large model measured (docs/architecture.md).
+# large model measured.
 BUSY_FROM = 2048
 
 Span = tuple[int, int]
