@@ -2,8 +2,8 @@
 
 The real one launches AITER's kernels; this one runs adaptive_moe's CPU or Triton kernel, which keep
 the same output contract. AITER_STANDIN_SLOW names policies and backends, as in 0,1 or opus,ck, to
-make a millisecond slower, so that there is something to choose whatever the machine; failures.py
-makes sorts fail.
+make slower, so that there is something to choose whatever the machine; failures.py makes sorts
+fail.
 `hazardous` has those that the real kernels would not have survived; here they go well.
 """
 
@@ -72,14 +72,14 @@ def sort(
     if hazard is not None:
         hazardous.append((call, hazard))
     slow = os.environ.get("AITER_STANDIN_SLOW", "").split(",")
-    if str(int(dispatch_policy)) in slow or backend in slow:
-        time.sleep(0.001)
+    is_slow = str(int(dispatch_policy)) in slow or backend in slow
     failure = failures.failure_of(backend, dispatch_policy)
     failures.raise_if_due(failure)
     if on_gpu:
         from adaptive_moe.kernels.triton_sort import moe_sorting
     else:
         from adaptive_moe.kernels.cpu_sort import moe_sorting
+    begun = time.perf_counter()
     sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf = moe_sorting(
         topk_ids,
         topk_weights,
@@ -94,6 +94,9 @@ def sort(
         # Whole blocks, so that a GEMM that reads one to its end stays within the buffer.
         rounded=since("september"),
     )
+    if is_slow:
+        # Three times as long at least: on a busy machine a fixed time would be too small a share.
+        time.sleep(0.001 + 2.0 * (time.perf_counter() - begun))
     if output is not None and accumulate:
         moe_buf = output.zero_()
     if failure == "wrong":
