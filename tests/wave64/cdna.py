@@ -11,9 +11,8 @@ that Triton masks; two waves that touch the same LDS bytes between two barriers,
 What it does not model: time, caches, waits (s_waitcnt and s_nop do nothing), other float rounding.
 """
 
-# One function decodes a family of instructions, and has a branch for each form of it.
-# ruff: noqa: PLR0911, PLR0912, PLR0915
-
+import functools
+import operator
 import re
 import struct
 from collections import Counter
@@ -23,29 +22,22 @@ import numpy as np
 U32, I32, U64, I64, F32 = np.uint32, np.int32, np.uint64, np.int64, np.float32
 LANES = np.arange(64)
 FULL = (1 << 64) - 1
-VCC, M0, EXEC, SCC = 106, 124, 126, 253
+VCC, EXEC = 106, 126
 
 
 class Fault(Exception):  # noqa: N818
     """The program did what it must not, or what this interpreter does not know."""
 
 
-# --- masks -----------------------------------------------------------------------------------
-
-_masks: dict[int, np.ndarray] = {}
-
-
+@functools.lru_cache(50_000)
 def lanes_of(mask: int) -> np.ndarray:
-    found = _masks.get(mask)
-    if found is None:
-        if len(_masks) > 50_000:
-            _masks.clear()
-        bits = np.unpackbits(np.frombuffer(struct.pack("<Q", mask), np.uint8), bitorder="little")
-        found = _masks[mask] = bits.astype(bool)
-    return found
+    bits = np.unpackbits(np.frombuffer(struct.pack("<Q", mask), np.uint8), bitorder="little")
+    return bits.astype(bool)
 
 
 def mask_of(lanes: np.ndarray) -> int:
+    if lanes.ndim == 0:  # one answer for all lanes
+        return FULL if lanes else 0
     return int.from_bytes(np.packbits(lanes, bitorder="little").tobytes(), "little")
 
 
@@ -60,71 +52,47 @@ def signed(value: int, bits: int = 32) -> int:
 class Memory:
     """The tensors of a launch, at the addresses they have on the host."""
 
-    def __init__(self):
-        self.regions = []  # (base, end, bytes)
+    def __init__(self, tensors):
+        self.regions = [(base, base + data.nbytes, data) for base, data in tensors]
 
-    def add(self, base: int, data: np.ndarray) -> None:
-        self.regions.append((base, base + data.nbytes, data))
-
-    def find(self, first: int, last: int, what: str) -> tuple[int, np.ndarray]:
+    def cells(self, addresses: np.ndarray, size: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of a tensor, and which of them are the `size` at each address."""
+        if not len(addresses):
+            return np.zeros(0, np.uint8), np.zeros((0, size), I64)
+        first, last = int(addresses.min()), int(addresses.max()) + size
         for base, end, data in self.regions:
             if base <= first and last <= end:
-                return base, data
+                return data, (addresses - U64(base)).astype(I64)[:, None] + np.arange(size)
         raise Fault(f"{what} touches {first:#x} to {last:#x}, outside of every tensor")
-
-    def scalar(self, address: int, words: int) -> list[int]:
-        base, data = self.find(address, address + 4 * words, "scalar load")
-        return list(struct.unpack_from(f"<{words}I", data, address - base))
-
-    def cells(self, addresses: np.ndarray, size: int, what: str):
-        base, data = self.find(int(addresses.min()), int(addresses.max()) + size, what)
-        return data, (addresses - U64(base)).astype(I64)
-
-    def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        if not len(addresses):
-            return np.zeros((0, size), np.uint8)
-        data, at = self.cells(addresses, size, "load")
-        return data[at[:, None] + np.arange(size)]
-
-    def store(self, addresses: np.ndarray, values: np.ndarray) -> None:
-        """Values uint8 [lanes, size]. Of two lanes at one address the later wins, as on hardware
-        none is promised to; the race check is the caller's."""
-        if len(addresses):
-            size = values.shape[1]
-            data, at = self.cells(addresses, size, "store")
-            data[at[:, None] + np.arange(size)] = values
-
-
-# --- a wave ----------------------------------------------------------------------------------
 
 
 class Lds:
-    def __init__(self, size: int, waves: int, rng: np.random.Generator):
+    def __init__(self, size: int, rng: np.random.Generator):
         self.bytes = rng.integers(0, 256, size, dtype=np.uint8)
-        self.epoch = 0
-        # Who wrote, added to or read each byte since the last barrier: a bit a wave.
-        self.wrote, self.added, self.read = (np.zeros(size, np.uint32) for _ in range(3))
+        # Who wrote, added to or read each byte since the last barrier: a bit a wave, for up to 32.
+        self.seen = {how: np.zeros(size, U32) for how in ("write", "add", "read")}
 
     def barrier(self) -> None:
-        for seen in (self.wrote, self.added, self.read):
-            seen[:] = 0
+        for waves in self.seen.values():
+            waves[:] = 0
 
-    def touch(self, at: np.ndarray, wave: int, how: str, pc: str, values=None) -> None:
+    def touch(self, at: np.ndarray, wave: int, how: str, values: np.ndarray | None) -> None:
         """Where waves hold copies of the same data they all write it: that is no race."""
         me = U32(1 << wave)
-        others = ~me
-        clash = self.wrote[at] & others
+        clash = self.seen["write"][at]
         if how != "read":
-            clash |= self.read[at] & others
+            clash |= self.seen["read"][at]
         if how != "add":
-            clash |= self.added[at] & others
+            clash |= self.seen["add"][at]
+        clash &= ~me
         if how == "write":
             clash[self.bytes[at] == values] = 0
         if clash.any():
-            byte = at.ravel()[clash.ravel().nonzero()[0][0]]
-            raise Fault(f"LDS race at byte {byte}: {pc} ({how})")
-        seen = {"write": self.wrote, "add": self.added, "read": self.read}[how]
-        seen[at] |= me
+            raise Fault(f"LDS race at byte {at[clash != 0][0]} ({how})")
+        self.seen[how][at] |= me
+
+
+# --- a wave ----------------------------------------------------------------------------------
 
 
 class Wave:
@@ -132,9 +100,7 @@ class Wave:
         self.number, self.memory, self.lds = number, memory, lds
         self.v = rng.integers(0, 1 << 32, (256, 64), dtype=U32)
         self.s = [int(x) for x in rng.integers(0, 1 << 32, 128)]
-        self.scc = 0
-        self.pc = 0
-        self.count = 0
+        self.scc = self.pc = self.count = 0
         self.junk = int(rng.integers(0, 1 << 63)) * 2 + 1
         self.set_exec(FULL)
 
@@ -152,10 +118,11 @@ class Wave:
             self.set_exec(self.s64(EXEC))
 
     def set64(self, i: int, value: int) -> None:
-        value &= FULL
-        self.s[i], self.s[i + 1] = value & 0xFFFFFFFF, value >> 32
-        if i >= EXEC:
-            self.set_exec(value)
+        self.set32(i, value)
+        self.set32(i + 1, value >> 32)
+
+    def set_scc(self, _: int, value: bool) -> None:
+        self.scc = int(value)
 
     def write(self, i: int, value, mask=None) -> None:
         """To vector register i, of the lanes that are active (and in `mask`)."""
@@ -168,569 +135,431 @@ class Wave:
         else:
             np.copyto(self.v[i], value, where=mask)
 
+    def write64(self, i: int, value) -> None:
+        self.write(i, value.astype(U32))
+        self.write(i + 1, (value >> U64(32)).astype(U32))
+
 
 # --- operands --------------------------------------------------------------------------------
 
-_FLOATS = {"0.5", "1.0", "2.0", "4.0", "-0.5", "-1.0", "-2.0", "-4.0"}
-_NAMED = {"vcc": VCC, "vcc_lo": VCC, "vcc_hi": VCC + 1, "exec": EXEC, "exec_lo": EXEC,
-          "exec_hi": EXEC + 1, "m0": M0}  # fmt: skip
+# What an operand is read or written as:
+# vu32, vi64, ...  of each lane: an array, or one value for all lanes
+# su32, si64, ...  a scalar: a Python integer; behind a + is what SCC says of a result
+# lanes            64 booleans, as a mask in two scalar registers
+# carry            the same, and what it has of lanes that are off is nothing to rely on
+# scc, exec        implied: no operand names them
+LANE_TYPES = {"vu32": U32, "vi32": I32, "vf32": F32, "vu64": U64, "vi64": I64}
+IMPLIED = ("scc", "exec", "exec+any")
+NAMED = {"vcc": VCC, "vcc_lo": VCC, "vcc_hi": VCC + 1, "exec": EXEC, "exec_lo": EXEC,
+         "exec_hi": EXEC + 1, "m0": 124}  # fmt: skip
 
 
-def register(text: str):
-    """('v' or 's', first register, registers) or None where it is a constant."""
-    if text in _NAMED:
-        return "s", _NAMED[text], 2 if text in ("vcc", "exec") else 1
-    found = re.fullmatch(r"([vs])(?:(\d+)|\[(\d+):(\d+)\])", text)
-    if not found:
-        return None
-    kind, one, first, last = found.groups()
-    return (kind, int(one), 1) if one else (kind, int(first), int(last) - int(first) + 1)
+def register(text: str) -> tuple[str, int]:
+    """('v' or 's', number of the first register), or ('', 0) where it is a constant."""
+    if text in NAMED:
+        return "s", NAMED[text]
+    found = re.fullmatch(r"([vs])(?:(\d+)|\[(\d+):\d+\])", text)
+    return (found[1], int(found[2] or found[3])) if found else ("", 0)
 
 
-def constant(text: str) -> int:
-    if text in _FLOATS:
-        return int(F32(float(text)).view(U32))
-    return int(text, 0)
+def number(text: str) -> int:
+    bank, i = register(text)
+    if not bank:
+        raise Fault(f"{text} in place of a register")
+    return i
 
 
-def vector_source(text: str):
-    """wave -> uint32 [64] or a scalar uint32."""
-    where = register(text)
-    if where is None:
-        value = U32(constant(text) & 0xFFFFFFFF)
+@functools.cache
+def source(kind: str, text: str = ""):
+    """wave -> the operand; constants are sign-extended."""
+    if kind in IMPLIED:
+        return (lambda w: w.scc) if kind == "scc" else (lambda w: w.exec)
+    if kind[1] in "if":
+        bits, view = int(kind[2:]), LANE_TYPES.get(kind)
+        plain = source(f"{kind[0]}u{bits}", text)
+        return (lambda w: plain(w).view(view)) if view else (lambda w: signed(plain(w), bits))
+    bank, i = register(text)
+    if not bank:
+        value = int(F32(text).view(U32)) if "." in text else int(text, 0)
+        value &= FULL if kind.endswith("64") else 0xFFFFFFFF
+        value = LANE_TYPES.get(kind, int)(value)
         return lambda w: value
-    kind, i, _ = where
-    return (lambda w: w.v[i]) if kind == "v" else (lambda w: U32(w.s[i]))
-
-
-def vector_source64(text: str):
-    """wave -> uint64 [64] or a scalar uint64; inline constants are sign-extended."""
-    where = register(text)
-    if where is None:
-        value = U64(constant(text) & FULL)
-        return lambda w: value
-    kind, i, _ = where
-    if kind == "s":
-        return lambda w: U64(w.s64(i))
-    return lambda w: w.v[i].astype(U64) | w.v[i + 1].astype(U64) << U64(32)
-
-
-def scalar_source(text: str, wide: bool = False):
-    where = register(text)
-    if where is None:
-        value = constant(text) & (FULL if wide else 0xFFFFFFFF)
-        return lambda w: value
-    kind, i, _ = where
-    if kind != "s":
+    readers = {
+        "vu32 of v": lambda w: w.v[i],
+        "vu32 of s": lambda w: U32(w.s[i]),
+        "vu64 of v": lambda w: w.v[i].astype(U64) | w.v[i + 1].astype(U64) << U64(32),
+        "vu64 of s": lambda w: U64(w.s64(i)),
+        "su32 of s": lambda w: w.s[i],
+        "su64 of s": lambda w: w.s64(i),
+        "lanes of s": lambda w: lanes_of(w.s64(i)),
+    }
+    if f"{kind} of {bank}" not in readers:
         raise Fault(f"vector register {text} as a scalar")
-    return (lambda w: w.s64(i)) if wide else (lambda w: w.s[i])
+    return readers[f"{kind} of {bank}"]
 
 
-# --- vector arithmetic: uint32 arrays (or scalars) in, uint32 array out ------------------------
+def with_scc(put, bits: int, test):
+    def write(w: Wave, i: int, value: int) -> None:
+        put(w, i, value & ((1 << bits) - 1))
+        w.scc = int(test(value))
+
+    return write
 
 
-def i32(x):
-    return x.view(I32) if isinstance(x, np.ndarray) else np.int32(signed(int(x)))
+WRITERS = {
+    "vu32": Wave.write,
+    "vi32": lambda w, i, value, mask=None: w.write(i, value.view(U32), mask),
+    "vf32": lambda w, i, value: w.write(i, value.view(U32)),
+    "vu64": Wave.write64,
+    "lanes": lambda w, i, lanes: w.set64(i, mask_of(lanes) & w.exec),
+    "carry": lambda w, i, lanes: w.set64(i, mask_of(lanes) ^ (w.junk & ~w.exec)),
+    "su32": Wave.set32,
+    "su64": Wave.set64,
+    "scc": Wave.set_scc,
+    "su32+any": with_scc(Wave.set32, 32, lambda value: value & 0xFFFFFFFF != 0),
+    "su64+any": with_scc(Wave.set64, 64, lambda value: value & FULL != 0),
+    "exec+any": with_scc(lambda w, _, mask: w.set_exec(mask), 64, lambda mask: mask != 0),
+    "su32+carry": with_scc(Wave.set32, 32, lambda value: not 0 <= value <= 0xFFFFFFFF),
+    "su32+overflow": with_scc(Wave.set32, 32, lambda value: value != signed(value)),
+}
 
 
-def f32(x):
-    return x.view(F32)
+# --- arithmetic ------------------------------------------------------------------------------
 
 
-def i24(x):
-    return i32(x << U32(8)) >> np.int32(8)
+def bfe_u32(a, offset, width):
+    return a >> (offset & 31) & (U32(1) << (width & 31)) - 1
 
 
-def u64(x):
-    return x.astype(U64)
-
-
-def bits32(x):
-    """Of what numpy made of it, the low 32 bits."""
-    return np.asarray(x).astype(U64 if np.asarray(x).dtype == U64 else I64).astype(U32)
-
-
-def ashr(a, n):
-    return (i32(a) >> i32(n & U32(31))).view(U32)
-
-
-def bfe(a, offset, width, sign):
-    value = np.broadcast_to(a, (64,)).astype(U64) >> u64(offset & U32(31))
-    width = u64(np.broadcast_to(width & U32(31), (64,)))
-    value = value & ((U64(1) << width) - U64(1))
-    if sign:
-        top = np.where(width > 0, (value >> (np.maximum(width, U64(1)) - U64(1))) & U64(1), U64(0))
-        value = value | np.where(top > 0, ~((U64(1) << width) - U64(1)), U64(0))
-    return value.astype(U32)
+def bfe_i32(a, offset, width):
+    value, ones = bfe_u32(a, offset, width), (U32(1) << (width & 31)) - 1
+    top = ones ^ ones >> 1
+    return (value ^ top) - top
 
 
 def reverse(a):
-    a = np.broadcast_to(a, (64,)).astype(U32)
-    octets = a.view(np.uint8).reshape(64, 4)
+    octets = np.atleast_1d(a).view(np.uint8).reshape(-1, 4)
     bits = np.unpackbits(octets, axis=1, bitorder="little")[:, ::-1]
     return np.packbits(bits, axis=1, bitorder="little").view(U32).ravel()
-
-
-def to_u32(x):
-    x = np.nan_to_num(f32(x).astype(np.float64), nan=0.0)
-    return np.clip(np.trunc(x), 0, 0xFFFFFFFF).astype(U64).astype(U32)
 
 
 RCP = 0  # v_rcp_f32 is good to 1 ulp: -1 and 1 take the float below and above the exact value
 
 
 def rcp(x):
-    x = np.atleast_1d(f32(x))
     with np.errstate(divide="ignore"):
         near, exact = F32(1) / x, 1 / x.astype(np.float64)
-    if RCP > 0:
-        near = np.where(near < exact, np.nextafter(near, F32(np.inf)), near)
-    elif RCP < 0:
-        near = np.where(near > exact, np.nextafter(near, F32(-np.inf)), near)
-    return near.astype(F32).view(U32)
+    if RCP:
+        other_side = near < exact if RCP > 0 else near > exact
+        near = np.where(other_side, np.nextafter(near, F32(RCP * np.inf)), near)
+    return near
 
 
-def bitop3(table):
+def bitop3(table: str, bits: int = 32):
+    """The function of three bits that has this truth table."""
+    rows, keep = [i for i in range(8) if int(table, 0) >> i & 1], U32((1 << bits) - 1)
+
     def run(a, b, c):
         result = U32(0)
-        for i in range(8):
-            if table >> i & 1:
-                result = result | (
-                    (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-                )
-        return result
+        for i in rows:
+            result = result | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
+        return result & keep
 
     return run
 
 
-VECTOR = {
-    "v_mov_b32": lambda a: a,
-    "v_and_b32": lambda a, b: a & b,
-    "v_or_b32": lambda a, b: a | b,
-    "v_xor_b32": lambda a, b: a ^ b,
-    "v_not_b32": lambda a: ~a,
-    "v_add_u32": lambda a, b: a + b,
-    "v_sub_u32": lambda a, b: a - b,
-    "v_subrev_u32": lambda a, b: b - a,
-    "v_mul_lo_u32": lambda a, b: a * b,
-    "v_mul_hi_u32": lambda a, b: (u64(a) * u64(b) >> U64(32)).astype(U32),
-    "v_mul_i32_i24": lambda a, b: (i24(a) * i24(b)).view(U32),
-    "v_mad_i32_i24": lambda a, b, c: (i24(a) * i24(b)).view(U32) + c,
-    "v_mad_u32_u24": lambda a, b, c: (a & U32(0xFFFFFF)) * (b & U32(0xFFFFFF)) + c,
-    "v_mul_u32_u24": lambda a, b: (a & U32(0xFFFFFF)) * (b & U32(0xFFFFFF)),
-    "v_lshlrev_b32": lambda n, a: a << (n & U32(31)),
-    "v_lshrrev_b32": lambda n, a: a >> (n & U32(31)),
-    "v_lshlrev_b16": lambda n, a: (a << (n & U32(15))) & U32(0xFFFF),
-    "v_ashrrev_i32": lambda n, a: ashr(a, n),
-    "v_max_i32": lambda a, b: np.maximum(i32(a), i32(b)).view(U32),
-    "v_min_i32": lambda a, b: np.minimum(i32(a), i32(b)).view(U32),
-    "v_max_u32": np.maximum,
-    "v_min_u32": np.minimum,
-    "v_med3_i32": lambda a, b, c: np.maximum(
-        np.minimum(i32(a), i32(b)), np.minimum(np.maximum(i32(a), i32(b)), i32(c))
-    ).view(U32),
+def carry_out(total):
+    return total.astype(U32), (total < 0) | (total > 0xFFFFFFFF)
+
+
+def mad_u64(a, b, c):
+    total = a.astype(U64) * b + c
+    return total, total < c
+
+
+def permlane_swap(n: int):
+    """Odd rows of n lanes of the first register change places with even ones of the second."""
+    odd = (LANES & n) != 0
+
+    def run(a, b, mask):
+        if mask != FULL:
+            raise Fault("permlane with lanes off")
+        return np.where(odd, b[LANES ^ n], a), np.where(odd, b, a[LANES ^ n])
+
+    return run
+
+
+def fetch(lane, data, mask):
+    """What `data` holds in another lane, zero where that is off."""
+    return np.where(lanes_of(mask)[lane], data[lane], U32(0))
+
+
+def swizzle(offset: str):
+    found = re.fullmatch(r"swizzle\(SWAP,(\d+)\)", offset)
+    if not found:
+        raise Fault(f"unknown instruction: ds_swizzle_b32 {offset}")
+    lane = LANES ^ int(found[1])
+    return lambda data, mask: fetch(lane, data, mask)
+
+
+def bit_field(value: int, width: int, sign: bool) -> int:
+    value &= (1 << width) - 1
+    return signed(value, width) if sign and width else value
+
+
+# Name -> kinds of the operands written, kinds of those read, and the function between.
+FORMS = {}
+# These are functions of a modifier first.
+MADE_BY = {"v_bitop3_b32": "bitop3", "v_bitop3_b16": "bitop3", "ds_swizzle_b32": "offset"}
+
+
+def define(to: str, sources: str, functions) -> None:
+    """An instruction of fewer operands reads the first of `sources`."""
+    for name, function in functions.items():
+        FORMS[name] = to.split(), sources.split(), function
+
+
+define("vu32", "vu32 vu32 vu32", {
+    "v_mov_b32": lambda a: a, "v_not_b32": operator.invert, "v_bfrev_b32": reverse,
+    "v_and_b32": operator.and_, "v_or_b32": operator.or_, "v_xor_b32": operator.xor,
+    "v_add_u32": operator.add, "v_sub_u32": operator.sub, "v_subrev_u32": lambda a, b: b - a,
+    "v_sub_u32 clamp": lambda a, b: np.where(a < b, U32(0), a - b),
+    "v_max_u32": np.maximum, "v_min_u32": np.minimum, "v_mul_lo_u32": operator.mul,
+    "v_mul_hi_u32": lambda a, b: (a.astype(U64) * b >> 32).astype(U32),
+    "v_mul_u32_u24": lambda a, b: (a & 0xFFFFFF) * (b & 0xFFFFFF),
+    "v_mad_u32_u24": lambda a, b, c: (a & 0xFFFFFF) * (b & 0xFFFFFF) + c,
+    "v_lshlrev_b32": lambda n, a: a << (n & 31),
+    "v_lshrrev_b32": lambda n, a: a >> (n & 31),
+    "v_lshlrev_b16": lambda n, a: a << (n & 15) & 0xFFFF,
     "v_bcnt_u32_b32": lambda a, b: np.bitwise_count(a).astype(U32) + b,
-    "v_bfe_u32": lambda a, o, n: bfe(a, o, n, sign=False),
-    "v_bfe_i32": lambda a, o, n: bfe(a, o, n, sign=True),
+    "v_bfe_u32": bfe_u32, "v_bfe_i32": bfe_i32,
     "v_bfi_b32": lambda m, a, b: (m & a) | (~m & b),
-    "v_bfrev_b32": reverse,
-    "v_alignbit_b32": lambda a, b, n: ((u64(a) << U64(32) | u64(b)) >> (u64(n) & U64(31))).astype(
-        U32
-    ),
+    "v_alignbit_b32": lambda a, b, n: ((a.astype(U64) << 32 | b) >> (n & 31)).astype(U32),
     "v_add3_u32": lambda a, b, c: a + b + c,
-    "v_lshl_add_u32": lambda a, n, b: (a << (n & U32(31))) + b,
-    "v_add_lshl_u32": lambda a, b, n: (a + b) << (n & U32(31)),
-    "v_lshl_or_b32": lambda a, n, b: (a << (n & U32(31))) | b,
+    "v_lshl_add_u32": lambda a, n, b: (a << (n & 31)) + b,
+    "v_add_lshl_u32": lambda a, b, n: (a + b) << (n & 31),
+    "v_lshl_or_b32": lambda a, n, b: (a << (n & 31)) | b,
     "v_and_or_b32": lambda a, b, c: (a & b) | c,
     "v_or3_b32": lambda a, b, c: a | b | c,
     "v_xad_u32": lambda a, b, c: (a ^ b) + c,
-    "v_cvt_f32_u32": lambda a: np.atleast_1d(a).astype(F32).view(U32),
-    "v_cvt_u32_f32": to_u32,
-    "v_rcp_f32": rcp,
-    "v_rcp_iflag_f32": rcp,
-    "v_mul_f32": lambda a, b: (f32(a) * f32(b)).view(U32),
-}
-SATURATED = {"v_sub_u32": lambda a, b: np.where(a < b, U32(0), a - b)}
+    "v_bitop3_b32": bitop3, "v_bitop3_b16": lambda table: bitop3(table, 16),
+})  # fmt: skip
+define("vi32", "vi32 vi32 vi32", {
+    "v_max_i32": np.maximum, "v_min_i32": np.minimum,
+    "v_med3_i32": lambda a, b, c: np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c)),
+    "v_ashrrev_i32": lambda n, a: a >> (n & 31),
+    "v_mul_i32_i24": lambda a, b: (a << 8 >> 8) * (b << 8 >> 8),
+    "v_mad_i32_i24": lambda a, b, c: (a << 8 >> 8) * (b << 8 >> 8) + c,
+})  # fmt: skip
+define("vf32", "vf32 vf32", {"v_rcp_f32": rcp, "v_rcp_iflag_f32": rcp, "v_mul_f32": operator.mul})
+define("vf32", "vu32", {"v_cvt_f32_u32": lambda a: a.astype(F32)})
+define("vu32", "vf32", {
+    "v_cvt_u32_f32": lambda a: np.clip(
+        np.nan_to_num(a.astype(np.float64)), 0, 0xFFFFFFFF
+    ).astype(U32),
+})  # fmt: skip
+define("vu64", "vu64", {"v_mov_b64": lambda a: a})
+define("vu64 lanes", "vu32 vu32 vu64", {"v_mad_u64_u32": mad_u64})
+define("vu32 carry", "vu32 vu32 lanes", {
+    "v_add_co_u32": lambda a, b: carry_out(a.astype(I64) + b),
+    "v_addc_co_u32": lambda a, b, carry: carry_out(a.astype(I64) + b + carry),
+    "v_sub_co_u32": lambda a, b: carry_out(a.astype(I64) - b),
+    "v_subb_co_u32": lambda a, b, carry: carry_out(a.astype(I64) - b - carry),
+    "v_subrev_co_u32": lambda a, b: carry_out(b.astype(I64) - a),
+})  # fmt: skip
+define("vu32", "vu32 vu32 lanes", {"v_cndmask_b32": lambda a, b, mask: np.where(mask, b, a)})
+define("vu32 vu32", "vu32 vu32 exec", {
+    f"v_permlane{n}_swap_b32": permlane_swap(n) for n in (16, 32)
+})  # fmt: skip
+define("vu32", "vu32 exec", {"ds_swizzle_b32": swizzle})
+define("vu32", "vu32 vu32 exec", {
+    "ds_bpermute_b32": lambda address, data, mask: fetch(address >> U32(2) & U32(63), data, mask),
+})  # fmt: skip
+define("su32", "vu32 su32", {"v_readlane_b32": lambda a, lane: int(a[lane & 63])})
+define("su32", "vu32 exec", {  # of the first active lane, or the first
+    "v_readfirstlane_b32": lambda a, mask: int(a[(mask & -mask).bit_length() - 1 if mask else 0]),
+})  # fmt: skip
+
+define("su32+overflow", "si32 si32", {"s_add_i32": operator.add, "s_sub_i32": operator.sub})
+define("su32+carry", "su32 su32", {
+    "s_add_u32": operator.add, "s_sub_u32": operator.sub,
+    **{f"s_lshl{n}_add_u32": lambda a, b, n=n: (a << n) + b for n in (1, 2, 3, 4)},
+})  # fmt: skip
+define("su32+carry", "su32 su32 scc", {
+    "s_addc_u32": lambda a, b, scc: a + b + scc, "s_subb_u32": lambda a, b, scc: a - b - scc,
+})  # fmt: skip
+define("su32", "su32 su32", {
+    "s_mul_i32": operator.mul, "s_brev_b32": lambda a: int(f"{a:032b}"[::-1], 2),
+})  # fmt: skip
+define("su32+any", "si32", {"s_abs_i32": abs})
+define("su64 exec+any", "su64 exec", {
+    "s_and_saveexec_b64": lambda a, mask: (mask, a & mask),
+    "s_or_saveexec_b64": lambda a, mask: (mask, a | mask),
+    "s_andn2_saveexec_b64": lambda a, mask: (mask, a & ~mask),
+})  # fmt: skip
+define("scc", "su32 su32", {
+    "s_bitcmp0_b32": lambda a, b: not a >> (b & 31) & 1,
+    "s_bitcmp1_b32": lambda a, b: a >> (b & 31) & 1,
+})  # fmt: skip
+for kind in ("u32", "i32"):
+    define("su32", f"s{kind} s{kind}", {f"s_mul_hi_{kind}": lambda a, b: a * b >> 32})
+    define("su32 scc", f"s{kind} s{kind}", {
+        f"s_min_{kind}": lambda a, b: (min(a, b), a < b),
+        f"s_max_{kind}": lambda a, b: (max(a, b), a >= b),
+    })  # fmt: skip
+    define("su32+any", f"s{kind} su32", {
+        f"s_bfe_{kind}": lambda a, b, sign=kind == "i32": bit_field(
+            a >> (b & 31), b >> 16 & 0x7F, sign
+        ),
+    })  # fmt: skip
+for bits in (32, 64):
+    kind = f"su{bits}"
+    define(kind, kind, {f"s_mov_b{bits}": lambda a: a})
+    define(kind, f"{kind} {kind} scc", {f"s_cselect_b{bits}": lambda a, b, scc: a if scc else b})
+    define(f"{kind}+any", f"{kind} {kind}", {
+        f"s_and_b{bits}": operator.and_, f"s_or_b{bits}": operator.or_,
+        f"s_xor_b{bits}": operator.xor, f"s_andn2_b{bits}": lambda a, b: a & ~b,
+        f"s_not_b{bits}": operator.invert,
+    })  # fmt: skip
+    define(f"{kind}+any", f"{kind} su32", {
+        f"s_lshl_b{bits}": lambda a, n, most=bits - 1: a << (n & most),
+        f"s_lshr_b{bits}": lambda a, n, most=bits - 1: a >> (n & most),
+    })  # fmt: skip
+    define(f"{kind}+any", f"si{bits} su32", {
+        f"s_ashr_i{bits}": lambda a, n, most=bits - 1: a >> (n & most),
+    })  # fmt: skip
 COMPARE = {
-    "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "eq": np.equal, "ne": np.not_equal,
+    "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+    "eq": operator.eq, "ne": operator.ne, "lg": operator.ne,
 }  # fmt: skip
-
-# Lane that DPP reads from, -1 for none.
-ROW = LANES & ~15
-
-
-def dpp_lanes(control: str) -> np.ndarray:
-    name, _, value = control.partition(":")
-    if name == "quad_perm":
-        return (LANES & ~3) + np.array([int(x) for x in value.strip("[]").split(",")])[LANES & 3]
-    if name == "row_half_mirror":
-        return LANES ^ 7
-    if name == "row_mirror":
-        return LANES ^ 15
-    n = int(value)
-    if name == "row_shr":
-        return np.where(LANES - n >= ROW, LANES - n, -1)
-    if name == "row_shl":
-        return np.where(LANES + n < ROW + 16, LANES + n, -1)
-    if name == "row_ror":
-        return ROW + (LANES - n) % 16
-    if name == "row_bcast":  # a row's last lane to the next row, the first half's to the other
-        source = ROW - 1 if n == 15 else np.where(LANES >= 32, 31, -1)
-        return np.where(source >= 0, source, -1)
-    raise Fault(f"DPP {control}")
-
-
-def sdwa_source(operand: str, select: str, source):
-    """wave -> the selected byte or word of an operand, sign-extended where it says sext(...)."""
-    extended = operand.startswith("sext(")
-    a = source(operand.removeprefix("sext(").removesuffix(")"))
-    if select == "DWORD":
-        return a
-    kind, n = select.split("_")
-    bits = 8 if kind == "BYTE" else 16
-    up, down = U32(32 - bits * (int(n) + 1)), U32(32 - bits)
-    if extended:
-        return lambda w: ashr(a(w) << up, down)
-    return lambda w: (a(w) << up) >> down
-
-
-# --- scalar arithmetic: Python integers, (value, SCC or None) out -------------------------------
-
-
-def add_i32(a, b):
-    total = signed(a) + signed(b)
-    return total, int(not -(1 << 31) <= total < 1 << 31)
-
-
-def sub_i32(a, b):
-    total = signed(a) - signed(b)
-    return total, int(not -(1 << 31) <= total < 1 << 31)
-
-
-def logic(f, bits):
-    def run(*args):
-        value = f(*args) & ((1 << bits) - 1)
-        return value, int(value != 0)
-
-    return run
-
-
-def sbfe(a, b, sign):
-    offset, width = b & 31, b >> 16 & 0x7F
-    value = (signed(a) if sign else a) >> offset & ((1 << width) - 1)
-    if sign and width:
-        value = signed(value, width)
-    return value & 0xFFFFFFFF, int(value != 0)
-
-
-def pick(a, b, first):
-    return (a if first else b), int(first)
-
-
-SCALAR32 = {
-    "s_mov_b32": lambda a: (a, None),
-    "s_add_i32": add_i32,
-    "s_sub_i32": sub_i32,
-    "s_add_u32": lambda a, b: (a + b, int(a + b > 0xFFFFFFFF)),
-    "s_sub_u32": lambda a, b: (a - b, int(b > a)),
-    "s_mul_i32": lambda a, b: (a * b, None),
-    "s_mul_hi_u32": lambda a, b: (a * b >> 32, None),
-    "s_mul_hi_i32": lambda a, b: (signed(a) * signed(b) >> 32, None),
-    "s_and_b32": logic(lambda a, b: a & b, 32),
-    "s_or_b32": logic(lambda a, b: a | b, 32),
-    "s_xor_b32": logic(lambda a, b: a ^ b, 32),
-    "s_andn2_b32": logic(lambda a, b: a & ~b, 32),
-    "s_not_b32": logic(lambda a: ~a, 32),
-    "s_brev_b32": lambda a: (int(f"{a:032b}"[::-1], 2), None),
-    "s_lshl_b32": logic(lambda a, b: a << (b & 31), 32),
-    "s_lshr_b32": logic(lambda a, b: a >> (b & 31), 32),
-    "s_ashr_i32": logic(lambda a, b: signed(a) >> (b & 31), 32),
-    "s_abs_i32": logic(lambda a: abs(signed(a)), 32),
-    "s_min_i32": lambda a, b: pick(a, b, signed(a) < signed(b)),
-    "s_max_i32": lambda a, b: pick(a, b, signed(a) >= signed(b)),
-    "s_min_u32": lambda a, b: pick(a, b, a < b),
-    "s_max_u32": lambda a, b: pick(a, b, a >= b),
-    "s_bfe_u32": lambda a, b: sbfe(a, b, sign=False),
-    "s_bfe_i32": lambda a, b: sbfe(a, b, sign=True),
-    **{
-        f"s_lshl{n}_add_u32": lambda a, b, n=n: ((a << n) + b, int((a << n) + b > 0xFFFFFFFF))
-        for n in (1, 2, 3, 4)
-    },
-}
-SCALAR64 = {
-    "s_mov_b64": lambda a: (a, None),
-    "s_and_b64": logic(lambda a, b: a & b, 64),
-    "s_or_b64": logic(lambda a, b: a | b, 64),
-    "s_xor_b64": logic(lambda a, b: a ^ b, 64),
-    "s_andn2_b64": logic(lambda a, b: a & ~b, 64),
-    "s_not_b64": logic(lambda a: ~a, 64),
-}
-SHIFT64 = {
-    "s_ashr_i64": lambda a, n: signed(a, 64) >> n,
-    "s_lshr_b64": lambda a, n: a >> n,
-    "s_lshl_b64": lambda a, n: a << n,
-}
-SCOMPARE = {
-    "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b, "eq": lambda a, b: a == b, "lg": lambda a, b: a != b,
-}  # fmt: skip
+for kind in ("u32", "i32", "u64", "i64"):
+    for name, compare in COMPARE.items():
+        define("lanes", f"v{kind} v{kind}", {f"v_cmp_{name}_{kind}": compare})
+        define("scc", f"s{kind} s{kind}", {f"s_cmp_{name}_{kind}": compare})
 
 
 # --- decoding ---------------------------------------------------------------------------------
 
 
+def dpp_source(plain, mods: dict[str, str]):
+    """wave -> what each lane reads from another; and the lanes that are written."""
+    rows, banks = (int(mods.pop(key), 0) for key in ("row_mask", "bank_mask"))
+    enabled = (rows >> (LANES >> 4) & 1 != 0) & (banks >> (LANES >> 2 & 3) & 1 != 0)
+    zero = mods.pop("bound_ctrl", None)  # else lanes without a source keep what they have
+    name, text = mods.popitem()
+    numbers = [int(x) for x in re.findall(r"\d+", text)] or [0]
+    row, n = LANES & ~15, numbers[0]
+    lanes = {  # that each lane reads from, -1 for none
+        "quad_perm": (LANES & ~3) + np.resize(numbers, 4)[LANES & 3],
+        "row_half_mirror": LANES ^ 7,
+        "row_shr": np.where(LANES - n >= row, LANES - n, -1),
+        "row_shl": np.where(LANES + n < row + 16, LANES + n, -1),
+        "row_ror": row + (LANES - n) % 16,
+        # A row's last lane to the next row, the first half's to the other.
+        "row_bcast": row - 1 if n == 15 else np.where(LANES >= 32, 31, -1),
+    }.get(name)
+    if lanes is None:
+        raise Fault(f"DPP {name}:{text}")
+    there = lanes >= 0
+
+    def moved(w):
+        if w.mask is not None:  # whether it then reads the lanes that are off is unclear
+            raise Fault("DPP with lanes off")
+        return np.where(there, plain(w)[lanes], U32(0))
+
+    return moved, enabled if zero else enabled & there
+
+
+def sdwa_part(select: str) -> tuple[int, int]:
+    """Bits and position of DWORD, WORD_1 and so on."""
+    kind, _, n = select.partition("_")
+    bits = {"DWORD": 32, "WORD": 16, "BYTE": 8}[kind]
+    return bits, bits * int(n or "0")
+
+
+def sdwa_source(kind: str, text: str, select: str):
+    """wave -> the selected byte or word of an operand, sign-extended where it says sext(...)."""
+    whole = source("vu32", text.removeprefix("sext(").removesuffix(")"))
+    bits, shift = sdwa_part(select)
+    to, view = LANE_TYPES[kind], I32 if text.startswith("sext(") else U32
+    up, down = U32(32 - bits - shift), view(32 - bits)
+    return lambda w: ((whole(w) << up).view(view) >> down).view(to)
+
+
+def sdwa_result(value, mods: dict[str, str]):
+    bits, shift = sdwa_part(mods.pop("dst_sel"))
+    keep = U32((1 << bits) - 1)
+    if mods.pop("dst_unused") != "UNUSED_PAD":
+        raise Fault("SDWA that keeps the rest of a register")
+    return lambda w: (value(w).view(U32) & keep) << U32(shift)
+
+
 def split(operands: str) -> tuple[list[str], dict[str, str]]:
     """Comma-separated operands, and the modifiers that follow the last of them."""
-    parts = [part.strip() for part in re.split(r",(?![^\[(]*[\])])", operands)] if operands else []
-    modifiers: dict[str, str] = {}
-    if parts:
-        first, *rest = parts[-1].split()
-        parts[-1] = first
-        for word in rest:
-            key, _, value = word.partition(":")
-            modifiers[key] = value
-    return parts, modifiers
+    parts = [part.strip() for part in re.split(r",(?![^\[(]*[\])])", operands)]
+    parts[-1], *words = parts[-1].split() or [""]
+    return parts, {key: value for key, _, value in (word.partition(":") for word in words)}
 
 
-class Instruction:
-    def __init__(self, name: str, text: str, run):
-        self.name, self.text, self.run = name, text, run
-
-
-def decode_scalar(name, ops, mods):
-    if name in SCALAR32 or name in SCALAR64:
-        wide = name in SCALAR64
-        f = (SCALAR64 if wide else SCALAR32)[name]
-        to = register(ops[0])[1]
-        sources = [scalar_source(op, wide) for op in ops[1:]]
-        put = Wave.set64 if wide else Wave.set32
-
-        def run(w):
-            value, scc = f(*[source(w) for source in sources])
-            put(w, to, value)
-            if scc is not None:
-                w.scc = scc
-
-        return run
-    if name in SHIFT64:
-        f = SHIFT64[name]
-        to, a, b = register(ops[0])[1], scalar_source(ops[1], True), scalar_source(ops[2])
-
-        def run(w):
-            value = f(a(w), b(w) & 63) & FULL
-            w.set64(to, value)
-            w.scc = int(value != 0)
-
-        return run
-    if name in ("s_addc_u32", "s_subb_u32"):
-        to, a, b = register(ops[0])[1], scalar_source(ops[1]), scalar_source(ops[2])
-        add = name == "s_addc_u32"
-
-        def run(w):
-            total = a(w) + b(w) + w.scc if add else a(w) - b(w) - w.scc
-            w.set32(to, total)
-            w.scc = int(not 0 <= total <= 0xFFFFFFFF)
-
-        return run
-    if name in ("s_cselect_b32", "s_cselect_b64"):
-        wide = name.endswith("64")
-        to = register(ops[0])[1]
-        a, b = (scalar_source(op, wide) for op in ops[1:])
-        put = Wave.set64 if wide else Wave.set32
-        return lambda w: put(w, to, a(w) if w.scc else b(w))
-    if found := re.fullmatch(r"s_cmp(k?)_(\w\w)_([iu])(32|64)", name):
-        f, sign, bits = SCOMPARE[found[2]], found[3] == "i", int(found[4])
-        if found[1]:  # a 16-bit constant, extended as the comparison has it
-            ops = [ops[0], str(signed(constant(ops[1]), 16) if sign else constant(ops[1]) & 0xFFFF)]
-        a, b = (scalar_source(op, bits == 64) for op in ops)
-        if sign:
-            return lambda w: setattr(w, "scc", int(f(signed(a(w), bits), signed(b(w), bits))))
-        return lambda w: setattr(w, "scc", int(f(a(w), b(w))))
-    if name in ("s_bitcmp0_b32", "s_bitcmp1_b32"):
-        a, b = (scalar_source(op) for op in ops)
-        wanted = int(name[8] == "1")
-        return lambda w: setattr(w, "scc", int((a(w) >> (b(w) & 31) & 1) == wanted))
-    if name in ("s_movk_i32", "s_addk_i32"):
-        to, k = register(ops[0])[1], signed(constant(ops[1]), 16)
-        if name == "s_movk_i32":
-            return lambda w: w.set32(to, k)
-
-        def run(w):
-            value, w.scc = add_i32(w.s[to], k & 0xFFFFFFFF)
-            w.set32(to, value)
-
-        return run
-    if found := re.fullmatch(r"s_(and|or|andn2)_saveexec_b64", name):
-        to, a = register(ops[0])[1], scalar_source(ops[1], True)
-        f = {
-            "and": lambda x, e: x & e, "or": lambda x, e: x | e, "andn2": lambda x, e: x & ~e
-        }[found[1]]  # fmt: skip
-
-        def run(w):
-            old, new = w.exec, f(a(w), w.exec) & FULL
-            w.set64(to, old)
-            w.set_exec(new)
-            w.scc = int(new != 0)
-
-        return run
-    if found := re.fullmatch(r"s_load_dword(?:x(\d+))?", name):
-        words = int(found[1] or 1)
-        to, base, offset = register(ops[0])[1], register(ops[1])[1], scalar_source(ops[2])
-
-        def run(w):
-            for i, word in enumerate(w.memory.scalar(w.s64(base) + offset(w), words)):
-                w.s[to + i] = word
-
-        return run
-    return None
-
-
-def decode_vector(name, ops, mods, suffix):
-    if name == "v_mov_b64":
-        to, a = register(ops[0])[1], vector_source64(ops[1])
-
-        def run(w):
-            value = np.broadcast_to(a(w), (64,))
-            w.write(to, value.astype(U32))
-            w.write(to + 1, (value >> U64(32)).astype(U32))
-
-        return run
-    if name in ("v_readlane_b32", "v_readfirstlane_b32"):
-        to, source = register(ops[0])[1], register(ops[1])[1]
-        if name == "v_readlane_b32":
-            lane = scalar_source(ops[2])
-            return lambda w: w.set32(to, int(w.v[source][lane(w) & 63]))
-
-        def run(w):  # of the first active lane, or the first
-            lane = (w.exec & -w.exec).bit_length() - 1 if w.exec else 0
-            w.set32(to, int(w.v[source][lane]))
-
-        return run
-    if found := re.fullmatch(r"v_permlane(16|32)_swap_b32", name):
-        a, b = register(ops[0])[1], register(ops[1])[1]
-        half = int(found[1])
-        high = (LANES & half) != 0
-
-        def run(w):
-            if w.mask is not None:
-                raise Fault(f"{name} with lanes off")
-            x, y = w.v[a].copy(), w.v[b].copy()
-            w.v[a][high], w.v[b][~high] = y[~high], x[high]
-
-        return run
-    if found := re.fullmatch(r"v_cmp_(\w\w)_([iu])(32|64)", name):
-        f = COMPARE[found[1]]
-        kind = {"i32": I32, "u32": U32, "i64": I64, "u64": U64}[found[2] + found[3]]
-        to = register(ops[0])[1]
-        source = vector_source64 if found[3] == "64" else vector_source
-        if suffix == "sdwa":
-            a, b = (sdwa_source(ops[1 + i], mods[f"src{i}_sel"], source) for i in (0, 1))
-        else:
-            a, b = (source(op) for op in ops[1:])
-
-        def run(w):
-            x, y = (np.asarray(one(w)).view(kind) for one in (a, b))
-            w.set64(to, mask_of(np.broadcast_to(f(x, y), (64,))) & w.exec)
-
-        return run
-    if name == "v_cndmask_b32":
-        to, a, b = register(ops[0])[1], vector_source(ops[1]), vector_source(ops[2])
-        by = register(ops[3])[1]
-        return lambda w: w.write(to, np.where(lanes_of(w.s64(by)), b(w), a(w)))
-    if found := re.fullmatch(r"v_(add|addc|sub|subrev|subb)_co_u32", name):
-        to, out, kind = register(ops[0])[1], register(ops[1])[1], found[1]
-        a, b = vector_source(ops[2]), vector_source(ops[3])
-        carry = register(ops[4])[1] if kind in ("addc", "subb") else None
-
-        def run(w):
-            x, y = (np.broadcast_to(one(w), (64,)).astype(I64) for one in (a, b))
-            if kind == "subrev":
-                x, y = y, x
-            if not kind.startswith("add"):
-                y = -y
-            total = x + y
-            if carry is not None:
-                into = lanes_of(w.s64(carry)).astype(I64)
-                total = total + (into if kind == "addc" else -into)
-            w.write(to, total.astype(U32))
-            # What lanes that are off leave in the carry is nothing to rely on.
-            w.set64(out, mask_of((total < 0) | (total > 0xFFFFFFFF)) ^ (w.junk & ~w.exec))
-
-        return run
-    if name == "v_mad_u64_u32":
-        to, out, c = register(ops[0])[1], register(ops[1])[1], vector_source64(ops[4])
-        a, b = vector_source(ops[2]), vector_source(ops[3])
-
-        def run(w):
-            addend = np.broadcast_to(c(w), (64,))
-            total = u64(np.broadcast_to(a(w), (64,))) * u64(b(w)) + addend
-            w.write(to, total.astype(U32))
-            w.write(to + 1, (total >> U64(32)).astype(U32))
-            w.set64(out, mask_of(total < addend) & w.exec)
-
-        return run
-    if name in ("v_bitop3_b32", "v_bitop3_b16"):
-        f = bitop3(int(mods.pop("bitop3", "0"), 0))
-        if name.endswith("16"):
-            g = f
-            f = lambda a, b, c: g(a, b, c) & U32(0xFFFF)  # noqa: E731
-    else:
-        f = VECTOR.get(name)
-    if "clamp" in mods:
-        f = SATURATED.get(name)
-    if f is None:
-        return None
-    to = register(ops[0])[1]
-    if suffix == "sdwa":
-        sources = [
-            sdwa_source(op, mods[f"src{i}_sel"], vector_source) for i, op in enumerate(ops[1:])
-        ]
-    else:
-        sources = [vector_source(op) for op in ops[1:]]
-    if suffix == "dpp":
-        (control,) = (
-            f"{key}:{value}" for key, value in mods.items()
-            if key.startswith(("quad_perm", "row_")) and key != "row_mask"
-        )  # fmt: skip
-        lanes = dpp_lanes(control)
-        rows, banks = int(mods["row_mask"], 0), int(mods["bank_mask"], 0)
-        zero = "bound_ctrl" in mods  # else lanes without a source keep what they have
-        enabled = (rows >> (LANES >> 4) & 1 != 0) & (banks >> (LANES >> 2 & 3) & 1 != 0)
-        first, *others = sources
-
-        def run(w):
-            if w.mask is not None:  # whether it then reads the lanes that are off is unclear
-                raise Fault("DPP with lanes off")
-            there = lanes >= 0
-            moved = np.where(there, first(w)[lanes], U32(0))
-            w.write(to, f(moved, *[one(w) for one in others]), enabled if zero else enabled & there)
-
-        return run
-    if suffix == "sdwa":
-        to_select = mods["dst_sel"]
-        if mods.get("dst_unused") != "UNUSED_PAD":
-            raise Fault(f"SDWA {mods}")
-        kind, _, n = to_select.partition("_")
-        shift = U32(int(n or 0) * (8 if kind == "BYTE" else 16))
-        keep = U32({"BYTE": 0xFF, "WORD": 0xFFFF, "DWORD": 0xFFFFFFFF}[kind])
-
-        def run(w):
-            w.write(to, (f(*[source(w) for source in sources]) & keep) << shift)
-
-        return run
+def applied(f, sources):
+    """wave -> f of the sources; not by a list of them, since most of the time goes by here."""
     if len(sources) == 1:
         (a,) = sources
-        return lambda w: w.write(to, f(a(w)))
+        return lambda w: f(a(w))
     if len(sources) == 2:
         a, b = sources
-        return lambda w: w.write(to, f(a(w), b(w)))
+        return lambda w: f(a(w), b(w))
     a, b, c = sources
-    return lambda w: w.write(to, f(a(w), b(w), c(w)))
+    return lambda w: f(a(w), b(w), c(w))
 
 
-_SIZES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "byte": 1,
-          "ubyte": 1, "ushort": 2}  # fmt: skip
+def decode_form(name: str, suffix: str, ops: list[str], mods: dict[str, str]):
+    if found := re.fullmatch(r"s_(mov|add|cmp)k_(\w+)", name):
+        # The last operand is a constant of 16 bits, extended as the operation has it.
+        k = int(ops[-1], 0)
+        ops[-1] = str(k & 0xFFFF if name.endswith("u32") else signed(k, 16))
+        if found[1] == "add":
+            ops.insert(1, ops[0])
+        name = "s_mov_b32" if found[1] == "mov" else f"s_{found[1]}_{found[2]}"
+    if "clamp" in mods:
+        name, _ = f"{name} clamp", mods.pop("clamp")
+    if name not in FORMS:
+        return None
+    to, kinds, f = FORMS[name]
+    if name in MADE_BY:
+        f = f(mods.pop(MADE_BY[name], "0"))
+    rest = iter(ops * 2 if "_swap_" in name else ops)  # a swap reads what it writes
+    places = [(WRITERS[kind], 0 if kind in IMPLIED else number(next(rest))) for kind in to]
+    sources = []
+    for kind in kinds:
+        if kind in IMPLIED:
+            sources.append(source(kind))
+        elif text := next(rest, None):
+            select = mods.pop(f"src{len(sources)}_sel", None)
+            sources.append(sdwa_source(kind, text, select) if select else source(kind, text))
+    written = ()
+    if suffix == "dpp":
+        sources[0], *written = dpp_source(sources[0], mods)
+    value = applied(f, sources)
+    if "dst_sel" in mods:
+        value = sdwa_result(value, mods)
+    if mods or next(rest, None):
+        return None
+    (put, first), *others = places
+    if not others:
+        return lambda w: put(w, first, value(w), *written)
+    ((put_other, other),) = others
+
+    def run(w):
+        x, y = value(w)
+        put(w, first, x)
+        put_other(w, other, y)
+
+    return run
+
+
+SIZE = {"short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+SIZES = "|".join(SIZE)
 
 
 def octets(w, first: int, size: int, active) -> np.ndarray:
@@ -747,107 +576,93 @@ def put_octets(w, first: int, values: np.ndarray, active) -> None:
         w.write(first + i, word)
 
 
-def decode_memory(name, ops, mods):
-    if name == "ds_swizzle_b32":
-        to, data = (register(op)[1] for op in ops)
-        found = re.fullmatch(r"swizzle\((SWAP|REVERSE),(\d+)\)", mods.get("offset", ""))
-        if not found:
-            return None
-        n = int(found[2])
-        source = LANES ^ (n if found[1] == "SWAP" else n - 1)
-        return lambda w: w.write(to, np.where(lanes_of(w.exec)[source], w.v[data][source], U32(0)))
-    offset = int(mods.get("offset", "0"), 0)
-    if found := re.fullmatch(r"buffer_(load|store)_(\w+)", name):
-        data, size, load = register(ops[0])[1], _SIZES[found[2]], found[1] == "load"
-        resource, soffset = register(ops[2])[1], scalar_source(ops[3])
-        if set(mods) - {"offen", "offset", "nt", "sc0", "sc1"}:
-            raise Fault(f"{name} {mods}")
-        vaddr = register(ops[1])[1] if "offen" in mods else None
+def transfer(w, load: bool, register: int, size: int, addresses, active) -> None:
+    """Of two lanes that store to one address the later wins; hardware promises it to none."""
+    data, at = w.memory.cells(addresses, size, "load" if load else "store")
+    if load:
+        put_octets(w, register, data[at], active)
+    else:
+        data[at] = octets(w, register, size, active)
+
+
+def lds_cells(w, address: int, offset: int, size: int, how: str, values=None) -> np.ndarray:
+    """The bytes that each active lane touches, once it is sure that it may."""
+    at = w.v[address][lanes_of(w.exec)].astype(I64) + offset
+    if len(at) and (at.max() + size > len(w.lds.bytes) or (at % min(size, 4)).any()):
+        raise Fault(f"LDS {at.min()} to {at.max() + size} of {len(w.lds.bytes)}")
+    cells = at[:, None] + np.arange(size)
+    w.lds.touch(cells, w.number, how, values)
+    return cells
+
+
+def decode_memory(name: str, ops: list[str], mods: dict[str, str]):
+    offset = int(mods.pop("offset", "0"), 0)
+    offsets = [int(mods.pop(f"offset{i}", "0"), 0) for i in (0, 1)]
+    is_buffer = name.startswith("buffer")
+    if list(mods) != ["offen"] * is_buffer:
+        return None
+    if found := re.fullmatch(r"s_load_dword(?:x(\d+))?", name):
+        to, base, more = number(ops[0]), number(ops[1]), source("su32", ops[2])
+        words = int(found[1] or "1")
+
+        def run(w):
+            address = np.array([w.s64(base) + more(w)], U64)
+            data, at = w.memory.cells(address, 4 * words, "scalar load")
+            w.s[to : to + words] = data[at].view(U32)[0].tolist()
+
+        return run
+    if found := re.fullmatch(rf"buffer_(load|store)_({SIZES})", name):
+        load, size, more = found[1] == "load", SIZE[found[2]], source("su32", ops[3])
+        data, address, resource = (number(op) for op in ops[:3])
 
         def run(w):
             base = w.s64(resource)
             if base >> 48 or w.s[resource + 3] != 0x27000:
                 raise Fault(f"buffer descriptor {[hex(x) for x in w.s[resource : resource + 4]]}")
-            # Raw buffer: what lies past num_records reads zero and is not written.
-            at = np.zeros(64, U64) if vaddr is None else u64(w.v[vaddr])
-            at = at + U64(offset)
-            if (at >> U64(32))[lanes_of(w.exec)].any():
+            active = lanes_of(w.exec)
+            at = w.v[address] + U64(offset)
+            if (at >> U64(32))[active].any():
                 raise Fault("the offset into a buffer wraps around")
-            active = lanes_of(w.exec) & (at + U64(size) <= U64(w.s[resource + 2]))
-            addresses = at[active] + U64(base + soffset(w))
-            if load:
-                put_octets(w, data, w.memory.load(addresses, size), active)
-            else:
-                w.memory.store(addresses, octets(w, data, size, active))
+            # Raw buffer: what lies past num_records reads zero and is not written.
+            active = active & (at + U64(size) <= U64(w.s[resource + 2]))
+            transfer(w, load, data, size, at[active] + U64(base + more(w)), active)
 
         return run
-    if found := re.fullmatch(r"global_(load|store)_(\w+)", name):
-        load, size = found[1] == "load", _SIZES[found[2]]
-        data, address, saddr = (ops[0], ops[1], ops[2]) if load else (ops[1], ops[0], ops[2])
-        data, address = register(data)[1], register(address)[1]
-        base = None if saddr == "off" else register(saddr)[1]
+    if found := re.fullmatch(rf"global_store_({SIZES})", name):
+        size, data, far = SIZE[found[1]], number(ops[1]), ops[2] == "off"
+        address = source("vu64" if far else "vu32", ops[0])
+        base = source("su64", "0" if far else ops[2])
 
         def run(w):
             active = lanes_of(w.exec)
-            if base is None:
-                at = u64(w.v[address]) | u64(w.v[address + 1]) << U64(32)
-            else:
-                at = u64(w.v[address]) + U64(w.s64(base))
-            at = (at + U64(offset & FULL))[active]
-            if load:
-                put_octets(w, data, w.memory.load(at, size), active)
-            else:
-                w.memory.store(at, octets(w, data, size, active))
+            at = address(w) + U64(base(w)) + U64(offset & FULL)
+            transfer(w, False, data, size, at[active], active)
 
         return run
-    if name == "ds_bpermute_b32":
-        to, address, data = (register(op)[1] for op in ops)
-
-        def run(w):
-            source = ((w.v[address].astype(I64) + offset) // 4) % 64
-            w.write(to, np.where(lanes_of(w.exec)[source], w.v[data][source], U32(0)))
-
-        return run
-    found = re.fullmatch(r"ds_(read|write|add)(2?)(st64)?_([bu])(\d+)", name)
-    if not found:
+    found = re.fullmatch(r"ds_(read|write|add)(2?)(st64)?_[bu](\d+)", name)
+    if not found or (found[1] == "add" and name != "ds_add_u32"):
         return None
-    how, twice, far, _, bits = found.groups()
+    how, twice, far, bits = found.groups()
     size = int(bits) // 8
-    if twice:
-        scale = size * (64 if far else 1)
-        offsets = [int(mods.get(f"offset{i}", "0"), 0) * scale for i in (0, 1)]
-    else:
-        offsets = [offset]
-    operands = [register(op)[1] for op in ops]
-    address = operands[1] if how == "read" else operands[0]
-    words = max(1, size // 4)
+    scale = size * (64 if far else 1)
+    offsets = [scale * i for i in offsets] if twice else [offset]
+    first, second, *third = (number(op) for op in ops)
 
-    def run(w):
-        active = lanes_of(w.exec)
-        if how == "read":
-            values = []
-        for i, extra in enumerate(offsets):
-            at = w.v[address][active].astype(I64) + extra
-            if not len(at):
-                if how == "read":
-                    return
-                continue
-            if at.max() + size > len(w.lds.bytes) or (at % min(size, 4)).any():
-                raise Fault(f"LDS {at.min()} to {at.max() + size} of {len(w.lds.bytes)}: {name}")
-            cells = at[:, None] + np.arange(size)
-            new = octets(w, operands[1 + i], size, active) if how == "write" else None
-            w.lds.touch(cells, w.number, how, name, new)
-            if how == "read":
-                values.append(w.lds.bytes[cells])
-            elif how == "write":
-                w.lds.bytes[cells] = new
+    def read(w):  # all of it before any register is written: the address may be one
+        values = [w.lds.bytes[lds_cells(w, second, at, size, how)] for at in offsets]
+        for i, value in enumerate(values):
+            put_octets(w, first + i * max(1, size // 4), value, lanes_of(w.exec))
+
+    def change(w):
+        for at, data in zip(offsets, (second, *third), strict=True):
+            values = octets(w, data, size, lanes_of(w.exec))
+            cells = lds_cells(w, first, at, size, how, values)
+            if how == "write":
+                w.lds.bytes[cells] = values
             else:
-                np.add.at(w.lds.bytes.view(U32), at // 4, w.v[operands[1]][active])
-        if how == "read":  # all of it before any register is written: the address may be one
-            for i, value in enumerate(values):
-                put_octets(w, operands[0] + i * words, value, active)
+                np.add.at(w.lds.bytes.view(U32), cells[:, 0] // 4, values.view(U32)[:, 0])
 
-    return run
+    return read if how == "read" else change
 
 
 CONTROL = {
@@ -859,7 +674,13 @@ CONTROL = {
     "s_cbranch_execz": lambda w: w.exec == 0,
     "s_cbranch_execnz": lambda w: w.exec != 0,
 }
-IGNORED = {"s_nop", "s_waitcnt", "s_waitcnt_depctr", "s_sleep", "s_setprio", "s_code_end"}
+IGNORED = ("s_nop", "s_waitcnt")
+STOPS = ("s_barrier", "s_endpgm")
+
+
+class Instruction:
+    def __init__(self, name: str, text: str, run):
+        self.name, self.text, self.run = name, text, run
 
 
 def decode(text: str) -> Instruction:
@@ -867,17 +688,13 @@ def decode(text: str) -> Instruction:
     name, _, rest = text.partition(" ")
     if name in CONTROL:
         return Instruction(name, text, CONTROL[name])
-    if name in IGNORED or name in ("s_barrier", "s_endpgm"):
+    if name in IGNORED or name in STOPS:
         return Instruction(name, text, None)
     ops, mods = split(rest.strip())
     base, suffix = name, ""
     if found := re.fullmatch(r"(v_\w+?)_(e32|e64|dpp|sdwa)", name):
         base, suffix = found.groups()
-    run = (
-        decode_scalar(base, ops, mods) if base.startswith("s_")
-        else decode_vector(base, ops, mods, suffix) if base.startswith("v_")
-        else decode_memory(base, ops, mods)
-    )  # fmt: skip
+    run = decode_form(base, suffix, ops, mods) or decode_memory(base, ops, mods)
     if run is None:
         raise Fault(f"unknown instruction: {text}")
     return Instruction(name, text, run)
@@ -944,32 +761,27 @@ def launch(
     the workgroup's number. preload: words of the kernel arguments that are in them when the kernel
     starts, at instruction `entry`.
     """
-    memory = Memory()
     arguments = np.frombuffer(kernarg, np.uint8).copy()
-    memory.add(arguments.ctypes.data, arguments)
-    for base, data in tensors:
-        memory.add(base, data)
+    memory = Memory([(arguments.ctypes.data, arguments), *tensors])
     rng = np.random.default_rng(seed)
     count = 0
     with np.errstate(over="ignore"):
         for group in rng.permutation(grid):
-            shared = Lds(max(lds, 4), waves, rng)
+            shared = Lds(max(lds, 4), rng)
             all_waves = []
             for number in range(waves):
                 w = Wave(number, memory, shared, rng)
                 w.s[0], w.s[1] = arguments.ctypes.data & 0xFFFFFFFF, arguments.ctypes.data >> 32
-                for i in range(preload):
-                    w.s[2 + i] = struct.unpack_from("<I", kernarg, 4 * i)[0]
+                w.s[2 : 2 + preload] = struct.unpack_from(f"<{preload}I", kernarg)
                 w.s[user_sgprs] = int(group)
                 w.v[0] = number * 64 + LANES
                 w.pc = entry
                 all_waves.append(w)
-            waiting = all_waves
-            while waiting:
-                ended = [program.run_wave(waiting[i], limit) for i in rng.permutation(len(waiting))]
+            ended = [False]
+            while not all(ended):
+                ended = [program.run_wave(all_waves[i], limit) for i in rng.permutation(waves)]
                 if any(ended) and not all(ended):
                     raise Fault("a wave ended while others wait at a barrier")
                 shared.barrier()
-                waiting = [] if all(ended) else waiting
             count += sum(w.count for w in all_waves)
     return count
