@@ -15,7 +15,7 @@ import functools
 import operator
 import re
 import struct
-from collections import Counter
+from collections import Counter, namedtuple
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def mask_of(lanes: np.ndarray) -> int:
 
 def signed(value: int, bits: int = 32) -> int:
     value &= (1 << bits) - 1
-    return value - (1 << bits) if value >> (bits - 1) else value
+    return value - (1 << bits) if value * 2 >> bits else value
 
 
 # --- memory ----------------------------------------------------------------------------------
@@ -79,20 +79,14 @@ class Lds:
     def touch(self, at: np.ndarray, wave: int, how: str, values: np.ndarray | None) -> None:
         """Where waves hold copies of the same data they all write it: that is no race."""
         me = U32(1 << wave)
-        clash = self.seen["write"][at]
-        if how != "read":
-            clash |= self.seen["read"][at]
-        if how != "add":
-            clash |= self.seen["add"][at]
-        clash &= ~me
+        # Reading clashes with no reading, and adding with no adding.
+        kinds = [self.seen[other][at] for other in self.seen if other != how or how == "write"]
+        clash = functools.reduce(operator.or_, kinds) & ~me
         if how == "write":
             clash[self.bytes[at] == values] = 0
         if clash.any():
             raise Fault(f"LDS race at byte {at[clash != 0][0]} ({how})")
         self.seen[how][at] |= me
-
-
-# --- a wave ----------------------------------------------------------------------------------
 
 
 class Wave:
@@ -260,10 +254,8 @@ def bitop3(table: str, bits: int = 32):
     rows, keep = [i for i in range(8) if int(table, 0) >> i & 1], U32((1 << bits) - 1)
 
     def run(a, b, c):
-        result = U32(0)
-        for i in rows:
-            result = result | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
-        return result & keep
+        terms = [(a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in rows]
+        return functools.reduce(operator.or_, terms, U32(0)) & keep
 
     return run
 
@@ -277,7 +269,7 @@ def mad_u64(a, b, c):
     return total, total < c
 
 
-def permlane_swap(n: int):
+def swap(n: int):
     """Odd rows of n lanes of the first register change places with even ones of the second."""
     odd = (LANES & n) != 0
 
@@ -300,11 +292,6 @@ def swizzle(offset: str):
         raise Fault(f"unknown instruction: ds_swizzle_b32 {offset}")
     lane = LANES ^ int(found[1])
     return lambda data, mask: fetch(lane, data, mask)
-
-
-def bit_field(value: int, width: int, sign: bool) -> int:
-    value &= (1 << width) - 1
-    return signed(value, width) if sign and width else value
 
 
 # Name -> kinds of the operands written, kinds of those read, and the function between.
@@ -354,27 +341,19 @@ define("vi32", "vi32 vi32 vi32", {
 define("vf32", "vf32 vf32", {"v_rcp_f32": rcp, "v_rcp_iflag_f32": rcp, "v_mul_f32": operator.mul})
 define("vf32", "vu32", {"v_cvt_f32_u32": lambda a: a.astype(F32)})
 define("vu32", "vf32", {
-    "v_cvt_u32_f32": lambda a: np.clip(
-        np.nan_to_num(a.astype(np.float64)), 0, 0xFFFFFFFF
-    ).astype(U32),
+    "v_cvt_u32_f32": lambda a: np.nan_to_num(a.astype(float)).clip(0, 0xFFFFFFFF).astype(U32),
 })  # fmt: skip
 define("vu64", "vu64", {"v_mov_b64": lambda a: a})
 define("vu64 lanes", "vu32 vu32 vu64", {"v_mad_u64_u32": mad_u64})
 define("vu32 carry", "vu32 vu32 lanes", {
     "v_add_co_u32": lambda a, b: carry_out(a.astype(I64) + b),
     "v_addc_co_u32": lambda a, b, carry: carry_out(a.astype(I64) + b + carry),
-    "v_sub_co_u32": lambda a, b: carry_out(a.astype(I64) - b),
-    "v_subb_co_u32": lambda a, b, carry: carry_out(a.astype(I64) - b - carry),
     "v_subrev_co_u32": lambda a, b: carry_out(b.astype(I64) - a),
 })  # fmt: skip
 define("vu32", "vu32 vu32 lanes", {"v_cndmask_b32": lambda a, b, mask: np.where(mask, b, a)})
-define("vu32 vu32", "vu32 vu32 exec", {
-    f"v_permlane{n}_swap_b32": permlane_swap(n) for n in (16, 32)
-})  # fmt: skip
+define("vu32 vu32", "vu32 vu32 exec", {f"v_permlane{n}_swap_b32": swap(n) for n in (16, 32)})
 define("vu32", "vu32 exec", {"ds_swizzle_b32": swizzle})
-define("vu32", "vu32 vu32 exec", {
-    "ds_bpermute_b32": lambda address, data, mask: fetch(address >> U32(2) & U32(63), data, mask),
-})  # fmt: skip
+define("vu32", "vu32 vu32 exec", {"ds_bpermute_b32": lambda at, a, on: fetch(at >> 2 & 63, a, on)})
 define("su32", "vu32 su32", {"v_readlane_b32": lambda a, lane: int(a[lane & 63])})
 define("su32", "vu32 exec", {  # of the first active lane, or the first
     "v_readfirstlane_b32": lambda a, mask: int(a[(mask & -mask).bit_length() - 1 if mask else 0]),
@@ -407,11 +386,12 @@ for kind in ("u32", "i32"):
         f"s_min_{kind}": lambda a, b: (min(a, b), a < b),
         f"s_max_{kind}": lambda a, b: (max(a, b), a >= b),
     })  # fmt: skip
-    define("su32+any", f"s{kind} su32", {
-        f"s_bfe_{kind}": lambda a, b, sign=kind == "i32": bit_field(
-            a >> (b & 31), b >> 16 & 0x7F, sign
-        ),
-    })  # fmt: skip
+define("su32+any", "su32 su32", {
+    "s_bfe_u32": lambda a, b: a >> (b & 31) & (1 << (b >> 16 & 0x7F)) - 1,
+})  # fmt: skip
+define("su32+any", "si32 su32", {
+    "s_bfe_i32": lambda a, b: signed(a >> (b & 31), b >> 16 & 0x7F),
+})  # fmt: skip
 for bits in (32, 64):
     kind = f"su{bits}"
     define(kind, kind, {f"s_mov_b{bits}": lambda a: a})
@@ -428,14 +408,11 @@ for bits in (32, 64):
     define(f"{kind}+any", f"si{bits} su32", {
         f"s_ashr_i{bits}": lambda a, n, most=bits - 1: a >> (n & most),
     })  # fmt: skip
-COMPARE = {
-    "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-    "eq": operator.eq, "ne": operator.ne, "lg": operator.ne,
-}  # fmt: skip
 for kind in ("u32", "i32", "u64", "i64"):
-    for name, compare in COMPARE.items():
+    for name in ("lt", "le", "gt", "ge", "eq", "ne"):
+        compare, scalar_name = getattr(operator, name), name.replace("ne", "lg")
         define("lanes", f"v{kind} v{kind}", {f"v_cmp_{name}_{kind}": compare})
-        define("scc", f"s{kind} s{kind}", {f"s_cmp_{name}_{kind}": compare})
+        define("scc", f"s{kind} s{kind}", {f"s_cmp_{scalar_name}_{kind}": compare})
 
 
 # --- decoding ---------------------------------------------------------------------------------
@@ -470,28 +447,25 @@ def dpp_source(plain, mods: dict[str, str]):
     return moved, enabled if zero else enabled & there
 
 
-def sdwa_part(select: str) -> tuple[int, int]:
-    """Bits and position of DWORD, WORD_1 and so on."""
-    kind, _, n = select.partition("_")
-    bits = {"DWORD": 32, "WORD": 16, "BYTE": 8}[kind]
-    return bits, bits * int(n or "0")
+# Bits and position of what SDWA selects.
+SDWA = {"DWORD": (32, 0), "WORD_0": (16, 0), "WORD_1": (16, 16),
+        "BYTE_0": (8, 0), "BYTE_1": (8, 8), "BYTE_2": (8, 16), "BYTE_3": (8, 24)}  # fmt: skip
 
 
 def sdwa_source(kind: str, text: str, select: str):
     """wave -> the selected byte or word of an operand, sign-extended where it says sext(...)."""
     whole = source("vu32", text.removeprefix("sext(").removesuffix(")"))
-    bits, shift = sdwa_part(select)
+    bits, shift = SDWA[select]
     to, view = LANE_TYPES[kind], I32 if text.startswith("sext(") else U32
-    up, down = U32(32 - bits - shift), view(32 - bits)
-    return lambda w: ((whole(w) << up).view(view) >> down).view(to)
+    return lambda w: ((whole(w) << (32 - bits - shift)).view(view) >> (32 - bits)).view(to)
 
 
 def sdwa_result(value, mods: dict[str, str]):
-    bits, shift = sdwa_part(mods.pop("dst_sel"))
+    bits, shift = SDWA[mods.pop("dst_sel")]
     keep = U32((1 << bits) - 1)
     if mods.pop("dst_unused") != "UNUSED_PAD":
         raise Fault("SDWA that keeps the rest of a register")
-    return lambda w: (value(w).view(U32) & keep) << U32(shift)
+    return lambda w: (value(w).view(U32) & keep) << shift
 
 
 def split(operands: str) -> tuple[list[str], dict[str, str]]:
@@ -674,26 +648,18 @@ CONTROL = {
     "s_cbranch_execz": lambda w: w.exec == 0,
     "s_cbranch_execnz": lambda w: w.exec != 0,
 }
-IGNORED = ("s_nop", "s_waitcnt")
-STOPS = ("s_barrier", "s_endpgm")
-
-
-class Instruction:
-    def __init__(self, name: str, text: str, run):
-        self.name, self.text, self.run = name, text, run
+# The last two end a run of the wave.
+NO_EFFECT = ("s_nop", "s_waitcnt", "s_barrier", "s_endpgm")
+Instruction = namedtuple("Instruction", "name text run")
 
 
 def decode(text: str) -> Instruction:
     """One line of assembly. Raises Fault, naming it, where it is not known."""
     name, _, rest = text.partition(" ")
-    if name in CONTROL:
-        return Instruction(name, text, CONTROL[name])
-    if name in IGNORED or name in STOPS:
-        return Instruction(name, text, None)
+    if name in CONTROL or name in NO_EFFECT:
+        return Instruction(name, text, CONTROL.get(name))
     ops, mods = split(rest.strip())
-    base, suffix = name, ""
-    if found := re.fullmatch(r"(v_\w+?)_(e32|e64|dpp|sdwa)", name):
-        base, suffix = found.groups()
+    base, suffix = re.fullmatch(r"(\w+?)(?:_(e32|e64|dpp|sdwa))?", name).groups()
     run = decode_form(base, suffix, ops, mods) or decode_memory(base, ops, mods)
     if run is None:
         raise Fault(f"unknown instruction: {text}")
