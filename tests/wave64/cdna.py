@@ -49,21 +49,15 @@ def signed(value: int, bits: int = 32) -> int:
 # --- memory ----------------------------------------------------------------------------------
 
 
-class Memory:
-    """The tensors of a launch, at the addresses they have on the host."""
-
-    def __init__(self, tensors):
-        self.regions = [(base, base + data.nbytes, data) for base, data in tensors]
-
-    def cells(self, addresses: np.ndarray, size: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-        """The bytes of a tensor, and which of them are the `size` at each address."""
-        if not len(addresses):
-            return np.zeros(0, np.uint8), np.zeros((0, size), I64)
-        first, last = int(addresses.min()), int(addresses.max()) + size
-        for base, end, data in self.regions:
-            if base <= first and last <= end:
-                return data, (addresses - U64(base)).astype(I64)[:, None] + np.arange(size)
-        raise Fault(f"{what} touches {first:#x} to {last:#x}, outside of every tensor")
+def cells_of(tensors, addresses: np.ndarray, size: int, what: str):
+    """The bytes of the tensor at these addresses, and which of them are the `size` at each."""
+    if not len(addresses):
+        return np.zeros(0, np.uint8), np.zeros((0, size), I64)
+    first, last = int(addresses.min()), int(addresses.max()) + size
+    for base, data in tensors:
+        if base <= first and last <= base + data.nbytes:
+            return data, (addresses - U64(base)).astype(I64)[:, None] + np.arange(size)
+    raise Fault(f"{what} touches {first:#x} to {last:#x}, outside of every tensor")
 
 
 class Lds:
@@ -90,8 +84,8 @@ class Lds:
 
 
 class Wave:
-    def __init__(self, number: int, memory: Memory, lds: Lds, rng: np.random.Generator):
-        self.number, self.memory, self.lds = number, memory, lds
+    def __init__(self, number: int, tensors, lds: Lds, rng: np.random.Generator):
+        self.number, self.tensors, self.lds = number, tensors, lds
         self.v = rng.integers(0, 1 << 32, (256, 64), dtype=U32)
         self.s = [int(x) for x in rng.integers(0, 1 << 32, 128)]
         self.scc = self.pc = self.count = 0
@@ -175,8 +169,7 @@ def source(kind: str, text: str = ""):
     bank, i = register(text)
     if not bank:
         value = int(F32(text).view(U32)) if "." in text else int(text, 0)
-        value &= FULL if kind.endswith("64") else 0xFFFFFFFF
-        value = LANE_TYPES.get(kind, int)(value)
+        value = LANE_TYPES.get(kind, int)(value & (FULL if kind.endswith("64") else 0xFFFFFFFF))
         return lambda w: value
     readers = {
         "vu32 of v": lambda w: w.v[i],
@@ -290,8 +283,7 @@ def swizzle(offset: str):
     found = re.fullmatch(r"swizzle\(SWAP,(\d+)\)", offset)
     if not found:
         raise Fault(f"unknown instruction: ds_swizzle_b32 {offset}")
-    lane = LANES ^ int(found[1])
-    return lambda data, mask: fetch(lane, data, mask)
+    return functools.partial(fetch, LANES ^ int(found[1]))
 
 
 # Name -> kinds of the operands written, kinds of those read, and the function between.
@@ -358,7 +350,6 @@ define("su32", "vu32 su32", {"v_readlane_b32": lambda a, lane: int(a[lane & 63])
 define("su32", "vu32 exec", {  # of the first active lane, or the first
     "v_readfirstlane_b32": lambda a, mask: int(a[(mask & -mask).bit_length() - 1 if mask else 0]),
 })  # fmt: skip
-
 define("su32+overflow", "si32 si32", {"s_add_i32": operator.add, "s_sub_i32": operator.sub})
 define("su32+carry", "su32 su32", {
     "s_add_u32": operator.add, "s_sub_u32": operator.sub,
@@ -367,15 +358,9 @@ define("su32+carry", "su32 su32", {
 define("su32+carry", "su32 su32 scc", {
     "s_addc_u32": lambda a, b, scc: a + b + scc, "s_subb_u32": lambda a, b, scc: a - b - scc,
 })  # fmt: skip
-define("su32", "su32 su32", {
-    "s_mul_i32": operator.mul, "s_brev_b32": lambda a: int(f"{a:032b}"[::-1], 2),
-})  # fmt: skip
-define("su32+any", "si32", {"s_abs_i32": abs})
-define("su64 exec+any", "su64 exec", {
-    "s_and_saveexec_b64": lambda a, mask: (mask, a & mask),
-    "s_or_saveexec_b64": lambda a, mask: (mask, a | mask),
-    "s_andn2_saveexec_b64": lambda a, mask: (mask, a & ~mask),
-})  # fmt: skip
+define("su32", "su32", {"s_brev_b32": lambda a: int(f"{a:032b}"[::-1], 2)})
+define("su32", "su32 su32", {"s_mul_i32": operator.mul})
+define("su64 exec+any", "su64 exec", {"s_and_saveexec_b64": lambda a, mask: (mask, a & mask)})
 define("scc", "su32 su32", {
     "s_bitcmp0_b32": lambda a, b: not a >> (b & 31) & 1,
     "s_bitcmp1_b32": lambda a, b: a >> (b & 31) & 1,
@@ -386,28 +371,26 @@ for kind in ("u32", "i32"):
         f"s_min_{kind}": lambda a, b: (min(a, b), a < b),
         f"s_max_{kind}": lambda a, b: (max(a, b), a >= b),
     })  # fmt: skip
-define("su32+any", "su32 su32", {
-    "s_bfe_u32": lambda a, b: a >> (b & 31) & (1 << (b >> 16 & 0x7F)) - 1,
-})  # fmt: skip
+define(
+    "su32+any", "su32 su32", {"s_bfe_u32": lambda a, b: a >> (b & 31) & (1 << (b >> 16 & 127)) - 1}
+)
 define("su32+any", "si32 su32", {
-    "s_bfe_i32": lambda a, b: signed(a >> (b & 31), b >> 16 & 0x7F),
+    "s_abs_i32": abs, "s_bfe_i32": lambda a, b: signed(a >> (b & 31), b >> 16 & 127),
 })  # fmt: skip
 for bits in (32, 64):
-    kind = f"su{bits}"
+    kind, result = f"su{bits}", f"su{bits}+any"
     define(kind, kind, {f"s_mov_b{bits}": lambda a: a})
     define(kind, f"{kind} {kind} scc", {f"s_cselect_b{bits}": lambda a, b, scc: a if scc else b})
-    define(f"{kind}+any", f"{kind} {kind}", {
+    define(result, f"{kind} {kind}", {
         f"s_and_b{bits}": operator.and_, f"s_or_b{bits}": operator.or_,
         f"s_xor_b{bits}": operator.xor, f"s_andn2_b{bits}": lambda a, b: a & ~b,
         f"s_not_b{bits}": operator.invert,
     })  # fmt: skip
-    define(f"{kind}+any", f"{kind} su32", {
-        f"s_lshl_b{bits}": lambda a, n, most=bits - 1: a << (n & most),
-        f"s_lshr_b{bits}": lambda a, n, most=bits - 1: a >> (n & most),
+    define(result, f"{kind} su32", {
+        f"s_lshl_b{bits}": lambda a, n, m=bits - 1: a << (n & m),
+        f"s_lshr_b{bits}": lambda a, n, m=bits - 1: a >> (n & m),
     })  # fmt: skip
-    define(f"{kind}+any", f"si{bits} su32", {
-        f"s_ashr_i{bits}": lambda a, n, most=bits - 1: a >> (n & most),
-    })  # fmt: skip
+    define(result, f"si{bits} su32", {f"s_ashr_i{bits}": lambda a, n, m=bits - 1: a >> (n & m)})
 for kind in ("u32", "i32", "u64", "i64"):
     for name in ("lt", "le", "gt", "ge", "eq", "ne"):
         compare, scalar_name = getattr(operator, name), name.replace("ne", "lg")
@@ -552,7 +535,7 @@ def put_octets(w, first: int, values: np.ndarray, active) -> None:
 
 def transfer(w, load: bool, register: int, size: int, addresses, active) -> None:
     """Of two lanes that store to one address the later wins; hardware promises it to none."""
-    data, at = w.memory.cells(addresses, size, "load" if load else "store")
+    data, at = cells_of(w.tensors, addresses, size, "load" if load else "store")
     if load:
         put_octets(w, register, data[at], active)
     else:
@@ -572,8 +555,7 @@ def lds_cells(w, address: int, offset: int, size: int, how: str, values=None) ->
 def decode_memory(name: str, ops: list[str], mods: dict[str, str]):
     offset = int(mods.pop("offset", "0"), 0)
     offsets = [int(mods.pop(f"offset{i}", "0"), 0) for i in (0, 1)]
-    is_buffer = name.startswith("buffer")
-    if list(mods) != ["offen"] * is_buffer:
+    if set(mods) != ({"offen"} if name.startswith("buffer") else set()):
         return None
     if found := re.fullmatch(r"s_load_dword(?:x(\d+))?", name):
         to, base, more = number(ops[0]), number(ops[1]), source("su32", ops[2])
@@ -581,7 +563,7 @@ def decode_memory(name: str, ops: list[str], mods: dict[str, str]):
 
         def run(w):
             address = np.array([w.s64(base) + more(w)], U64)
-            data, at = w.memory.cells(address, 4 * words, "scalar load")
+            data, at = cells_of(w.tensors, address, 4 * words, "scalar load")
             w.s[to : to + words] = data[at].view(U32)[0].tolist()
 
         return run
@@ -648,15 +630,15 @@ CONTROL = {
     "s_cbranch_execz": lambda w: w.exec == 0,
     "s_cbranch_execnz": lambda w: w.exec != 0,
 }
-# The last two end a run of the wave.
-NO_EFFECT = ("s_nop", "s_waitcnt", "s_barrier", "s_endpgm")
+# The wave stops at the last two, and passes the others.
+NO_FUNCTION = ("s_nop", "s_waitcnt", "s_barrier", "s_endpgm")
 Instruction = namedtuple("Instruction", "name text run")
 
 
 def decode(text: str) -> Instruction:
     """One line of assembly. Raises Fault, naming it, where it is not known."""
     name, _, rest = text.partition(" ")
-    if name in CONTROL or name in NO_EFFECT:
+    if name in CONTROL or name in NO_FUNCTION:
         return Instruction(name, text, CONTROL.get(name))
     ops, mods = split(rest.strip())
     base, suffix = re.fullmatch(r"(\w+?)(?:_(e32|e64|dpp|sdwa))?", name).groups()
@@ -692,8 +674,7 @@ class Program:
 
     def run_wave(self, w: Wave, limit: int) -> bool:
         """Until the wave's next barrier (False) or its end (True)."""
-        code, targets, ran = self.code, self.targets, self.ran
-        pc = w.pc
+        code, targets, ran, pc = self.code, self.targets, self.ran, w.pc
         try:
             while True:
                 one = code[pc]
@@ -707,10 +688,8 @@ class Program:
                 pc += 1
                 if one.run is not None:
                     one.run(w)
-                elif one.name == "s_barrier":
-                    return False
-                elif one.name == "s_endpgm":
-                    return True
+                elif one.name in ("s_barrier", "s_endpgm"):
+                    return one.name == "s_endpgm"
         except Fault as fault:
             raise Fault(f"wave {w.number}, {one.text.strip()}: {fault}") from None
         finally:
@@ -728,7 +707,7 @@ def launch(
     starts, at instruction `entry`.
     """
     arguments = np.frombuffer(kernarg, np.uint8).copy()
-    memory = Memory([(arguments.ctypes.data, arguments), *tensors])
+    tensors = [(arguments.ctypes.data, arguments), *tensors]
     rng = np.random.default_rng(seed)
     count = 0
     with np.errstate(over="ignore"):
@@ -736,7 +715,7 @@ def launch(
             shared = Lds(max(lds, 4), rng)
             all_waves = []
             for number in range(waves):
-                w = Wave(number, memory, shared, rng)
+                w = Wave(number, tensors, shared, rng)
                 w.s[0], w.s[1] = arguments.ctypes.data & 0xFFFFFFFF, arguments.ctypes.data >> 32
                 w.s[2 : 2 + preload] = struct.unpack_from(f"<{preload}I", kernarg)
                 w.s[user_sgprs] = int(group)
