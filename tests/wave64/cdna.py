@@ -290,6 +290,8 @@ def swizzle(offset: str):
 FORMS = {}
 # These are functions of a modifier first.
 MADE_BY = {"v_bitop3_b32": "bitop3", "v_bitop3_b16": "bitop3", "ds_swizzle_b32": "offset"}
+# What an instruction may write that has such a suffix.
+WITH_SUFFIX = {"dpp": [["vu32"], ["vi32"]], "sdwa": [["vu32"], ["vi32"], ["lanes"]]}
 
 
 def define(to: str, sources: str, functions) -> None:
@@ -425,7 +427,7 @@ def dpp_source(plain, mods: dict[str, str]):
     def moved(w):
         if w.mask is not None:  # whether it then reads the lanes that are off is unclear
             raise Fault("DPP with lanes off")
-        return np.where(there, plain(w)[lanes], U32(0))
+        return np.where(there, plain(w)[lanes], 0)
 
     return moved, enabled if zero else enabled & there
 
@@ -471,6 +473,7 @@ def applied(f, sources):
 
 
 def decode_form(name: str, suffix: str, ops: list[str], mods: dict[str, str]):
+    """Of an instruction in FORMS: wave -> None, which runs it."""
     if found := re.fullmatch(r"s_(mov|add|cmp)k_(\w+)", name):
         # The last operand is a constant of 16 bits, extended as the operation has it.
         k = int(ops[-1], 0)
@@ -479,10 +482,11 @@ def decode_form(name: str, suffix: str, ops: list[str], mods: dict[str, str]):
             ops.insert(1, ops[0])
         name = "s_mov_b32" if found[1] == "mov" else f"s_{found[1]}_{found[2]}"
     if "clamp" in mods:
-        name, _ = f"{name} clamp", mods.pop("clamp")
-    if name not in FORMS:
+        del mods["clamp"]
+        name = f"{name} clamp"
+    to, kinds, f = FORMS.get(name, ((), (), None))
+    if not to or to not in WITH_SUFFIX.get(suffix, [to]):
         return None
-    to, kinds, f = FORMS[name]
     if name in MADE_BY:
         f = f(mods.pop(MADE_BY[name], "0"))
     rest = iter(ops * 2 if "_swap_" in name else ops)  # a swap reads what it writes
@@ -699,8 +703,8 @@ class Program:
 def launch(
     program: Program, grid: int, waves: int, kernarg: bytes, tensors, lds: int, *,
     user_sgprs: int = 2, preload: int = 0, entry: int = 0, seed: int = 0, limit: int = 20_000_000,
-) -> int:  # fmt: skip
-    """Run `grid` workgroups of `waves` waves, in an order that `seed` picks; the instructions run.
+) -> None:  # fmt: skip
+    """Run `grid` workgroups of `waves` waves, in an order that `seed` picks.
 
     tensors: (address, uint8 array) of each buffer. user_sgprs: scalar registers before the one with
     the workgroup's number. preload: words of the kernel arguments that are in them when the kernel
@@ -709,7 +713,6 @@ def launch(
     arguments = np.frombuffer(kernarg, np.uint8).copy()
     tensors = [(arguments.ctypes.data, arguments), *tensors]
     rng = np.random.default_rng(seed)
-    count = 0
     with np.errstate(over="ignore"):
         for group in rng.permutation(grid):
             shared = Lds(max(lds, 4), rng)
@@ -728,5 +731,3 @@ def launch(
                 if any(ended) and not all(ended):
                     raise Fault("a wave ended while others wait at a barrier")
                 shared.barrier()
-            count += sum(w.count for w in all_waves)
-    return count
