@@ -4,10 +4,11 @@
 
 Needs a GPU. Every time is microseconds a call. A graph holds several calls with different inputs,
 uniform and skewed routing alternating; all take turns in every round, and the median over the
-rounds is reported. `--against` are recorded times of Opus on the same kind of GPU (CSV: shape, M,
-and p0, p1, p2 for AITER's dispatch policies), compared best against best. `--earlier` is a folder
-with triton_sort.py and triton_kernels.py of an earlier commit: they take turns with these, also in
-the host's time of an eager call. `--plot` draws the ratios.
+rounds is reported. Beside the sorts stands zeroing moe_buf alone, and from 3,000 tokens on zeroing
+it in three launches, and sorting without it. `--against` are recorded times of Opus on the same
+kind of GPU (CSV: shape, M, and p0, p1, p2 for AITER's dispatch policies), compared best against
+best. `--earlier` is a folder with triton_sort.py and triton_kernels.py of an earlier commit: they
+take turns with these, also in the host's time of an eager call. `--plot` draws the ratios.
 """
 
 import argparse
@@ -59,9 +60,9 @@ Inputs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 @triton.jit
-def zero_kernel(buffer, size, tiles, TILE: triton.language.constexpr):  # noqa: N803
+def zero_kernel(buffer, size, first, end, TILE: triton.language.constexpr):  # noqa: N803
     step = triton.language.num_programs(0)
-    triton_kernels._zero(buffer, size, triton.language.program_id(0), tiles, step, TILE)
+    triton_kernels._zero(buffer, size, first + triton.language.program_id(0), end, step, TILE)
 
 
 def routing(
@@ -129,19 +130,24 @@ def enqueued(calls: dict[str, Call], inputs: Inputs, rounds: int) -> dict[str, f
     return {name: round(statistics.median(values), 2) for name, values in samples.items()}
 
 
-def sort_call(sort: Callable[..., object], policy: int, shape: tuple[int, int, int]) -> Call:
+def sort_call(
+    sort: Callable[..., object], policy: int, shape: tuple[int, int, int], **options: bool
+) -> Call:
     num_experts, _, model_dim = shape
     arguments = (num_experts, model_dim, torch.bfloat16, BLOCK_SIZE, None, None, policy)
-    return lambda ids, weights: sort(ids, weights, *arguments)
+    return lambda ids, weights: sort(ids, weights, *arguments, **options)
 
 
-def zero_call(model_dim: int) -> Call:
+def zero_call(model_dim: int, launches: int = 1) -> Call:
     """Zeroes moe_buf alone, with twice as many programs as an H200 has multiprocessors."""
 
     def call(ids: torch.Tensor, _: torch.Tensor) -> object:
         buffer = torch.empty(len(ids), model_dim, dtype=torch.bfloat16, device="cuda")
         tile = triton_sort.TUNING.fill_tile
-        zero_kernel[(264,)](buffer, buffer.numel(), -(-buffer.numel() // tile), tile)
+        tiles = -(-buffer.numel() // tile)
+        for i in range(launches):
+            first, end = tiles * i // launches, tiles * (i + 1) // launches
+            zero_kernel[(264,)](buffer, buffer.numel(), first, end, tile)
         return buffer
 
     return call
@@ -199,6 +205,9 @@ def measure_row(
     if name == "dsv3" and num_tokens in HOST_TOKENS:
         row["host_us"] = enqueued(calls, inputs, ROUNDS)
     calls["zero"] = zero_call(model_dim)
+    if num_tokens >= 3000:
+        calls["zero_in_three"] = zero_call(model_dim, launches=3)
+        calls["without_moe_buf"] = sort_call(triton_sort.moe_sorting, 2, shape, accumulate=False)
     row["graph_us"] = replayed(calls, inputs, ROUNDS if num_tokens <= 3000 else 7)
     return row
 

@@ -51,7 +51,7 @@ def record(*, experts: int, tokens: int = 64, options: bool = False, **more: Any
     """The launches of one-shot and of multi-phase for so many entries, with their tensors."""
     launches: list[Recorded] = []
     kept = triton_sort._launch
-    triton_sort._launch = lambda *launch: launches.append(launch) if launch[0].programs else None
+    triton_sort._launch = lambda *launch: launches.append(launch)
     try:
         for policy in (1, 2):
             triton_sort.moe_sorting(
@@ -81,10 +81,11 @@ def all_launches(some_experts: Sequence[int]) -> dict[str, Recorded]:
     for case in cases:
         words = ", ".join(f"{key} {value}" for key, value in case.items())
         for tile in triton_sort.TUNING.tiles:
-            one_shot = record(tokens=tile.entries, **case)[0]
-            named[f"one-shot up to {tile.entries}, {words}"] = one_shot
+            if case["experts"] in tile.experts:
+                one_shot = record(tokens=tile.entries, **case)[0]
+                named[f"one-shot up to {tile.entries}, {words}"] = one_shot
         _, _, named[f"multi-phase add up and place, {words}"] = record(tokens=64, **case)
-        entries = triton_sort.TUNING.many_entries
+        entries = triton_sort.TUNING.many_counts // 256
         for name, launch in zip(
             ("count", "add up", "place"), record(tokens=entries, **case)[-3:], strict=True
         ):

@@ -78,8 +78,14 @@ def _load_visible_ids(topk_ids, expert_mask, start, stop, num_experts, SIZE: tl.
 
 
 @triton.jit
-def _histogram(ids, NUM_BINS: tl.constexpr):
-    return tl.histogram(tl.maximum(ids, 0), NUM_BINS, mask=ids >= 0)
+def _histogram(ids, first, NUM_BINS: tl.constexpr):
+    """Entries of each of the NUM_BINS experts from `first` on, a multiple of NUM_BINS.
+
+    The bin is the lower bits of the id. With two histograms of one tile the compiler then tests
+    these bits once; with `ids - first` it ran out of scalar registers on AMD.
+    """
+    inside = (ids >= first) & (ids < first + NUM_BINS)
+    return tl.histogram(ids & (NUM_BINS - 1), NUM_BINS, mask=inside)
 
 
 @triton.jit
@@ -91,7 +97,7 @@ def _count(topk_ids, at, stop, num_experts, NUM_BINS: tl.constexpr, TILE: tl.con
         # The next tile is on its way while this one is counted.
         at += TILE
         next_ids = _load_ids(topk_ids, at, stop, num_experts, TILE)
-        total += _histogram(ids, NUM_BINS)
+        total += _histogram(ids, 0, NUM_BINS)
         ids = next_ids
     return total
 
@@ -215,9 +221,9 @@ def _count_tiles(
     more_total = tl.zeros([REST], tl.int32)
     ids = _load_visible_ids(topk_ids, expert_mask, 0, stop, num_experts, TILE)
     if ONE_TILE:
-        total = _histogram(tl.where(ids < NUM_BINS, ids, -1), NUM_BINS)
+        total = _histogram(ids, 0, NUM_BINS)
         if MORE_BINS > 0:
-            more_total = _histogram(ids - NUM_BINS, REST)
+            more_total = _histogram(ids, NUM_BINS, REST)
     else:
         at = split - split  # as a run-time value: the loop counts up from it
         while at < stop:
@@ -225,11 +231,11 @@ def _count_tiles(
             is_before = at < split
             at += TILE
             next_ids = _load_visible_ids(topk_ids, expert_mask, at, stop, num_experts, TILE)
-            some = _histogram(tl.where(ids < NUM_BINS, ids, -1), NUM_BINS)
+            some = _histogram(ids, 0, NUM_BINS)
             total += some
             before += tl.where(is_before, some, 0)
             if MORE_BINS > 0:
-                more = _histogram(ids - NUM_BINS, REST)
+                more = _histogram(ids, NUM_BINS, REST)
                 more_total += more
                 more_before += tl.where(is_before, more, 0)
             ids = next_ids
@@ -340,7 +346,7 @@ def _place(
             (ids >= 0) & (target >= 0), topk, block_size,
         )  # fmt: skip
         if start < stop:
-            position += _histogram(ids, NUM_BINS)
+            position += _histogram(ids, 0, NUM_BINS)
         ids = next_ids
         weights = next_weights
 

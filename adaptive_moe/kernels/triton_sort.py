@@ -18,11 +18,13 @@ The kernels are in triton_kernels.py. Contract: ROCm/aiter, `aiter/fused_moe.py`
 """
 
 import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton.runtime import driver
+from triton.runtime import JITFunction, driver
 
 from adaptive_moe.kernels.contract import buffer_length
 from adaptive_moe.kernels.triton_kernels import (
@@ -41,15 +43,17 @@ _MOST_BOUND = 4096  # calls kept with what is constant for them
 class Tile:
     """How one-shot sorts up to `entries` of them.
 
-    size   entries that a program looks at together: all, except in the largest tile
-    chunk  entries that a program places; all of them, with no bins to count experts in, if it is
-           `size`
+    size     entries that a program looks at together: all, except in the largest tiles
+    chunk    entries that a program places; all of them, with no bins to count experts in, if it is
+             `size`
+    experts  numbers of experts that it is for
     """
 
     entries: int
     size: int
     chunk: int
     num_warps: int
+    experts: range = range(1, MAX_EXPERTS + 1)
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,13 @@ class Tuning:
     chunk        entries that a program of multi-phase places at once
     max_chunks   programs of multi-phase that place
     max_rows     of counts, each of as few chunks as that allows; every program adds them up
-    many_entries from so many on, a third launch adds up the counts
+    many_counts  a third launch adds up the counts from so many entries times bins on, of which at
+                 least 256 count
     many_chunks  programs that place then, a power of two: each has a row of counts
     count_tile   entries counted at once
     scan_tile    counts added up at once
+    fill_tiles   tiles of moe_buf zeroed beside counting, for each expert, where there are two
+                 launches and a large buffer: about what is done while others count
     fill_shares  one in so many bytes of moe_buf is zeroed beside counting, and one beside adding
                  up, where there are three launches
     pads         programs that write padding
@@ -78,18 +85,21 @@ class Tuning:
         Tile(32, 32, 32, 4),
         Tile(128, 128, 16, 4),
         Tile(256, 256, 16, 4),
-        Tile(4096, 256, 32, 4),
+        Tile(4096, 256, 32, 4, range(1, 257)),
+        Tile(1024, 256, 32, 4, range(257, 385)),
+        Tile(4096, 512, 32, 4, range(257, MAX_EXPERTS + 1)),
     )
     chunk: int = 128
     max_chunks: int = 256
     max_rows: int = 64
-    many_entries: int = 65536
+    many_counts: int = 1 << 24
     many_chunks: int = 512
     count_tile: int = 512
     scan_tile: int = 4096
     num_warps: int = 4
+    fill_tiles: int = 4
     fill_shares: tuple[int, int] = (4, 8)
-    pads: int = 32
+    pads: int = 24
     fill_tile: int = 2048
     few_fills: int = 64
     many_tiles: int = 2048
@@ -104,8 +114,7 @@ TUNING = Tuning()
 class Launch:
     """One launch, but for the tensors of a call.
 
-    programs   how many; none where it is only to be compiled, with constants for which the kernel
-               finds nothing to do
+    programs   how many; none where it is only to be compiled
     variant    tells apart what the kernel is compiled for
     constants  the arguments after the tensors
     run        launches it, once it is compiled
@@ -138,27 +147,44 @@ class _Bound:
     ahead: tuple[Launch, ...] = ()
 
 
+_Tensors = tuple[torch.Tensor | None, ...]
 _bound: dict[tuple[object, ...], _Bound] = {}
 _compiled: dict[tuple[object, ...], Any] = {}
 
 
-def _launch(launch: Launch, tensors: tuple[torch.Tensor | None, ...]) -> None:
+def _compile(launches: Sequence[tuple[Launch, _Tensors]]) -> None:
+    """Compile what is not compiled yet, side by side: Triton's compiler leaves Python's lock."""
+    kernel, tensor = launches[0][0].kernel, launches[0][1][0]
+    if tensor is None or not tensor.is_cuda or not isinstance(kernel, JITFunction):
+        return  # interpreted, under TRITON_INTERPRET=1
+    new = {one.variant: (one, with_) for one, with_ in launches if one.variant not in _compiled}
+    device = torch.cuda.current_device()  # a new thread's is the first one
+
+    def compile_one(launch: Launch, tensors: _Tensors) -> None:
+        torch.cuda.set_device(device)
+        _compiled[launch.variant] = launch.kernel.warmup(
+            *tensors, *launch.constants, grid=(1,), num_warps=launch.num_warps
+        )
+
+    with ThreadPoolExecutor(max(1, len(new))) as pool:
+        for future in [pool.submit(compile_one, *one) for one in new.values()]:
+            future.result()
+
+
+def _launch(launch: Launch, tensors: _Tensors) -> None:
     """Skips Triton's own look-up of the compiled variant, which takes longer than the launch, and
     hands it addresses, since it asks the driver about each tensor, and the stream, since it asks
     for the device first."""
-    run = launch.run
-    if run is None:
+    if launch.run is None:
         compiled = _compiled.get(launch.variant)
-        if compiled is None:
-            compiled = launch.kernel[(max(1, launch.programs),)](
+        if compiled is None:  # interpreted, under TRITON_INTERPRET=1
+            launch.kernel[(launch.programs,)](
                 *tensors, *launch.constants, num_warps=launch.num_warps
             )
-            # Under TRITON_INTERPRET=1 that is None, and launched so again.
-            _compiled[launch.variant] = compiled
             return
-        run = launch.run = compiled[(launch.programs, 1, 1)]
+        launch.run = compiled[(launch.programs, 1, 1)]
     assert tensors[0] is not None
-    run(
+    launch.run(
         *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
         *launch.constants,
         stream=driver.active.get_current_stream(tensors[0].get_device()),
@@ -236,21 +262,21 @@ def moe_sorting(
     sorted_expert_ids, num_valid_ids = int32(bound.blocks), int32(2)
     moe_buf = torch.empty(bound.buffer, dtype=moebuf_dtype, device=topk_ids.device)
     outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
-    one_shot: tuple[torch.Tensor | None, ...] = (
-        topk_ids, topk_weights, *outputs, expert_mask, num_local_tokens
-    )  # fmt: skip
-    sort = one_shot
+    one_shot: _Tensors = (topk_ids, topk_weights, *outputs, expert_mask, num_local_tokens)
+    place = one_shot
+    launches = [(bound.sort, one_shot)]
     if bound.count is not None:
         counts = int32(bound.counts)
-        _launch(bound.count, (topk_ids, counts, moe_buf, num_local_tokens))
+        place = (topk_ids, topk_weights, counts, *outputs, expert_mask, num_local_tokens)
+        launches = [(bound.count, (topk_ids, counts, moe_buf, num_local_tokens))]
         if bound.scan is not None:
-            _launch(bound.scan, (counts, moe_buf, num_local_tokens))
-        sort = (topk_ids, topk_weights, counts, *outputs, expert_mask, num_local_tokens)
-    _launch(bound.sort, sort)
+            launches.append((bound.scan, (counts, moe_buf, num_local_tokens)))
+        launches.append((bound.sort, place))
     if is_new:
-        for launch in bound.ahead:
-            if launch.variant not in _compiled:
-                _launch(launch, sort if launch.kernel is place_kernel else one_shot)
+        tensors_of = {place_kernel: place, one_shot_kernel: one_shot}
+        _compile([*launches, *((ahead, tensors_of[ahead.kernel]) for ahead in bound.ahead)])
+    for launch, tensors in launches:
+        _launch(launch, tensors)
     return outputs
 
 
@@ -290,6 +316,8 @@ def _bind(
     )
     ahead = []
     for tile in tuning.tiles if one_shot else ():
+        if num_experts not in tile.experts:
+            continue
         few = tile.chunk == tile.size
         # A few entries need bins only for the experts' indices among those of this rank.
         bins, more = _bins(num_experts)
@@ -311,12 +339,13 @@ def _bind(
         return _Bound(length, blocks, buffer, sort, ahead=tuple(ahead))
 
     bins = _all_bins(num_experts)
-    many = entries >= tuning.many_entries
+    many = entries * max(bins, 256) >= tuning.many_counts
     most = tuning.many_chunks if many else tuning.max_chunks
     chunks = max(1, min(-(-entries // tuning.chunk), most))
     group = 1 if many else -(-chunks // tuning.max_rows)
     groups = -(-chunks // group)
-    scan, scan_rows, ends = None, max(1, tuning.scan_tile // bins), (0, 0)
+    first = min(tiles // 3, tuning.fill_tiles * bins) if tiles > tuning.many_tiles else 0
+    scan, scan_rows, ends = None, max(1, tuning.scan_tile // bins), (first, first)
     if many:
         nothing: tuple[int, ...] = (0, topk, num_experts, block_size, 0, 0, 1, 0, 0)
         constants = (bins, tuning.chunk, tuning.count_tile, scan_rows, tuning.fill_tile)

@@ -188,8 +188,10 @@ class Section:
         )
 
     def check_grid(self) -> None:
-        """Check the grid before any clock runs: a candidate wrong at its last count is out."""
-        for num_tokens in self.grid:
+        """Check the grid before any clock runs: a candidate wrong at any count is out.
+
+        From the largest on: a sort may then compile at once what smaller counts need, too."""
+        for num_tokens in reversed(self.grid):
             self._check(num_tokens)
 
     def sketch(self, deadline: float, ahead: int, reserved_s: Callable[[], float]) -> int:

@@ -29,7 +29,7 @@ LARGE = ((512, 8, 300, 1), (128, 8, 1100, 2), (257, 9, 930, 2), (8, 2, 600, 1), 
 class Case:
     """routing: uniform, skewed or one expert; padded: which rows are -1, none, some or all.
 
-    rows: how many are real, where the call says so on the device. many_entries: as in Tuning.
+    rows: how many are real, where the call says so on the device. many_counts: as in Tuning.
     """
 
     experts: int
@@ -44,7 +44,7 @@ class Case:
     masked: bool = False
     rows: int | None = None
     rounded: bool = True
-    many_entries: int = 65536
+    many_counts: int = 1 << 24
     seed: int = 0
 
     def inputs(self) -> SortingInputs:
@@ -92,7 +92,7 @@ def random_case(seed: int) -> Case:
         rows=rng.choice((None, None, 0, tokens, rng.randint(0, tokens))),
         rounded=rng.random() < 0.5,
         # A run-time choice: three launches for batches that would be sorted in two.
-        many_entries=rng.choice((1, 65536)),
+        many_counts=rng.choice((1, 1 << 24)),
         seed=seed,
     )
 
@@ -101,7 +101,7 @@ def problems_of(case: Case, target: str) -> list[str]:
     """What is wrong with the sort of that case, by the contract and beside the CPU sort."""
     inputs = case.inputs()
     # Run-time choices, too: programs that pad and that zero take most of a small sort.
-    tuning = replace(triton_sort.TUNING, pads=3, few_fills=3, many_entries=case.many_entries)
+    tuning = replace(triton_sort.TUNING, pads=3, few_fills=3, many_counts=case.many_counts)
     cdna.RCP = case.seed % 3 - 1
     kept, triton_sort.TUNING = triton_sort.TUNING, tuning
     triton_sort._bound.clear()

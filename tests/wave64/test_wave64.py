@@ -17,7 +17,7 @@ CASES = {
     "a larger tile": Case(160, 8, 29, 1),
     "several tiles": Case(72, 6, 120, 1, padded="none"),
     "two launches": Case(33, 4, 70, 2, routing="skewed"),
-    "three launches": Case(72, 6, 60, 2, many_entries=1),
+    "three launches": Case(72, 6, 60, 2, many_counts=1),
 }
 
 
