@@ -6,6 +6,8 @@ step  inside a real eager step (layer.py), from an idle device and with the host
       around a step's enqueueing
 loop  the same calls of an empty function with AITER's parameters, one after the other. `asks`:
       captured and eager calls differ at that count, so the stream is asked as well
+cold  the loop, with the processor's caches filled with something else before each call, as the
+      rest of a layer does in a step
 nothing to choose  such calls in the loop: flat, output_aux, an empty batch
 """
 
@@ -17,6 +19,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 from adaptive_moe.hook.hook import AiterHook
@@ -31,6 +34,8 @@ from tests.tables import make_table
 
 NAMES = ("policy 0", "policy 1", "policy 2")
 LAST = 16384
+CACHES = 32 << 20  # bytes: more than a core's own caches hold
+COLD_CALLS = 50  # of a sample
 SORT = "moe_sorting"
 # What an unhooked layer passes, and what the table says of eager and of captured calls.
 CASES = {
@@ -124,9 +129,10 @@ def rounded(one: Interval) -> dict[str, Any]:
 
 def of_loop(seam: Seam, seconds: float, calls: int) -> dict[str, Any]:
     """us a call that the hook adds to calls of a function that does nothing."""
-    found: dict[str, Any] = {"calls": {}, "nothing to choose": {}}
+    found: dict[str, Any] = {"calls": {}, "cold": {}, "nothing to choose": {}}
     for case, (_, eager, graph) in CASES.items():
         found["calls"][case] = loop_of(seam, eager, graph, {}, 8, seconds, calls)
+        found["cold"][case] = loop_of(seam, eager, graph, {}, 8, seconds, COLD_CALLS, cold=True)
     nothing: dict[str, tuple[dict[str, Any], int]] = {
         "flat": ({"flat": True}, 8),
         "output_aux": ({"output_aux": True}, 8),
@@ -147,15 +153,26 @@ def loop_of(
     num_tokens: int,
     seconds: float,
     calls: int,
+    *,
+    cold: bool = False,
 ) -> dict[str, Any]:
     module, bare = ModuleType("seam"), as_seam(lambda *_: None)
     module.moe_sorting = bare  # type: ignore[attr-defined]
     ids = torch.zeros((8, 8), dtype=torch.int32, device=seam.device)
     weights = torch.zeros((8, 8), device=seam.device)
     leading = (256, 7168, torch.bfloat16, 32, None, None, 0)
+    other = np.zeros(CACHES, np.uint8)
 
     def loop(sort: Callable[..., Any], rows: int, some: Mapping[str, Any]) -> float:
         batch = (ids[:rows], weights[:rows])
+        if cold:
+            total = 0.0
+            for _ in range(calls):
+                other[::64].sum()
+                begun = time.perf_counter()
+                sort(*batch, *leading, accumulate=True, **some)
+                total += time.perf_counter() - begun
+            return total * 1e6
         begun = time.perf_counter()
         for _ in range(calls):
             sort(*batch, *leading, accumulate=True, **some)
