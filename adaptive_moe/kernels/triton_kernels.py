@@ -78,14 +78,32 @@ def _load_visible_ids(topk_ids, expert_mask, start, stop, num_experts, SIZE: tl.
 
 
 @triton.jit
-def _histogram(ids, first, NUM_BINS: tl.constexpr):
+def _histogram(ids, NUM_BINS: tl.constexpr):
+    """Entries of each of the first NUM_BINS experts, where there are no more."""
+    return tl.histogram(tl.maximum(ids, 0), NUM_BINS, mask=ids >= 0)
+
+
+@triton.jit
+def _histogram_from(ids, first, NUM_BINS: tl.constexpr):
     """Entries of each of the NUM_BINS experts from `first` on, a multiple of NUM_BINS.
 
-    The bin is the lower bits of the id. With two histograms of one tile the compiler then tests
-    these bits once; with `ids - first` it ran out of scalar registers on AMD.
+    The bin is the lower bits of the id, which the compiler tests once for both histograms of a
+    tile: with `ids - first` it runs out of scalar registers on AMD.
     """
     inside = (ids >= first) & (ids < first + NUM_BINS)
     return tl.histogram(ids & (NUM_BINS - 1), NUM_BINS, mask=inside)
+
+
+@triton.jit
+def _histograms(ids, NUM_BINS: tl.constexpr, MORE_BINS: tl.constexpr, REST: tl.constexpr):
+    """Entries of each of the first NUM_BINS experts, and of the MORE_BINS, or none, beyond."""
+    if MORE_BINS > 0:
+        some = _histogram_from(ids, 0, NUM_BINS)
+        more = _histogram_from(ids, NUM_BINS, REST)
+    else:
+        some = _histogram(ids, NUM_BINS)
+        more = tl.zeros([REST], tl.int32)
+    return some, more
 
 
 @triton.jit
@@ -97,7 +115,7 @@ def _count(topk_ids, at, stop, num_experts, NUM_BINS: tl.constexpr, TILE: tl.con
         # The next tile is on its way while this one is counted.
         at += TILE
         next_ids = _load_ids(topk_ids, at, stop, num_experts, TILE)
-        total += _histogram(ids, 0, NUM_BINS)
+        total += _histogram(ids, NUM_BINS)
         ids = next_ids
     return total
 
@@ -221,9 +239,7 @@ def _count_tiles(
     more_total = tl.zeros([REST], tl.int32)
     ids = _load_visible_ids(topk_ids, expert_mask, 0, stop, num_experts, TILE)
     if ONE_TILE:
-        total = _histogram(ids, 0, NUM_BINS)
-        if MORE_BINS > 0:
-            more_total = _histogram(ids, NUM_BINS, REST)
+        total, more_total = _histograms(ids, NUM_BINS, MORE_BINS, REST)
     else:
         at = split - split  # as a run-time value: the loop counts up from it
         while at < stop:
@@ -231,11 +247,10 @@ def _count_tiles(
             is_before = at < split
             at += TILE
             next_ids = _load_visible_ids(topk_ids, expert_mask, at, stop, num_experts, TILE)
-            some = _histogram(ids, 0, NUM_BINS)
+            some, more = _histograms(ids, NUM_BINS, MORE_BINS, REST)
             total += some
             before += tl.where(is_before, some, 0)
             if MORE_BINS > 0:
-                more = _histogram(ids, NUM_BINS, REST)
                 more_total += more
                 more_before += tl.where(is_before, more, 0)
             ids = next_ids
@@ -346,7 +361,7 @@ def _place(
             (ids >= 0) & (target >= 0), topk, block_size,
         )  # fmt: skip
         if start < stop:
-            position += _histogram(ids, 0, NUM_BINS)
+            position += _histogram(ids, NUM_BINS)
         ids = next_ids
         weights = next_weights
 

@@ -99,7 +99,7 @@ class Tuning:
     num_warps: int = 4
     fill_tiles: int = 4
     fill_shares: tuple[int, int] = (4, 8)
-    pads: int = 24
+    pads: int = 32
     fill_tile: int = 2048
     few_fills: int = 64
     many_tiles: int = 2048
@@ -114,7 +114,8 @@ TUNING = Tuning()
 class Launch:
     """One launch, but for the tensors of a call.
 
-    programs   how many; none where it is only to be compiled
+    programs   how many; none where it is only to be compiled and loaded, with constants for which
+               the kernel finds nothing to do
     variant    tells apart what the kernel is compiled for
     constants  the arguments after the tensors
     run        launches it, once it is compiled
@@ -153,7 +154,8 @@ _compiled: dict[tuple[object, ...], Any] = {}
 
 
 def _compile(launches: Sequence[tuple[Launch, _Tensors]]) -> None:
-    """Compile what is not compiled yet, side by side: Triton's compiler leaves Python's lock."""
+    """Compile what is not compiled yet, side by side, since Triton's compiler releases Python's
+    lock."""
     kernel, tensor = launches[0][0].kernel, launches[0][1][0]
     if tensor is None or not tensor.is_cuda or not isinstance(kernel, JITFunction):
         return  # interpreted, under TRITON_INTERPRET=1
@@ -178,11 +180,12 @@ def _launch(launch: Launch, tensors: _Tensors) -> None:
     if launch.run is None:
         compiled = _compiled.get(launch.variant)
         if compiled is None:  # interpreted, under TRITON_INTERPRET=1
-            launch.kernel[(launch.programs,)](
+            _compiled[launch.variant] = None
+            launch.kernel[(max(1, launch.programs),)](
                 *tensors, *launch.constants, num_warps=launch.num_warps
             )
             return
-        launch.run = compiled[(launch.programs, 1, 1)]
+        launch.run = compiled[(max(1, launch.programs), 1, 1)]
     assert tensors[0] is not None
     launch.run(
         *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
@@ -273,8 +276,10 @@ def moe_sorting(
             launches.append((bound.scan, (counts, moe_buf, num_local_tokens)))
         launches.append((bound.sort, place))
     if is_new:
-        tensors_of = {place_kernel: place, one_shot_kernel: one_shot}
-        _compile([*launches, *((ahead, tensors_of[ahead.kernel]) for ahead in bound.ahead)])
+        for ahead in bound.ahead:
+            if ahead.variant not in _compiled:
+                launches.append((ahead, place if ahead.kernel is place_kernel else one_shot))
+        _compile(launches)
     for launch, tensors in launches:
         _launch(launch, tensors)
     return outputs
