@@ -209,6 +209,7 @@ def run_cases() -> dict[str, list[str]]:
         max_chunks=5,
         max_rows=2,
         many_counts=300 * 256,
+        fill_tile=64,
         fill_tiles=1,
         many_chunks=4,
         count_tile=32,

@@ -101,7 +101,10 @@ def problems_of(case: Case, target: str) -> list[str]:
     """What is wrong with the sort of that case, by the contract and beside the CPU sort."""
     inputs = case.inputs()
     # Run-time choices, too: programs that pad and that zero take most of a small sort.
-    tuning = replace(triton_sort.TUNING, pads=3, few_fills=3, many_counts=case.many_counts)
+    tuning = replace(
+        triton_sort.TUNING, pads=3, few_fills=3, max_fills=3, local_fills=3, many_tiles=2,
+        many_counts=case.many_counts,
+    )  # fmt: skip
     cdna.RCP = case.seed % 3 - 1
     kept, triton_sort.TUNING = triton_sort.TUNING, tuning
     triton_sort._bound.clear()

@@ -16,7 +16,7 @@ CASES = {
     "one tile": Case(72, 6, 20, 1, routing="skewed"),
     "a larger tile": Case(160, 8, 29, 1),
     "several tiles": Case(72, 6, 120, 1, padded="none"),
-    "two launches": Case(33, 4, 70, 2, routing="skewed"),
+    "two launches": Case(33, 4, 70, 2, routing="skewed", model_dim=200),
     "three launches": Case(72, 6, 60, 2, many_counts=1),
 }
 
