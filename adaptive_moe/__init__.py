@@ -65,7 +65,7 @@ if sys.version_info < (3, 10):  # noqa: UP036  run from a checkout
 
 # The variables that turn the plugins on: vLLM's own, and all that begin with the second. They stand
 # here because the plugins look for them in every process, before they import anything else.
-ENGINE_VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
+VLLM_VARIABLE = "VLLM_ROCM_AITER_MOE_DISPATCH_POLICY"
 PREFIX = "ADAPTIVE_MOE_"
 
 # Every public name, by the module that has it.

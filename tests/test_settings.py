@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from adaptive_moe.kernels.sorts import REGISTRY
 from adaptive_moe.settings import (
-    ENGINE_VARIABLE,
     NEUTRAL_VARIABLE,
     VARIABLES,
+    VLLM_VARIABLE,
     LogDetail,
     Mode,
     Settings,
@@ -22,7 +22,7 @@ from adaptive_moe.settings import (
 )
 
 
-@pytest.mark.parametrize("name", [ENGINE_VARIABLE, NEUTRAL_VARIABLE])
+@pytest.mark.parametrize("name", [VLLM_VARIABLE, NEUTRAL_VARIABLE])
 class TestDispatchPolicy:
     @pytest.mark.parametrize("value", ["auto", "AUTO", " Auto "])
     def test_auto_in_any_case(self, name, value):
@@ -53,15 +53,15 @@ def test_unset_is_off():
 
 
 def test_both_names_may_agree():
-    both = {ENGINE_VARIABLE: "AUTO", NEUTRAL_VARIABLE: "auto"}
+    both = {VLLM_VARIABLE: "AUTO", NEUTRAL_VARIABLE: "auto"}
     assert read_settings(both).mode is Mode.AUTO
 
 
 def test_both_names_in_conflict_are_told_apart():
     with pytest.raises(SettingsError) as refused:
-        read_settings({ENGINE_VARIABLE: "auto", NEUTRAL_VARIABLE: "2"})
+        read_settings({VLLM_VARIABLE: "auto", NEUTRAL_VARIABLE: "2"})
     assert str(refused.value) == (
-        f"{ENGINE_VARIABLE}='auto' and {NEUTRAL_VARIABLE}='2' disagree: unset one of them, or give "
+        f"{VLLM_VARIABLE}='auto' and {NEUTRAL_VARIABLE}='2' disagree: unset one of them, or give "
         "both the same value"
     )
 
@@ -174,7 +174,7 @@ def test_every_variable_of_the_table_is_read():
 @given(st.text(alphabet="autof012345-+., x", max_size=6))
 def test_any_text_is_off_auto_an_integer_or_an_error(value):
     try:
-        settings = read_settings({ENGINE_VARIABLE: value})
+        settings = read_settings({VLLM_VARIABLE: value})
     except SettingsError:
         assert value.strip().lower() not in ("auto", "off")
         assert not value.strip().isdigit() or int(value) > 255
@@ -189,7 +189,7 @@ def test_any_text_is_off_auto_an_integer_or_an_error(value):
 
 
 BAD = {
-    ENGINE_VARIABLE: "3x",
+    VLLM_VARIABLE: "3x",
     NEUTRAL_VARIABLE: "-1",
     "ADAPTIVE_MOE_BUDGET_S": "fast",
     "ADAPTIVE_MOE_MARGIN": "1%",
@@ -203,14 +203,14 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_value_is_one_sentence_and_the_default_and_the_others_count(name):
-    good = {ENGINE_VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "3", "ADAPTIVE_MOE_MARGIN": "0.2"}
+    good = {VLLM_VARIABLE: "auto", "ADAPTIVE_MOE_BUDGET_S": "3", "ADAPTIVE_MOE_MARGIN": "0.2"}
     settings, problems = read_for_serving({**good, name: BAD[name]})
     (problem,) = problems
     variable = next(v for v in VARIABLES if v.name == name)
     assert f"{name}={BAD[name]!r}" in problem
     assert variable.accepts in problem
     assert problem.endswith(f"it counts as {variable.default}")
-    assert ("vLLM itself refuses it and does not start" in problem) is (name == ENGINE_VARIABLE)
+    assert ("vLLM itself refuses it and does not start" in problem) is (name == VLLM_VARIABLE)
     without = {other: value for other, value in good.items() if other != name}
     assert settings == read_settings(without)
 
@@ -222,7 +222,7 @@ def test_everything_bad_at_once_is_off_and_one_sentence_each():
 
 
 def test_two_names_that_differ_are_said_and_the_engines_own_counts():
-    both = {ENGINE_VARIABLE: "1", NEUTRAL_VARIABLE: "auto"}
+    both = {VLLM_VARIABLE: "1", NEUTRAL_VARIABLE: "auto"}
     settings, (problem,) = read_for_serving(both)
     assert (settings.mode, settings.fixed_policy) == (Mode.FIXED, 1)
     assert "disagree" in problem
@@ -239,13 +239,13 @@ def test_two_names_that_differ_are_said_and_the_engines_own_counts():
         ("ADAPTIVE_MOE_", "ADAPTIVE_MOE_DISPATCH_POLICY"),
         ("ADAPTIVE_MOE_POLICY", "ADAPTIVE_MOE_DISPATCH_POLICY"),
         ("ADAPTIVEMOE_BUDGET_S", "ADAPTIVE_MOE_BUDGET_S"),
-        ("VLLM_ROCM_AITER_MOE_DISPATCH_POLCY", ENGINE_VARIABLE),
-        ("VLLM_AITER_MOE_DISPATCH_POLICY", ENGINE_VARIABLE),
-        ("SGLANG_AITER_MOE_DISPATCH_POLICY", ENGINE_VARIABLE),
+        ("VLLM_ROCM_AITER_MOE_DISPATCH_POLCY", VLLM_VARIABLE),
+        ("VLLM_AITER_MOE_DISPATCH_POLICY", VLLM_VARIABLE),
+        ("SGLANG_AITER_MOE_DISPATCH_POLICY", VLLM_VARIABLE),
     ],
 )
 def test_a_misspelt_name_is_told_what_is_meant(name, meant):
-    settings, problems = read_for_serving({ENGINE_VARIABLE: "auto", name: "1"})
+    settings, problems = read_for_serving({VLLM_VARIABLE: "auto", name: "1"})
     assert settings == Settings(mode=Mode.AUTO)
     (problem,) = problems
     assert problem.startswith(f"{name} is not a variable")
@@ -275,7 +275,7 @@ def test_names_of_others_are_not_ours_to_judge():
 
 
 def test_a_number_that_only_we_refuse_does_not_keep_vllm_from_starting():
-    _, (problem,) = read_for_serving({ENGINE_VARIABLE: "300"})
+    _, (problem,) = read_for_serving({VLLM_VARIABLE: "300"})
     assert problem.endswith("; it counts as unset")
 
 

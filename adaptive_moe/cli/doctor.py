@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from adaptive_moe import ENGINE_VARIABLE, PREFIX, __version__
+from adaptive_moe import PREFIX, VLLM_VARIABLE, __version__
 from adaptive_moe.cli import output
 from adaptive_moe.cli.engines import ENGINES, PLUGIN, Engine
 from adaptive_moe.kernels import POLICIES
@@ -247,7 +247,7 @@ def _verdict(
 
 def _not_accepted(environ: Mapping[str, str]) -> str | None:
     """What is wrong with the policy that was asked for, if anything."""
-    names = (ENGINE_VARIABLE, NEUTRAL_VARIABLE)
+    names = (VLLM_VARIABLE, NEUTRAL_VARIABLE)
     _, problems = read_for_serving({n: environ[n] for n in names if n in environ})
     return problems[0] if problems and "disagree" not in problems[0] else None
 
@@ -255,14 +255,14 @@ def _not_accepted(environ: Mapping[str, str]) -> str | None:
 def _vllm_refuses(engines: list[Finding], environ: Mapping[str, str]) -> str | None:
     """Why vLLM would end at its start over its own variable. It reads it with int(); `auto` and
     `off` are words that our plugin teaches it."""
-    word = environ.get(ENGINE_VARIABLE, "").strip()
+    word = environ.get(VLLM_VARIABLE, "").strip()
     vllm = next((f for f in engines if f.topic == "vllm" and f.facts["version"]), None)
     if vllm is None or not word or not vllm_refuses(word):
         return None
     if not vllm.facts["plugin_loaded"]:
         return (
             f"vLLM does not start: {vllm.facts['problem']}; without the plugin "
-            f"{ENGINE_VARIABLE}={word!r} is a ValueError there"
+            f"{VLLM_VARIABLE}={word!r} is a ValueError there"
         )
-    _, problems = read_for_serving({ENGINE_VARIABLE: word})
+    _, problems = read_for_serving({VLLM_VARIABLE: word})
     return f"vLLM does not start: {problems[0].partition('; ')[0]}" if problems else None

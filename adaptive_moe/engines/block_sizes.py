@@ -62,9 +62,9 @@ def aiters_choosers(hook: AiterHook) -> list[Chooser]:
     It is asked once for each class of counts that it tells apart, which get_padded_M names. Also
     where our layer stood aside: this rank must name its tables as the others do.
     """
-    layer = hook.layer
-    module: ModuleType | None = sys.modules.get(MODULE) if layer is None else layer.module
-    asked = getattr(module, CHOOSER, None) if layer is None else layer.chooser
+    wrapped = hook.wrapped
+    module: ModuleType | None = sys.modules.get(MODULE) if wrapped is None else wrapped.module
+    asked = getattr(module, CHOOSER, None) if wrapped is None else wrapped.chooser
     pad = getattr(module, "get_padded_M", None)
     # With online tuning on, asking about a new count would start AITER's own tuner, for minutes.
     tunes_online = os.environ.get("AITER_ONLINE_TUNE", "0") == "1"

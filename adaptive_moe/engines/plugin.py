@@ -19,7 +19,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from adaptive_moe import ENGINE_VARIABLE, PREFIX
+from adaptive_moe import PREFIX, VLLM_VARIABLE
 
 logger = logging.getLogger("adaptive_moe")
 
@@ -31,7 +31,7 @@ def start(register: Callable[[], None], engine: str) -> None:
     """Run it where any variable of ours is set; where one only looks like ours, say so. Never
     raises: without us the engine starts as it would have."""
     names = [name for name in os.environ if os.environ[name]]
-    is_set = any(name == ENGINE_VARIABLE or name.startswith(PREFIX) for name in names)
+    is_set = any(name == VLLM_VARIABLE or name.startswith(PREFIX) for name in names)
     if not (is_set or any("DISPATCH_POL" in n or n.startswith("ADAPTIVE") for n in names)):
         return
     try:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from importlib import metadata
 from types import ModuleType
 
-from adaptive_moe import ENGINE_VARIABLE
+from adaptive_moe import VLLM_VARIABLE
 from adaptive_moe.engines import plugin
 from adaptive_moe.engines.wanted import Batches
 from adaptive_moe.engines.warm_up import WarmUp, warm_up_hook
@@ -31,7 +31,7 @@ PLAIN = "plain"
 _lock = threading.RLock()
 _hook: AiterHook | None = None
 _engine = PLAIN
-_wanted = False
+_installed = False
 _said: set[str] = set()
 
 
@@ -49,7 +49,7 @@ def install(
         engine_policy: what the engine passes when its user chose nothing, if that is not 0.
         engine: its name and version, a part of what a stored table is good for.
     """
-    global _hook, _wanted, _engine  # noqa: PLW0603
+    global _hook, _installed, _engine  # noqa: PLW0603
     found = find_aiter()
     if found.problem is not None:
         logger.warning("nothing is changed: %s", found.problem)
@@ -63,7 +63,7 @@ def install(
             _hook.uninstall()
             _hook = None
         _hook = _hook or AiterHook(settings, engine_policy=engine_policy)
-        _engine, _wanted = engine, True
+        _engine, _installed = engine, True
     if settings.mode is Mode.FIXED:
         _say_fixed(settings)
     plugin.when_imported(MODULE, _install)
@@ -72,9 +72,9 @@ def install(
 
 def uninstall() -> None:
     """AITER as it was, now and when it is imported later. Tables are kept for another install()."""
-    global _wanted  # noqa: PLW0603
+    global _installed  # noqa: PLW0603
     with _lock:
-        _wanted = False
+        _installed = False
         if _hook is not None:
             _hook.uninstall()
 
@@ -163,7 +163,7 @@ def _say_fixed(settings: Settings) -> None:
     from adaptive_moe.report.text import fixed_line
 
     policy = settings.fixed_policy or 0
-    names = (ENGINE_VARIABLE, NEUTRAL_VARIABLE)
+    names = (VLLM_VARIABLE, NEUTRAL_VARIABLE)
     asking = [f"{n}={value}" for n in names if (value := os.environ.get(n, "").strip())]
     line = fixed_line(policy, asking[0] if asking else "install()")
     if is_first_process() and line not in _said:
@@ -173,15 +173,13 @@ def _say_fixed(settings: Settings) -> None:
 
 def _install(module: ModuleType) -> None:
     with _lock:
-        if _wanted and _hook is not None:
+        if _installed and _hook is not None:
             _hook.install(module)
 
 
 def _settings_or_auto() -> Settings:
     settings = _read_settings(speaks=True)
-    words = (
-        os.environ.get(name, "").strip().lower() for name in (ENGINE_VARIABLE, NEUTRAL_VARIABLE)
-    )
+    words = (os.environ.get(name, "").strip().lower() for name in (VLLM_VARIABLE, NEUTRAL_VARIABLE))
     if settings.mode is Mode.OFF and not any(word in OFF for word in words):
         return replace(settings, mode=Mode.AUTO)
     return settings

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from adaptive_moe import ENGINE_VARIABLE
+from adaptive_moe import VLLM_VARIABLE
 from adaptive_moe.engines.plugin import safely, start, when_imported, wrap
 
 logger = logging.getLogger("adaptive_moe")
@@ -34,7 +34,7 @@ def _register() -> None:
     from adaptive_moe.settings import Mode
 
     _log_as_vllm()
-    if ENGINE_VARIABLE in os.environ and _is_ours(os.environ[ENGINE_VARIABLE]):
+    if VLLM_VARIABLE in os.environ and _is_ours(os.environ[VLLM_VARIABLE]):
         _teach_envs()
     settings = process.asked_for()
     if settings is None:
@@ -67,20 +67,20 @@ def _teach_envs() -> None:
         logger.warning(
             "this vLLM has no vllm.envs.environment_variables, so it cannot be taught the word "
             "auto: set ADAPTIVE_MOE_DISPATCH_POLICY=auto instead of %s",
-            ENGINE_VARIABLE,
+            VLLM_VARIABLE,
         )
         return
-    original = parsers.get(ENGINE_VARIABLE)
+    original = parsers.get(VLLM_VARIABLE)
     if hasattr(original, "reads_adaptive_moe"):  # plugins may be loaded twice
         return
 
     def parse() -> Any:
-        if _is_ours(os.environ.get(ENGINE_VARIABLE, "")) or original is None:
+        if _is_ours(os.environ.get(VLLM_VARIABLE, "")) or original is None:
             return 0  # AITER's own choice, where nothing was measured
         return original()
 
     parse.reads_adaptive_moe = True  # type: ignore[attr-defined]
-    parsers[ENGINE_VARIABLE] = parse
+    parsers[VLLM_VARIABLE] = parse
 
 
 def _wrap_kernel_warmup(module: ModuleType) -> None:

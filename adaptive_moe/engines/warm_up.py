@@ -212,7 +212,7 @@ def _wanted(hook: AiterHook, batches: Batches, speaks: bool) -> tuple[list[Wante
 
 def _refusal(hook: AiterHook) -> str:
     """Why nothing may be measured now, or nothing."""
-    if hook.layer is None:
+    if hook.wrapped is None:
         return "adaptive_moe is not active in that process"
     if any(seen.device.type != "cpu" for seen in hook.seen.values()) and _capturing():
         return "the current stream is being captured: warm up before or after capture"

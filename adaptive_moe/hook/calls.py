@@ -13,7 +13,7 @@ from adaptive_moe.kernels.aiter import BUFFERS, KNOWN, LEADING, UNSORTED, Config
 from adaptive_moe.kernels.call import TRUE, Buffer, CallKey, SortCall
 
 if TYPE_CHECKING:
-    from adaptive_moe.hook.layer import Layer
+    from adaptive_moe.hook.wrapped_module import WrappedModule
 
 
 class UnreadableCallError(Exception):
@@ -65,25 +65,25 @@ def read_key(named: Mapping[str, Any], only_device: int | None) -> tuple[CallKey
 
 
 def sort_call(
-    layer: "Layer", key: CallKey, num_tokens: int, named: Mapping[str, Any], made: Any
+    wrapped: "WrappedModule", key: CallKey, num_tokens: int, named: Mapping[str, Any], made: Any
 ) -> SortCall:
     """The call that is being made, of these arguments by name. made: as args and kwargs, where it
     reaches the seam so and not by name."""
     import torch
 
     device, mask = named["topk_ids"].device, named["expert_mask"]
-    args, kwargs = layer.latest_config or ((), {})
+    args, kwargs = wrapped.latest_config or ((), {})
     extras = {
         name: Buffer(tuple(value.shape[1:]), value.dtype)
         if isinstance(value, torch.Tensor)
         else value
-        for name, value in _extras(layer, named, made).items()
+        for name, value in _extras(wrapped, named, made).items()
     }
     return SortCall(
         key=key,
         num_tokens=num_tokens,
-        module=layer.module,
-        seam=layer.seam,
+        module=wrapped.module,
+        seam=wrapped.seam,
         device=device,
         baseline=named["dispatch_policy"],
         mask=None if mask is None else lambda: mask,
@@ -107,11 +107,11 @@ def is_rounded(outputs: Sequence[Any], num_tokens: int, key: CallKey) -> bool | 
     return {exact: False, rounded: True}.get(length) if exact != rounded else None
 
 
-def _extras(layer: "Layer", named: Mapping[str, Any], made: Any) -> dict[str, Any]:
+def _extras(wrapped: "WrappedModule", named: Mapping[str, Any], made: Any) -> dict[str, Any]:
     """The arguments after the ninth that reach the seam."""
     after = list(named)[len(LEADING) :]
     if made is None:
         return {name: named[name] for name in after}
     args, kwargs = made[:2]
-    given = {*kwargs, *layer.names[: len(args)]}
+    given = {*kwargs, *wrapped.names[: len(args)]}
     return {name: named[name] for name in after if name in given}

@@ -20,8 +20,8 @@ from typing import Any
 
 from adaptive_moe.hook.counters import Counters, Counts
 from adaptive_moe.hook.entries import Entries, entry_for, unanswered
-from adaptive_moe.hook.layer import Layer
 from adaptive_moe.hook.slow_path import SlowPath
+from adaptive_moe.hook.wrapped_module import WrappedModule
 from adaptive_moe.hook.wrapper import fixed, measured
 from adaptive_moe.kernels import POLICIES, SortKernel, policy_name
 from adaptive_moe.kernels.aiter import meaning_of, seam_problem
@@ -53,7 +53,7 @@ class AiterHook:
         self._counters = Counters()
         self._is_capturing = is_capturing
         self._slow_path = SlowPath(threading.RLock(), self._counters, engine_policy)
-        self._layer: Layer | None = None
+        self._wrapped: WrappedModule | None = None
         self._tables: Mapping[CallKey, PolicyTable] = {}
         self._sorts: dict[CallKey, Mapping[str, Callable[..., Any]]] = {}
         self._off: set[str] = set()
@@ -69,45 +69,44 @@ class AiterHook:
     def install(self, module: ModuleType) -> bool:
         """Wrap the seam of `module`; False, with one warning, where it is not the seam we know.
 
-        Installing again is no second layer. A layer that another tool wrapped and that was
-        uninstalled since is woken up again rather than doubled. One whose module was loaded anew is
-        replaced.
+        Installing again adds no second wrapper. A wrapper that another tool wrapped and that was
+        uninstalled since is switched on again. One whose module was loaded anew is replaced.
         """
         with self._lock:
-            if self._layer is not None:
-                self._layer.set_active(self._layer.is_reached_from(module))
+            if self._wrapped is not None:
+                self._wrapped.set_active(self._wrapped.is_reached_from(module))
                 self._renew()
-                if self._layer.active:
+                if self._wrapped.active:
                     self._slow_path.forgive()
                     return True
             problem = seam_problem(module)
             if problem is not None:
                 logger.warning("nothing is changed: %s", problem)
                 return False
-            layer = Layer(module, self._counters["passed"].add, self._is_capturing)
-            self._layer = layer
+            wrapped = WrappedModule(module, self._counters["passed"].add, self._is_capturing)
+            self._wrapped = wrapped
             policy = self.settings.fixed_policy
             if self.settings.mode is Mode.FIXED and policy is not None:
                 if policy not in POLICIES:
                     logger.warning("policy %d is %s", policy, meaning_of(policy))
-                layer.put(fixed(layer, policy, self._counters))
+                wrapped.put(fixed(wrapped, policy, self._counters))
             else:
                 self._renew()
-                layer.put(measured(layer, self._slow_path.answer, self._falls_back))
+                wrapped.put(measured(wrapped, self._slow_path.answer, self._falls_back))
             return True
 
     def uninstall(self) -> None:
         """Put back what was there, where we are outermost; else pass calls on from now on, so that
         a tool that wrapped us keeps its wrapper."""
         with self._lock:
-            if self._layer is not None and self._layer.take_out():
-                self._layer = None
+            if self._wrapped is not None and self._wrapped.take_out():
+                self._wrapped = None
 
     @property
-    def layer(self) -> Layer | None:
-        """The layer that is in place and chooses, or None."""
-        layer = self._layer
-        return layer if layer is not None and layer.active else None
+    def wrapped(self) -> WrappedModule | None:
+        """The module whose wrapper is in place and chooses, or None."""
+        wrapped = self._wrapped
+        return wrapped if wrapped is not None and wrapped.active else None
 
     @property
     def seen(self) -> Mapping[CallKey, SortCall]:
@@ -128,12 +127,6 @@ class AiterHook:
             self._renew()
         for name in sorted(missing):
             logger.warning("nothing here sorts as %r: the baseline serves in its place", name)
-
-    def drop_tables(self) -> None:
-        """Forget all tables: the baseline serves, until others are set."""
-        with self._lock:
-            self._tables = {}
-            self._renew()
 
     def wanted_by(self, owner: object) -> list[SortCall]:
         """The calls seen that a warm-up for `owner` is about: not those whose model is gone, nor
@@ -172,13 +165,13 @@ class AiterHook:
 
         Run what measures it by call.as_called(). RuntimeError where the hook is not in place.
         """
-        layer = self.layer
-        if layer is None:
+        wrapped = self.wrapped
+        if wrapped is None:
             raise RuntimeError("adaptive_moe is not active in this process: install() it first")
         extras = dict(call.extras)
         if key.accumulate != call.key.accumulate:
             extras["accumulate"] = key.accumulate
-        call = replace(call, module=layer.module, seam=layer.seam, extras=extras)
+        call = replace(call, module=wrapped.module, seam=wrapped.seam, extras=extras)
         kernel, sorts = live_kernel(call, coverage, self.settings.sorts)
         with self._lock:
             self._sorts[key] = sorts
@@ -190,10 +183,10 @@ class AiterHook:
         return self._counters.read()
 
     def _renew(self) -> None:
-        """Give the layer the entries of the tables; those of other keys are made when called."""
-        layer = self._layer
-        if layer is not None and layer.active:
-            layer.entries = Entries(
+        """Give the wrapper the entries of the tables; those of other keys are made when called."""
+        wrapped = self._wrapped
+        if wrapped is not None and wrapped.active:
+            wrapped.entries = Entries(
                 {
                     key: entry_for(table, self._sorts.get(key, {}), self._off, self._counters)
                     for key, table in self._tables.items()
@@ -249,8 +242,8 @@ class AiterHook:
         return isinstance(error, torch.cuda.OutOfMemoryError)
 
     def _may_be_capturing(self) -> bool:
-        layer = self._layer
+        wrapped = self._wrapped
         try:
-            return layer is None or layer.is_capturing()
+            return wrapped is None or wrapped.is_capturing()
         except Exception:
             return True

@@ -18,7 +18,7 @@ from typing import Any
 from adaptive_moe.hook.calls import UnreadableCallError, is_rounded, read_key, sort_call
 from adaptive_moe.hook.counters import Counters
 from adaptive_moe.hook.entries import Entries, Entry, grown, left_alone
-from adaptive_moe.hook.layer import Layer
+from adaptive_moe.hook.wrapped_module import WrappedModule
 from adaptive_moe.kernels.call import CallKey, SortCall
 
 logger = logging.getLogger("adaptive_moe")
@@ -31,7 +31,7 @@ MAX_FAILURES = 16
 class SlowPath:
     """Notes what is seen, and makes entries for what has no table.
 
-    lock: held while a layer's entries change. engine_policy: as in AiterHook.
+    lock: held while the wrapped module's entries change. engine_policy: as in AiterHook.
     """
 
     def __init__(self, lock: threading.RLock, counters: Counters, engine_policy: int) -> None:
@@ -42,27 +42,27 @@ class SlowPath:
         self._engine_policy = engine_policy
         self._failures = 0
 
-    def answer(self, layer: Layer, values: tuple[Any, ...], made: Any = None) -> Any:
-        """Make the call, once. `values` are those of layer.names; `made` is how it was made, args
+    def answer(self, wrapped: WrappedModule, values: tuple[Any, ...], made: Any = None) -> Any:
+        """Make the call, once. `values` are those of wrapped.names; `made` is how it was made, args
         and kwargs, where that is not by the values alone."""
         noted, again = None, False
-        if layer.active:
+        if wrapped.active:
             try:
-                named = dict(zip(layer.names, values, strict=False))
-                noted, again = self._look(layer, named, made)
+                named = dict(zip(wrapped.names, values, strict=False))
+                noted, again = self._look(wrapped, named, made)
             except UnreadableCallError:
                 self._counters["unreadable"].add()
             except Exception as error:
-                self._fail(layer, error)
+                self._fail(wrapped, error)
         args, kwargs = (values, {}) if made is None else made[:2]
         if again:
-            return layer.wrapper(*args, **kwargs)
-        outputs = layer.seam(*args, **kwargs)
+            return wrapped.wrapper(*args, **kwargs)
+        outputs = wrapped.seam(*args, **kwargs)
         if noted is not None:
             try:
                 self._note_outputs(*noted, outputs)
             except Exception as error:
-                self._fail(layer, error)
+                self._fail(wrapped, error)
         return outputs
 
     def forgive(self) -> None:
@@ -70,30 +70,30 @@ class SlowPath:
         self._failures = 0
 
     def _look(
-        self, layer: Layer, named: Mapping[str, Any], made: Any
+        self, wrapped: WrappedModule, named: Mapping[str, Any], made: Any
     ) -> tuple[tuple[CallKey, int] | None, bool]:
         """The key and token count to look at the outputs of, if any; and whether the wrapper now
         answers the call. Raises UnreadableCallError, and whatever failed in the wrapper."""
-        key, num_tokens, passed = read_key(named, layer.device)
+        key, num_tokens, passed = read_key(named, wrapped.device)
         if passed:
-            layer.passed()
+            wrapped.passed()
             return None, False
         with self.lock:
-            entry = layer.entries.get(key)
+            entry = wrapped.entries.get(key)
             if entry is not None and num_tokens < len(entry.array):
                 # Only this question can have failed; or another thread made the entry just now.
-                layer.is_capturing()
+                wrapped.is_capturing()
                 self._counters["unknown"].add()
                 return None, False
             is_baseline = self._is_baseline(named["dispatch_policy"])
-            interests = is_baseline and self._note(layer, key, num_tokens, named, made)
+            interests = is_baseline and self._note(wrapped, key, num_tokens, named, made)
             if entry is not None and entry.grows:
-                _set(layer, key, grown(entry, num_tokens))
+                _set(wrapped, key, grown(entry, num_tokens))
                 return None, True
             count = self._counters["unknown" if is_baseline else "callers_policy"].add
             count()
-            if key in self.seen or (not is_baseline and len(layer.entries) < 2 * MAX_SEEN):
-                _set(layer, key, left_alone(count, num_tokens, grows=not is_baseline))
+            if key in self.seen or (not is_baseline and len(wrapped.entries) < 2 * MAX_SEEN):
+                _set(wrapped, key, left_alone(count, num_tokens, grows=not is_baseline))
             return (key, num_tokens) if interests else None, False
 
     def _is_baseline(self, policy: Any) -> bool:
@@ -102,7 +102,12 @@ class SlowPath:
         return policy in (0, engines) or (policy is True and engines > 0)
 
     def _note(
-        self, layer: Layer, key: CallKey, num_tokens: int, named: Mapping[str, Any], made: Any
+        self,
+        wrapped: WrappedModule,
+        key: CallKey,
+        num_tokens: int,
+        named: Mapping[str, Any],
+        made: Any,
     ) -> bool:
         """Remember the call, or that a larger batch came; True where its outputs are of interest.
         Engines account for memory when they first run the model, which is when this happens."""
@@ -111,9 +116,9 @@ class SlowPath:
             if known.num_tokens < num_tokens:
                 self.seen[key] = replace(known, num_tokens=num_tokens)
             return known.rounded is None
-        if known is None and (len(self.seen) >= MAX_SEEN or key in layer.entries):
+        if known is None and (len(self.seen) >= MAX_SEEN or key in wrapped.entries):
             return False
-        self.seen[key] = sort_call(layer, key, num_tokens, named, made)
+        self.seen[key] = sort_call(wrapped, key, num_tokens, named, made)
         if self.warmed_up and known is None:
             logger.warning(
                 "sorting %d tokens of %s was first seen after warm-up: the baseline, %s, serves it "
@@ -130,13 +135,13 @@ class SlowPath:
                 if known is not None:
                     self.seen[key] = replace(known, rounded=rounded, num_outputs=len(outputs))
 
-    def _fail(self, layer: Layer, error: Exception) -> None:
+    def _fail(self, wrapped: WrappedModule, error: Exception) -> None:
         self._counters["failed"].add()
         with self.lock:
             self._failures += 1
             first, last = self._failures == 1, self._failures == MAX_FAILURES
             if last:
-                layer.set_active(False)
+                wrapped.set_active(False)
         if first or last:
             logger.warning(
                 "%s: choosing a sort raised %s: %s",
@@ -147,6 +152,6 @@ class SlowPath:
             )
 
 
-def _set(layer: Layer, key: CallKey, entry: Entry) -> None:
-    if layer.active:
-        layer.entries = Entries({**layer.entries, key: entry})
+def _set(wrapped: WrappedModule, key: CallKey, entry: Entry) -> None:
+    if wrapped.active:
+        wrapped.entries = Entries({**wrapped.entries, key: entry})

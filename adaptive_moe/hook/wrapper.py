@@ -18,7 +18,7 @@ from adaptive_moe.kernels.call import TRUE
 
 if TYPE_CHECKING:
     from adaptive_moe.hook.counters import Counters
-    from adaptive_moe.hook.layer import Layer
+    from adaptive_moe.hook.wrapped_module import WrappedModule
 
 # AITER's own, for a seam that does not say.
 _DEFAULTS = {
@@ -52,9 +52,9 @@ def moe_sorting({heads}):
         if topk_ids.__class__ is not _Tensor:
             choice = _slow
         elif not num_tokens{unsorted}:
-            _layer.passed()
+            _wrapped.passed()
         else:
-            entries = _layer.entries
+            entries = _wrapped.entries
             {latest}, array, both, choices, stay, go = entries.latest or _NEVER
             if not ({same}):
                 array, both, choices, stay, go, _ = entries[
@@ -91,9 +91,9 @@ def moe_sorting({heads}):
 _FIXED = """
 def moe_sorting({heads}):
     try:
-        if _layer.active:
+        if _wrapped.active:
             if not topk_ids.shape[0]{unsorted}:
-                _layer.passed()
+                _wrapped.passed()
             else:
                 _fixed()
                 dispatch_policy = _policy
@@ -104,13 +104,13 @@ def moe_sorting({heads}):
 
 
 def measured(
-    layer: "Layer",
+    wrapped: "WrappedModule",
     slow: Callable[..., Any],
     falls_back: Callable[[Any, Exception], bool],
 ) -> Callable[..., Any]:
-    """The seam of `layer`, answered as `layer.entries` says.
+    """The seam of `wrapped`, answered as `wrapped.entries` says.
 
-    slow(layer, values, made) answers what has no entry and raises nothing that AITER does not.
+    slow(wrapped, values, made) answers what has no entry and raises nothing that AITER does not.
     falls_back(choice, error) is told of a candidate that raised; True where the baseline may answer
     the same call, False where the error has to pass on.
     """
@@ -123,60 +123,60 @@ def measured(
         "baseline": f"{TRUE!r} if dispatch_policy is True else dispatch_policy",
     }
     scope = {
-        "_layer": layer,
+        "_wrapped": wrapped,
         "_Tensor": torch.Tensor,
-        "_is_capturing": layer.is_capturing,
-        "_slow": functools.partial(slow, layer),
+        "_is_capturing": wrapped.is_capturing,
+        "_slow": functools.partial(slow, wrapped),
         "_falls_back": falls_back,
     }
-    return _around(layer, _MEASURED, words, scope)
+    return _around(wrapped, _MEASURED, words, scope)
 
 
-def fixed(layer: "Layer", policy: int | None, counters: "Counters") -> Callable[..., Any]:
-    """The seam of `layer` with that policy at every call that sorts."""
+def fixed(wrapped: "WrappedModule", policy: int | None, counters: "Counters") -> Callable[..., Any]:
+    """The seam of `wrapped` with that policy at every call that sorts."""
 
     def unread(values: tuple[Any, ...], made: Any) -> Any:
         counters["unreadable"].add()
-        return layer.seam(*made[0], **made[1])
+        return wrapped.seam(*made[0], **made[1])
 
     scope = {
-        "_layer": layer,
+        "_wrapped": wrapped,
         "_slow": unread,
         "_policy": policy,
         "_fixed": counters["fixed"].add,
         "_unreadable": counters["unreadable"].add,
     }
-    return _around(layer, _FIXED, {}, scope)
+    return _around(wrapped, _FIXED, {}, scope)
 
 
 def _around(
-    layer: "Layer", template: str, words: dict[str, Any], scope: dict[str, Any]
+    wrapped: "WrappedModule", template: str, words: dict[str, Any], scope: dict[str, Any]
 ) -> Callable[..., Any]:
     # What the function itself takes: one that wraps another may take less than it says.
-    parameters = list(inspect.signature(layer.seam, follow_wrapped=False).parameters.values())
+    parameters = list(inspect.signature(wrapped.seam, follow_wrapped=False).parameters.values())
     if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
-        return _around_opaque(layer, template, words, scope)
+        return _around_opaque(wrapped, template, words, scope)
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    layer.names = tuple(p.name for p in parameters)
-    given = ", ".join(layer.names)
-    chosen = ", ".join("choice" if n == "dispatch_policy" else n for n in layer.names)
+    wrapped.names = tuple(p.name for p in parameters)
+    given = ", ".join(wrapped.names)
+    chosen = ", ".join("choice" if n == "dispatch_policy" else n for n in wrapped.names)
     words = {**words, "given": given, "chosen": chosen}
-    wrapper = _compile(template, layer.names, defaults, words, scope, layer)
-    return functools.wraps(layer.seam)(wrapper)
+    wrapper = _compile(template, wrapped.names, defaults, words, scope, wrapped)
+    return functools.wraps(wrapped.seam)(wrapper)
 
 
 def _around_opaque(
-    layer: "Layer", template: str, words: dict[str, Any], scope: dict[str, Any]
+    wrapped: "WrappedModule", template: str, words: dict[str, Any], scope: dict[str, Any]
 ) -> Callable[..., Any]:
     """For a seam of another shape, such as another tool's wrapper with `*args, **kwargs`: each call
     reaches it as it was made, but for the policy."""
-    seam = layer.seam
+    seam = wrapped.seam
     declared = inspect.signature(seam).parameters
     aiters = (*LEADING, *(n for n in KNOWN if n not in BUFFERS))
     names = tuple(declared) if {*LEADING} <= declared.keys() else aiters
     defaults = {p.name: p.default for p in declared.values() if p.default is not p.empty}
     defaults = _DEFAULTS | defaults
-    layer.names = names
+    wrapped.names = names
 
     def again(made: Any, policy: Any) -> Any:
         args, kwargs, callers = made
@@ -187,7 +187,7 @@ def _around_opaque(
         return seam(*args, **{**kwargs, "dispatch_policy": policy})
 
     words = {**words, "given": "_made, dispatch_policy", "chosen": "_made, choice"}
-    inner = _compile(template, names, dict.fromkeys(names) | defaults, words, scope, layer, again)
+    inner = _compile(template, names, dict.fromkeys(names) | defaults, words, scope, wrapped, again)
 
     @functools.wraps(seam)
     def moe_sorting(*args: Any, **kwargs: Any) -> Any:
@@ -206,7 +206,7 @@ def _compile(
     defaults: dict[str, Any],
     words: dict[str, Any],
     scope: dict[str, Any],
-    layer: "Layer",
+    wrapped: "WrappedModule",
     again: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     heads = [f"{name}=_default[{name!r}]" if name in defaults else name for name in names]
@@ -221,8 +221,8 @@ def _compile(
         *(("{latest} == " + n, n) for n in unknown),
         *((f"({n} is None) is {{latest}}", f"{n} is None") for n in buffers),
     ]
-    device = "topk_ids.get_device()" if layer.device is None else str(layer.device)
-    if layer.device is None:
+    device = "topk_ids.get_device()" if wrapped.device is None else str(wrapped.device)
+    if wrapped.device is None:
         compared.append((f"{{latest}} == {device}", device))
     latest = [f"latest_{number}" for number in range(len(compared))]
     values = f"({', '.join(names)},)"
@@ -244,7 +244,7 @@ def _compile(
     )
     function: dict[str, Any] = {
         **scope,
-        "_seam": again or layer.seam,
+        "_seam": again or wrapped.seam,
         "_default": defaults,
         # Equal to no call: nothing is None there.
         "_NEVER": (None,) * (len(compared) + 5),

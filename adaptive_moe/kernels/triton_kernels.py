@@ -84,22 +84,16 @@ def _histogram(ids, NUM_BINS: tl.constexpr):
 
 
 @triton.jit
-def _histogram_from(ids, first, NUM_BINS: tl.constexpr):
-    """Entries of each of the NUM_BINS experts from `first` on, a multiple of NUM_BINS.
-
-    The bin is the lower bits of the id, which the compiler tests once for both histograms of a
-    tile: with `ids - first` it runs out of scalar registers on AMD.
-    """
-    inside = (ids >= first) & (ids < first + NUM_BINS)
-    return tl.histogram(ids & (NUM_BINS - 1), NUM_BINS, mask=inside)
-
-
-@triton.jit
 def _histograms(ids, NUM_BINS: tl.constexpr, MORE_BINS: tl.constexpr, REST: tl.constexpr):
-    """Entries of each of the first NUM_BINS experts, and of the MORE_BINS, or none, beyond."""
+    """The same, and of the MORE_BINS experts beyond: REST, or none.
+
+    A bin is the lower bits of the id, tested once for both: `ids - NUM_BINS` spilled on AMD.
+    """
     if MORE_BINS > 0:
-        some = _histogram_from(ids, 0, NUM_BINS)
-        more = _histogram_from(ids, NUM_BINS, REST)
+        inside = (ids >= 0) & (ids < NUM_BINS)
+        some = tl.histogram(ids & (NUM_BINS - 1), NUM_BINS, mask=inside)
+        beyond = (ids >= NUM_BINS) & (ids < NUM_BINS + REST)
+        more = tl.histogram(ids & (REST - 1), REST, mask=beyond)
     else:
         some = _histogram(ids, NUM_BINS)
         more = tl.zeros([REST], tl.int32)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from adaptive_moe import ENGINE_VARIABLE, PREFIX
+from adaptive_moe import PREFIX, VLLM_VARIABLE
 from adaptive_moe.settings.variables import (
     COUNTS,
     FRACTION,
@@ -28,10 +28,10 @@ from adaptive_moe.settings.variables import (
 )
 
 __all__ = [
-    "ENGINE_VARIABLE",
     "NEUTRAL_VARIABLE",
     "OFF",
     "VARIABLES",
+    "VLLM_VARIABLE",
     "LogDetail",
     "Mode",
     "Settings",
@@ -131,7 +131,7 @@ def _read(environ: Mapping[str, str]) -> tuple[Settings, list[tuple[SettingsErro
 
 def _instead(variable: Variable, text: str) -> str:
     """What happens with a value that is not accepted."""
-    if variable.name == ENGINE_VARIABLE and vllm_refuses(text):
+    if variable.name == VLLM_VARIABLE and vllm_refuses(text):
         return "vLLM itself refuses it and does not start; elsewhere it counts as unset"
     return f"it counts as {variable.default}"
 

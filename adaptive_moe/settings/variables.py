@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from adaptive_moe import ENGINE_VARIABLE, PREFIX
+from adaptive_moe import PREFIX, VLLM_VARIABLE
 from adaptive_moe.policy.coverage import MAX_TOKENS
 
 NEUTRAL_VARIABLE = f"{PREFIX}DISPATCH_POLICY"
@@ -137,7 +137,7 @@ SECONDS = "seconds, more than 0"
 
 VARIABLES = (
     Variable(
-        ENGINE_VARIABLE,
+        VLLM_VARIABLE,
         "unset",
         POLICY,
         "auto: measure and choose; an integer: always that policy; unset or off: AITER as it is",

@@ -189,6 +189,7 @@ def test_pypis_unrelated_aiter_is_told_from_amds(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "aiter", raising=False)
     assert "unrelated" in diagnosis()["aiter"].text
     (package / "fused_moe.py").write_text("def moe_sorting(dispatch_policy): ...\n")
     assert diagnosis()["aiter"].text.startswith("AMD's AITER")

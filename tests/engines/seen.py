@@ -61,10 +61,10 @@ def seen_call(num_tokens=8, config=ASKED, **parts):
 
 def hook_with(*seen, module=None, tables=None):
     """What wanted.py reads of a hook. module: AITER's, whose chooser is asked."""
-    layer = None
+    wrapped = None
     if module is not None:
-        layer = SimpleNamespace(module=module, chooser=module.get_2stage_cfgs)
-    hook = SimpleNamespace(seen={s.key: s for s in seen}, tables=tables or {}, layer=layer)
+        wrapped = SimpleNamespace(module=module, chooser=module.get_2stage_cfgs)
+    hook = SimpleNamespace(seen={s.key: s for s in seen}, tables=tables or {}, wrapped=wrapped)
     hook.wanted_by = lambda owner: list(hook.seen.values())
     hook.end_warm_up = lambda tables, owner: None
     return hook

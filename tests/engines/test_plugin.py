@@ -14,7 +14,7 @@ from adaptive_moe.engines.plugin import safely, when_imported, wrap
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
-@pytest.mark.parametrize("name", [plugin.ENGINE_VARIABLE, f"{plugin.PREFIX}BUDGET_S"])
+@pytest.mark.parametrize("name", [plugin.VLLM_VARIABLE, f"{plugin.PREFIX}BUDGET_S"])
 def test_a_plugin_starts_where_a_variable_of_ours_is_set_and_says_what_fails(
     monkeypatch, caplog, name
 ):
@@ -43,7 +43,7 @@ def test_a_near_miss_of_our_variables_alone_is_said_and_starts_nothing(monkeypat
     monkeypatch.setenv("VLLM_ROCM_AITER_MOE_DISPATCH_POLCY", "auto")
     plugin.start(lambda: pytest.fail("it started"), "vLLM")
     (line,) = caplog.records
-    assert f"did you mean {plugin.ENGINE_VARIABLE}?" in line.getMessage()
+    assert f"did you mean {plugin.VLLM_VARIABLE}?" in line.getMessage()
 
 
 def test_what_a_warm_up_raises_is_said_and_goes_no_further(caplog):

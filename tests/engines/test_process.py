@@ -144,7 +144,7 @@ def test_aiter_loaded_anew_is_wrapped_anew():
     for _ in range(2):
         importlib.reload(aiter)
         assert sort(aiter) == 2
-    assert process.current().layer.module is aiter
+    assert process.current().wrapped.module is aiter
     process.uninstall()
     importlib.reload(aiter)
     assert sort(aiter) == 0

@@ -144,7 +144,7 @@ def test_a_vllm_without_a_table_of_parsers_is_told_and_served(package, monkeypat
         "this vLLM has no vllm.envs.environment_variables, so it cannot be taught the word auto: "
         f"set ADAPTIVE_MOE_DISPATCH_POLICY=auto instead of {NAME}"
     )
-    assert process.current().layer.module is aiter
+    assert process.current().wrapped.module is aiter
     found = asked(monkeypatch)
     importlib.import_module("vllm.kernels").kernel_warmup(worker())
     assert found[0]["padding_rows"] is False

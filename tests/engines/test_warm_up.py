@@ -293,7 +293,7 @@ def test_while_a_graph_is_captured_nothing_is_measured(tmp_path, monkeypatch):
 
 def test_a_hook_that_stands_aside_measures_nothing(tmp_path):
     start = Start(tmp_path)
-    start.hook.layer.active = False
+    start.hook.wrapped.active = False
     made = start.warm_up()
     assert (start.measured, made.tables) == ([], {})
     assert "not active" in made.problems[0]
@@ -461,7 +461,7 @@ def test_the_calibrator_sorts_with_the_layers_own_mask(tmp_path):
 def gpu_hook(*seen, settings):
     """A hook that saw calls on GPUs, whose kernel is the CPU's."""
     hook = hook_with(*seen)
-    hook.layer = SimpleNamespace(module=None, chooser=None)
+    hook.wrapped = SimpleNamespace(module=None, chooser=None)
     hook.settings, hook.warming = settings, threading.Lock()
     hook.set_tables = hook.tables.update
     hook.kernel = lambda seen, key, coverage: SortKernel(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adaptive_moe.hook.layer import capture_query
+from adaptive_moe.hook.wrapped_module import capture_query
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_failures_that_repeat_make_the_hook_stand_aside(aiter, caplog):
         aiter.fused_moe(*batch(8))
         assert policy_that_arrived() == 0
     assert hook.counts().failed == MAX_FAILURES
-    assert hook.layer is None
+    assert hook.wrapped is None
     why = "choosing a sort raised RuntimeError: driver says no"
     assert lines(caplog) == [
         f"a call ran as it came: {why}",
@@ -155,9 +155,9 @@ def test_install_brings_back_a_hook_that_stood_aside(aiter):
     assert policy_that_arrived() == 2
     failing[0] = True
     for left in range(MAX_FAILURES, 0, -1):  # counted anew
-        assert hook.layer is not None, left
+        assert hook.wrapped is not None, left
         aiter.fused_moe(*batch(8))
-    assert hook.layer is None
+    assert hook.wrapped is None
 
 
 def test_threads_that_fail_at_the_same_moment_share_the_lines(aiter, caplog):
@@ -287,7 +287,7 @@ def test_endless_new_shapes_do_not_fill_the_memory():
         arguments[5] = block_size
         aiter.moe_sorting(*arguments)
     assert len(hook.seen) == MAX_SEEN
-    assert len(hook.layer.entries) == MAX_SEEN
+    assert len(hook.wrapped.entries) == MAX_SEEN
     assert (hook.counts().unknown, hook.counts().failed) == (MAX_SEEN + 49, 0)
 
 
@@ -296,5 +296,5 @@ def test_endless_own_policies_do_not_fill_the_memory_either():
     hook = installed(aiter)
     for policy in range(3, 3 * MAX_SEEN):
         aiter.moe_sorting(*sort_arguments(1)[:8], policy)
-    assert len(hook.layer.entries) <= 2 * MAX_SEEN
+    assert len(hook.wrapped.entries) <= 2 * MAX_SEEN
     assert hook.counts().callers_policy == 3 * MAX_SEEN - 3

@@ -112,7 +112,7 @@ def test_layers_that_come_with_the_same_key_are_looked_up_once(aiter):
             return super().__getitem__(key)
 
     hook = installed(aiter, tables={KEY: make_table({1: 2, 64: 2})})
-    hook.layer.entries = Counting(hook.layer.entries)
+    hook.wrapped.entries = Counting(hook.wrapped.entries)
     for count in (8, 9, 10):
         aiter.moe_sorting(*sort_arguments(count))
         assert policy_that_arrived() == 2
@@ -122,12 +122,12 @@ def test_layers_that_come_with_the_same_key_are_looked_up_once(aiter):
 def test_counts_up_to_the_largest_so_far_make_no_entry_anew(aiter):
     hook = installed(aiter)
     aiter.moe_sorting(*sort_arguments(8))
-    entries = hook.layer.entries
+    entries = hook.wrapped.entries
     for count in (8, 7, 1):
         aiter.moe_sorting(*sort_arguments(count))
-        assert hook.layer.entries is entries
+        assert hook.wrapped.entries is entries
     aiter.moe_sorting(*sort_arguments(9))
-    assert hook.layer.entries is not entries
+    assert hook.wrapped.entries is not entries
     assert hook.counts().unknown == hook.counts().total == 5
 
 
@@ -138,6 +138,6 @@ def test_a_table_set_while_calls_come_serves_the_next_one(aiter):
     hook.set_tables({KEY: make_table({1: 2, 64: 2})})
     aiter.fused_moe(*batch(8))
     assert policy_that_arrived() == 2
-    hook.drop_tables()
+    hook.set_tables({KEY: make_table({64: 0})})
     aiter.fused_moe(*batch(8))
     assert policy_that_arrived() == 0

@@ -251,8 +251,8 @@ def test_a_call_on_a_gpu_is_made_again_on_its_device_and_stream(monkeypatch):
         "dispatch_policy": 0,
         "expert_mask": None,
     }
-    layer = installed(seam_of(policy_of)).layer
-    seen = sort_call(layer, KEY._replace(device=1), 8, named, None)
+    wrapped = installed(seam_of(policy_of)).wrapped
+    seen = sort_call(wrapped, KEY._replace(device=1), 8, named, None)
     assert (seen.device, seen.stream) == (device, "stream of cuda:1")
     assert seen.as_called(within.copy) == [device, "stream of cuda:1"]
     assert within == []

@@ -13,7 +13,7 @@ from adaptive_moe.kernels.aiter import CHOOSER, SEAM
 ConfigArguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Layer:
+class WrappedModule:
     """One wrapper around the seam of one module, and one around its chooser of block sizes, which
     leaves behind in `latest_config` how it was called. Inactive, both only pass calls on.
 
@@ -72,9 +72,9 @@ class Layer:
         return True
 
     def is_reached_from(self, module: ModuleType) -> bool:
-        """Is this layer certainly below `module.moe_sorting`, whatever wrapped it since?
+        """Is this wrapper certainly below `module.moe_sorting`, whatever wrapped it since?
 
-        Wrappers that hide what they wrap cannot be seen through. A layer below such a one is left
+        Wrappers that hide what they wrap cannot be seen through. A wrapper below such a one is left
         passive, and a new one goes on top.
         """
         function = getattr(module, SEAM, None)
