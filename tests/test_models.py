@@ -403,6 +403,15 @@ def test_a_missing_config_is_named(tmp_path):
     assert str(refused.value) == f"config {path} cannot be read: No such file or directory"
 
 
+def test_a_config_that_is_no_config_is_not_read_whole(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(5 << 20)
+    for path, says in ((weights, "more than 4194304 bytes"), (Path("/dev/zero"), "is no file")):
+        with pytest.raises(ModelError, match=says):
+            model_from_config(path)
+
+
 @pytest.mark.parametrize(
     ("said", "dtype"),
     [

@@ -104,6 +104,8 @@ def test_accepted(name, value, field, expected):
         ("ADAPTIVE_MOE_BUDGET_S", "nan"),
         ("ADAPTIVE_MOE_BUDGET_S", "inf"),
         ("ADAPTIVE_MOE_BUDGET_S", "fast"),
+        ("ADAPTIVE_MOE_BUDGET_S", "1e17"),
+        ("ADAPTIVE_MOE_BUCKETS", ",".join(map(str, range(1, 4098)))),
         ("ADAPTIVE_MOE_MARGIN", "0.51"),
         ("ADAPTIVE_MOE_MARGIN", "-0.1"),
         ("ADAPTIVE_MOE_MARGIN", "1%"),
@@ -146,10 +148,10 @@ def test_options_are_read_as_the_variables_are(parse, text, value):
 @pytest.mark.parametrize(
     ("parse", "text", "accepts"),
     [
-        (parse_budget, "0", "seconds, more than 0"),
-        (parse_budget, "", "seconds, more than 0"),
+        (parse_budget, "0", "seconds, more than 0 and at most 86400"),
+        (parse_budget, "", "seconds, more than 0 and at most 86400"),
         (parse_margin, "1%", "a fraction from 0 to 0.5"),
-        (parse_buckets, "8,4", "rising token counts such as 1,8,64,512"),
+        (parse_buckets, "8,4", "at most 4096 rising token counts such as 1,8,64,512"),
     ],
 )
 def test_an_option_that_is_refused_is_named(parse, text, accepts):

@@ -89,7 +89,7 @@ def all_in(folder: Path) -> Selection:
                 raise ValueError(f"its content belongs into {name}")
             file.table  # noqa: B018  raises where the evidence is not whole
             tables.append(file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ArithmeticError) as error:
             unusable.append((path, getattr(error, "strerror", None) or str(error)))
     return Selection(tuple(tables), str(folder), tuple(unusable))
 
@@ -101,7 +101,7 @@ def start_of(latest: TableFile) -> Selection:
         return file.engine, file.table.evidence.kernel, file.table.evidence.environment
 
     folder = latest.path.parent
-    tables = tuple(f for f in all_in(folder).tables if origin(f) == origin(latest))
+    tables = tuple(f for f in all_in(folder).tables if origin(f) == origin(latest)) or (latest,)
     return Selection(tables, f"{folder}, {latest.engine}")
 
 

@@ -56,9 +56,13 @@ def _say_misspelt() -> None:
 
 def safely(warm_up: Callable[..., None], *arguments: Any) -> None:
     """Run it. What it raises is logged and never reaches the engine."""
+    from adaptive_moe.kernels.aiter import is_failure
+
     try:
         warm_up(*arguments)
-    except Exception:
+    except (Exception, SystemExit) as error:
+        if not is_failure(error):
+            raise
         logger.exception("warm-up failed; the baseline stays for what has no table")
 
 

@@ -4,9 +4,10 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib import metadata
+from numbers import Integral
 from types import ModuleType
 
 from adaptive_moe import VLLM_VARIABLE
@@ -16,6 +17,7 @@ from adaptive_moe.engines.warm_up import WarmUp, warm_up_hook
 from adaptive_moe.hook.counters import Counters, Counts
 from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
+from adaptive_moe.policy.coverage import MAX_TOKENS
 from adaptive_moe.settings import (
     NEUTRAL_VARIABLE,
     OFF,
@@ -50,6 +52,8 @@ def install(
         engine: its name and version, a part of what a stored table is good for.
     """
     global _hook, _installed, _engine  # noqa: PLW0603
+    if not isinstance(settings, Settings | None):
+        raise ValueError(f"settings={settings!r} is not accepted: give adaptive_moe.Settings(...)")
     found = find_aiter()
     if found.problem is not None:
         logger.warning("nothing is changed: %s", found.problem)
@@ -99,9 +103,20 @@ def warm_up(
         padding_rows: may rows of topk_ids be -1?
 
     Returns what was set, and a sentence for each shape that has no table. Raises ValueError for a
-    max_tokens below 1.
+    token count that is none.
     """
+    if not isinstance(capture_sizes, Iterable):
+        raise ValueError(
+            f"capture_sizes={capture_sizes!r} is not accepted: give token counts such as [1, 8]"
+        )
     sizes = tuple(capture_sizes)
+    counts = [("max_tokens", max_tokens), *(("capture_sizes", size) for size in sizes)]
+    for name, count in [*counts, *([] if busy_from is None else [("busy_from", busy_from)])]:
+        if not isinstance(count, Integral) or not 1 <= int(count) <= MAX_TOKENS:
+            raise ValueError(
+                f"{name}={count!r} is not accepted: give whole numbers of tokens, from 1 to "
+                f"{MAX_TOKENS}"
+            )
     return warm_up_for(Batches(max_tokens, sizes, busy_from=busy_from, padding_rows=padding_rows))
 
 

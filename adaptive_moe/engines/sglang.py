@@ -115,13 +115,16 @@ _seen_before = 0
 
 def _before_capture(backend: Any) -> None:
     """At a backend's first capture, and whenever a capture shows new shapes."""
+    global _seen_before  # noqa: PLW0603
     from adaptive_moe.engines import process
 
     hook = process.current()
-    shows_new = hook is not None and len(hook.seen) != _seen_before
-    if backend in _warmed and not shows_new:
+    seen = 0 if hook is None else len(hook.seen)
+    if backend in _warmed and seen == _seen_before:
         return
+    # First of all, so that a warm-up that fails does so once.
     _warmed.add(backend)
+    _seen_before = seen
     runner = getattr(backend, "_cuda_graph_runner", None)
     _warm_up(_capture_sizes(getattr(runner, "captured_req_width", 1)))
 
@@ -174,14 +177,11 @@ def _show_shapes(runner: Any) -> None:
 
 
 def _warm_up(capture_sizes: tuple[int, ...]) -> None:
-    global _seen_before  # noqa: PLW0603
     from sglang.srt.runtime_context import max_prefill_buffer_tokens
 
     from adaptive_moe.engines import process
     from adaptive_moe.engines.wanted import Batches
 
-    hook = process.current()
-    _seen_before = 0 if hook is None else len(hook.seen)
     batches = Batches(
         max_tokens=max(max_prefill_buffer_tokens(), *capture_sizes, 1),
         captured=capture_sizes,

@@ -21,10 +21,10 @@ from typing import Any
 from adaptive_moe.hook.counters import Counters, Counts
 from adaptive_moe.hook.entries import Entries, entry_for, unanswered
 from adaptive_moe.hook.slow_path import SlowPath
-from adaptive_moe.hook.wrapped_module import WrappedModule
+from adaptive_moe.hook.wrapped_module import WrappedModule, capture_query
 from adaptive_moe.hook.wrapper import fixed, measured
 from adaptive_moe.kernels import POLICIES, SortKernel, policy_name
-from adaptive_moe.kernels.aiter import meaning_of, seam_problem
+from adaptive_moe.kernels.aiter import is_failure, meaning_of, seam_problem
 from adaptive_moe.kernels.call import CallKey, SortCall
 from adaptive_moe.kernels.live import live_kernel
 from adaptive_moe.policy.coverage import Coverage
@@ -212,10 +212,12 @@ class AiterHook:
         self._slow_path.warmed_up = bool(self._tables)
         self._renew()
 
-    def _falls_back(self, choice: Any, error: Exception) -> bool:
+    def _falls_back(self, choice: Any, error: BaseException) -> bool:
         """A candidate raised while serving: it is off in this process, for whatever it was to
         answer. May the baseline answer that call? Not while a graph is captured, unless memory ran
         out: what was launched before stays in the graph and would run at each replay."""
+        if not is_failure(error):
+            return False
         with self._lock:
             if isinstance(choice, int):
                 names = {policy_name(choice)}
@@ -236,14 +238,16 @@ class AiterHook:
             )
         return falls_back
 
-    def _ran_out_of_memory(self, error: Exception) -> bool:
+    def _ran_out_of_memory(self, error: BaseException) -> bool:
         import torch
 
         return isinstance(error, torch.cuda.OutOfMemoryError)
 
     def _may_be_capturing(self) -> bool:
+        # Another thread may just have uninstalled it.
         wrapped = self._wrapped
+        query = self._is_capturing if wrapped is None else wrapped.is_capturing
         try:
-            return wrapped is None or wrapped.is_capturing()
+            return (query or capture_query())()
         except Exception:
             return True

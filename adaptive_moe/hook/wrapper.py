@@ -82,7 +82,7 @@ def moe_sorting({heads}):
         if choice.__class__ is int:
             return _seam({chosen})
         return choice({sort_arguments})
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not _falls_back(choice, error):
             raise
     return _seam({given})
@@ -106,7 +106,7 @@ def moe_sorting({heads}):
 def measured(
     wrapped: "WrappedModule",
     slow: Callable[..., Any],
-    falls_back: Callable[[Any, Exception], bool],
+    falls_back: Callable[[Any, BaseException], bool],
 ) -> Callable[..., Any]:
     """The seam of `wrapped`, answered as `wrapped.entries` says.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 MODULE = "aiter.fused_moe"
 SEAM = "moe_sorting"
@@ -38,6 +38,8 @@ UNSORTED = ("flat", "output_aux")
 # Those that are a tensor to write to.
 BUFFERS = ("output",)
 
+_Result = TypeVar("_Result")
+
 # AMD's package has been called both; PyPI's unrelated one is called the second.
 _DISTRIBUTIONS = ("amd-aiter", "aiter")
 # What the rest of AITER's names for "the second stage reduces by itself" have been.
@@ -55,6 +57,14 @@ class AiterInstall:
 
 def find_aiter() -> AiterInstall:
     """Look for AITER without importing it; its import builds kernels and needs a GPU."""
+    try:
+        return _find_aiter()
+    except Exception as error:  # another's module, or files that cannot be read
+        problem = f"AITER cannot be looked at: {type(error).__name__}: {error}"
+        return AiterInstall("", "", problem)
+
+
+def _find_aiter() -> AiterInstall:
     spec = importlib.util.find_spec("aiter")
     if spec is None:
         return AiterInstall("", "", "AITER is not installed (no module named aiter)")
@@ -92,6 +102,23 @@ def installed_version() -> str:
         except metadata.PackageNotFoundError:
             continue
     return "(version unknown)"
+
+
+def is_failure(error: BaseException) -> bool:
+    """Any Exception, and the SystemExit with a message by which AITER ends a failed build. One
+    without is how a process is told to end, and must pass on."""
+    is_exit = isinstance(error, SystemExit) and isinstance(error.code, str)
+    return is_exit or isinstance(error, Exception)
+
+
+def run(call: Callable[[], _Result]) -> _Result:
+    """call(), with a RuntimeError in the place of such a SystemExit."""
+    try:
+        return call()
+    except SystemExit as error:
+        if not is_failure(error):
+            raise
+        raise RuntimeError(error.code) from error
 
 
 def seam_problem(module: ModuleType) -> str | None:

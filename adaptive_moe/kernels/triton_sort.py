@@ -18,6 +18,8 @@ The kernels are in triton_kernels.py. Contract: ROCm/aiter, `aiter/fused_moe.py`
 """
 
 import functools
+import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -151,26 +153,44 @@ class _Bound:
 _Tensors = tuple[torch.Tensor | None, ...]
 _bound: dict[tuple[object, ...], _Bound] = {}
 _compiled: dict[tuple[object, ...], Any] = {}
+_compiling = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a child that was forked: a lock that no thread holds."""
+    global _compiling  # noqa: PLW0603
+    _compiling = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _compile(launches: Sequence[tuple[Launch, _Tensors]]) -> None:
-    """Compile what is not compiled yet, side by side, since Triton's compiler releases Python's
-    lock."""
+    """Compile and load what is not yet: the first by itself, which loads the compiler, the others
+    side by side, since the compiler releases Python's lock."""
     kernel, tensor = launches[0][0].kernel, launches[0][1][0]
     if tensor is None or not tensor.is_cuda or not isinstance(kernel, JITFunction):
         return  # interpreted, under TRITON_INTERPRET=1
-    new = {one.variant: (one, with_) for one, with_ in launches if one.variant not in _compiled}
     device = torch.cuda.current_device()  # a new thread's is the first one
 
-    def compile_one(launch: Launch, tensors: _Tensors) -> None:
+    def compile_one(launch: Launch, tensors: _Tensors) -> Any:
         torch.cuda.set_device(device)
-        _compiled[launch.variant] = launch.kernel.warmup(
+        return launch.kernel.warmup(
             *tensors, *launch.constants, grid=(1,), num_warps=launch.num_warps
         )
 
-    with ThreadPoolExecutor(max(1, len(new))) as pool:
-        for future in [pool.submit(compile_one, *one) for one in new.values()]:
-            future.result()
+    with _compiling:
+        new = {one.variant: (one, with_) for one, with_ in launches if one.variant not in _compiled}
+        if not new:
+            return
+        first, *others = new.values()
+        made = [compile_one(*first)]
+        if others:
+            with ThreadPoolExecutor(min(len(others), len(os.sched_getaffinity(0)))) as pool:
+                made += pool.map(compile_one, *zip(*others, strict=True))
+        for variant, compiled in zip(new, made, strict=True):
+            compiled[(1, 1, 1)]  # loads it
+            _compiled[variant] = compiled
 
 
 def _launch(launch: Launch, tensors: _Tensors) -> None:
@@ -180,8 +200,7 @@ def _launch(launch: Launch, tensors: _Tensors) -> None:
     if launch.run is None:
         compiled = _compiled.get(launch.variant)
         if compiled is None:  # interpreted, under TRITON_INTERPRET=1
-            _compiled[launch.variant] = None
-            launch.kernel[(max(1, launch.programs),)](
+            launch.kernel[(launch.programs,)](
                 *tensors, *launch.constants, num_warps=launch.num_warps
             )
             return
@@ -252,9 +271,7 @@ def moe_sorting(
     if bound is None or not (topk_ids.is_contiguous() and topk_weights.is_contiguous()):
         _check(topk_ids, topk_weights, num_experts, moebuf_dtype, block_size)
         _check_options(num_experts, expert_mask, num_local_tokens)
-        if len(_bound) >= _MOST_BOUND:
-            _bound.clear()
-        bound = _bound[key] = _bind(
+        bound = _bind(
             TUNING, topk_ids, num_experts, model_dim, moebuf_dtype, block_size,
             expert_mask is not None, num_local_tokens is not None, dispatch_policy,
             accumulate, rounded,
@@ -276,12 +293,21 @@ def moe_sorting(
             launches.append((bound.scan, (counts, moe_buf, num_local_tokens)))
         launches.append((bound.sort, place))
     if is_new:
-        for ahead in bound.ahead:
-            if ahead.variant not in _compiled:
-                launches.append((ahead, place if ahead.kernel is place_kernel else one_shot))
-        _compile(launches)
+        ahead = [
+            (launch, place if launch.kernel is place_kernel else one_shot)
+            for launch in bound.ahead
+            if launch.variant not in _compiled
+        ]
+        _compile([*launches, *ahead])
+        # With nothing to do, so that a capture neither compiles nor loads.
+        launches += [(launch, with_) for launch, with_ in ahead if launch.variant in _compiled]
     for launch, tensors in launches:
         _launch(launch, tensors)
+    if is_new:
+        # Only now: a call that failed is made anew.
+        if len(_bound) >= _MOST_BOUND:
+            _bound.clear()
+        _bound[key] = bound
     return outputs
 
 

@@ -43,6 +43,7 @@ NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 MOE_PART = ("ffn_config", "moe")
 # What a folder of weights holds: Hugging Face's file, or Mistral's own.
 CONFIG_FILES = ("config.json", "params.json")
+MOST_BYTES = 4 << 20
 
 
 def model_from_config(path: Path, *, fuse_shared: bool = False) -> Model:
@@ -89,7 +90,15 @@ def _config_file(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_bytes())
+        if path.exists() and not path.is_file():
+            raise ModelError(f"config {path} is no file: give a config.json, or its folder")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ModelError(
+                f"config {path} has more than {MOST_BYTES} bytes: it is no config.json"
+            )
+        config = json.loads(content)
     except OSError as error:
         raise ModelError(f"config {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

@@ -14,6 +14,8 @@ from adaptive_moe.policy.coverage import MAX_TOKENS
 
 NEUTRAL_VARIABLE = f"{PREFIX}DISPATCH_POLICY"
 MAX_POLICY = 255
+MOST_SECONDS = 86400  # of a budget: a day
+MOST_COUNTS = 4096  # what a stored table's key holds
 
 OFF = ("off", "none", "false")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -74,7 +76,7 @@ def policy(text: str) -> tuple[Mode, int | None]:
 
 def budget(text: str) -> float:
     seconds = float(text)
-    if not 0 < seconds < float("inf"):
+    if not 0 < seconds <= MOST_SECONDS:
         raise ValueError
     return seconds
 
@@ -88,7 +90,7 @@ def margin(text: str) -> float:
 
 def token_counts(text: str) -> tuple[int, ...]:
     counts = tuple(_count(word) for word in text.split(","))
-    if any(low >= high for low, high in pairwise(counts)):
+    if any(low >= high for low, high in pairwise(counts)) or len(counts) > MOST_COUNTS:
         raise ValueError
     return counts
 
@@ -131,9 +133,9 @@ class Variable:
 
 
 POLICY = "auto, an integer from 0 to 255, or off"
-COUNTS = "rising token counts such as 1,8,64,512"
+COUNTS = f"at most {MOST_COUNTS} rising token counts such as 1,8,64,512"
 FRACTION = "a fraction from 0 to 0.5"
-SECONDS = "seconds, more than 0"
+SECONDS = f"seconds, more than 0 and at most {MOST_SECONDS}"
 
 VARIABLES = (
     Variable(

@@ -1,5 +1,6 @@
 """Files that are whole or absent: written under a temporary name, flushed, and renamed."""
 
+import contextlib
 import logging
 import os
 import secrets
@@ -30,12 +31,13 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         _remove(temporary)
         raise
-    # Without this the rename itself may not survive a power cut.
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    # Without this the rename itself may not survive a power cut. Some network mounts refuse it.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def temporary_files(folder: Path) -> list[Path]:

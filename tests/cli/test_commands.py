@@ -117,6 +117,14 @@ def test_the_page_of_a_start_has_its_tables_and_no_others(engines_cache, tmp_pat
     assert "DeepSeek-V3, block 16, on AMD Instinct MI300X: captured calls, up to 30% off" in text
 
 
+def test_the_newest_table_has_a_page_under_another_name_too(engines_cache, tmp_path, capsys):
+    path = keep(engines_cache, deepseek(32), Request("sglang 0.5.23"))
+    renamed = path.rename(path.with_name(path.name.replace("x8-", "x9-")))
+    os.utime(renamed, (1 << 31, 1 << 31))
+    main(capsys, "page", tmp_path / "start.html")
+    assert (tmp_path / "start.html").read_text().count("<section") == 1
+
+
 def test_explain_says_who_sorts_and_why(engines_cache, capsys):
     name = stored_files(engines_cache)[0].name
     found = json.loads(main(capsys, "explain", "--tokens", "9", "--json", "--table", name))

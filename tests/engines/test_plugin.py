@@ -56,6 +56,17 @@ def test_what_a_warm_up_raises_is_said_and_goes_no_further(caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_failed_build_ends_no_engine_and_what_tells_it_to_end_does(caplog):
+    def end(code):
+        raise SystemExit(code)
+
+    safely(end, "[aiter] build failed")
+    assert "warm-up failed" in caplog.text
+    for code in (None, 0, 1):
+        with pytest.raises(SystemExit):
+            safely(end, code)
+
+
 def test_a_function_is_wrapped_once_and_a_missing_one_is_told():
     def twice(original):
         return lambda number: 2 * original(number)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -129,10 +130,35 @@ def test_a_missing_aiter_is_said_and_changes_nothing(monkeypatch, caplog):
     assert caplog.messages == ["nothing is changed: AITER is not installed (no module named aiter)"]
 
 
-@pytest.mark.parametrize("max_tokens", [0, -1])
-def test_warm_up_for_no_tokens_is_refused(max_tokens):
-    with pytest.raises(ValueError, match=f"max_tokens={max_tokens}"):
-        process.warm_up(max_tokens)
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_tokens": -1}, "max_tokens=-1"),
+        ({"max_tokens": "8"}, "max_tokens='8'"),
+        ({"max_tokens": 8.5}, "max_tokens=8.5"),
+        ({"max_tokens": 1 << 40}, "max_tokens=1099511627776"),
+        ({"max_tokens": 8, "capture_sizes": 8}, "capture_sizes=8"),
+        ({"max_tokens": 8, "capture_sizes": [1, -5]}, "capture_sizes=-5"),
+        ({"max_tokens": 8, "busy_from": 0}, "busy_from=0"),
+    ],
+)
+def test_a_warm_up_for_what_is_no_token_count_is_refused(arguments, named):
+    with pytest.raises(ValueError, match=f"^{named} is not accepted: give "):
+        process.warm_up(**arguments)
+
+
+def test_settings_are_settings():
+    with pytest.raises(
+        ValueError, match=r"settings='auto' is not accepted: give adaptive_moe\.Settings"
+    ):
+        process.install("auto")
+
+
+def test_an_aiter_that_cannot_be_looked_at_is_said_and_changes_nothing(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "aiter", SimpleNamespace(__spec__=None))
+    assert process.install() is False
+    assert "nothing is changed: AITER cannot be looked at: ValueError" in caplog.text
 
 
 def test_aiter_loaded_anew_is_wrapped_anew():

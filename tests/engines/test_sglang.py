@@ -396,6 +396,16 @@ def test_a_failing_warm_up_does_not_stop_sglangs_capture(package, monkeypatch, c
     assert "warm-up failed" in caplog.text
 
 
+def test_a_warm_up_that_fails_before_it_begins_fails_once(package, monkeypatch, caplog):
+    """A traceback for each captured graph would hide everything else."""
+    backend = start_sglang(package, monkeypatch)()
+    monkeypatch.setattr(sglang, "_capture_sizes", lambda width: 1 / 0)
+    aiter = sys.modules["aiter.fused_moe"]
+    for _ in range(3):
+        assert backend.capture_one("key", lambda: sort(aiter, policy=2)) == ("captured", 2)
+    assert caplog.text.count("warm-up failed") == 1
+
+
 def test_an_sglang_without_that_backend_is_told(package, monkeypatch, caplog):
     full = "sglang/srt/model_executor/runner_backend/full_cuda_graph_backend.py"
     package({**SGLANG, full: "class SomethingElse: pass"})

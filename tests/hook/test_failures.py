@@ -231,6 +231,38 @@ def test_a_policy_that_raises_hands_that_call_to_the_baseline_and_is_off(aiter, 
     assert failing.calls[-1] == 0
 
 
+def test_a_build_that_aiter_ends_with_a_message_ends_no_process(aiter, caplog):
+    installed(aiter, tables={KEY: make_table({8: 2, 64: 1})})
+    aiter._moe_sorting_impl = failing = Failing(SystemExit("[aiter] build failed"), 2)
+    assert [aiter.moe_sorting(*sort_arguments(8)) for _ in range(2)] == ["outputs"] * 2
+    assert failing.calls == [2, 0, 0]
+    assert "raised SystemExit: [aiter] build failed" in caplog.text
+
+
+@pytest.mark.parametrize("code", [None, 0, 1])
+def test_a_process_that_is_told_to_end_ends(aiter, code, caplog):
+    hook = installed(aiter, tables={KEY: make_table({64: 2})})
+    aiter._moe_sorting_impl = Failing(SystemExit(code), 2)
+    with pytest.raises(SystemExit):
+        aiter.moe_sorting(*sort_arguments(8))
+    assert lines(caplog) == []
+    assert hook.counts().fell_back == 0
+
+
+def test_a_candidate_that_raises_while_another_thread_uninstalls_falls_back(aiter):
+    hook = installed(aiter, tables={KEY: make_table({64: 2})}, is_capturing=lambda: False)
+
+    def fail_uninstalled(*args, **kwargs):
+        if args[8] == 2:
+            hook.uninstall()
+            raise RuntimeError("gone")
+        return "outputs"
+
+    aiter._moe_sorting_impl = fail_uninstalled
+    assert aiter.moe_sorting(*sort_arguments(8)) == "outputs"
+    assert hook.counts().fell_back == 1
+
+
 def test_a_baseline_is_never_off(aiter):
     hook = installed(aiter, tables={KEY: make_table({64: 2})}, engine_policy=2)
     aiter._moe_sorting_impl = Failing(RuntimeError("no workspace"), 2)

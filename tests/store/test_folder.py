@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import stat
 import time
 from dataclasses import replace
 
@@ -204,6 +205,20 @@ def test_a_disk_that_fails_costs_one_line_and_leaves_what_was_there(
     assert "No space left on device" in line
     assert kept.get(KEY) == TABLE
     assert [path.name for path in kept.path.iterdir()] == [kept.file(KEY).name]
+
+
+def test_a_mount_that_cannot_flush_a_folder_keeps_tables(kept, monkeypatch, caplog):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert kept.replace(KEY, made_table(0.8, 0.9))
+    assert warnings(caplog) == []
+    assert kept.get(KEY) == made_table(0.8, 0.9)
 
 
 def test_a_table_too_large_to_be_read_again_is_not_written(folder, caplog):

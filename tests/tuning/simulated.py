@@ -47,7 +47,7 @@ class Call:
 @dataclass
 class Simulated:
     """us: microseconds of a call on the device; host_us: of the host, for eager calls of a GPU.
-    spoil may change the outputs, fail raise.
+    spoil may change the outputs, fail makes it raise error.
 
     The outputs of a timed call are not read (memory is not poisoned then), so it sorts nothing.
     """
@@ -56,6 +56,7 @@ class Simulated:
     host_us: Callable[[Call], float] | None = None
     spoil: Callable[[Call, Outputs], Outputs] = lambda call, outputs: outputs
     fail: Callable[[Call], bool] = lambda call: False
+    error: BaseException = field(default_factory=lambda: RuntimeError("no kernel for this size"))
     policies: tuple[int, ...] = (0, 1, 2)
     check_us: float = 0.0
     seconds: float = 0.0
@@ -71,7 +72,7 @@ class Simulated:
         call = Call(policy, len(ids), real, ids, situation, arguments[6])
         self.calls.append(call)
         if self.fail(call):
-            raise RuntimeError("no kernel for this size")
+            raise self.error
         self.seconds += 1e-6 * (self.check_us if checking else self.us(call))
         if not checking:
             return ()

@@ -195,6 +195,17 @@ def test_a_raising_candidate_is_excluded_with_its_reason_and_the_others_are_meas
     assert "RuntimeError" in caplog.text
 
 
+def test_a_candidate_whose_build_aiter_ends_is_excluded_and_no_process_ends():
+    error = SystemExit("[aiter] build failed")
+    kernel = Simulated(steady(100.0, 50.0, 80.0), fail=lambda c: c.policy == 1, error=error)
+    table = kernel.calibrate()
+    assert set(table.eager[1:]) == {2}
+    assert table.evidence.excluded[0].reason == "raised RuntimeError: [aiter] build failed"
+    kernel = Simulated(steady(100.0, 50.0), fail=lambda c: c.policy == 1, error=SystemExit(0))
+    with pytest.raises(SystemExit):
+        kernel.calibrate()
+
+
 def test_a_candidate_that_raises_only_while_it_is_timed_is_excluded():
     kernel = Simulated(steady(100.0, 50.0, 80.0), fail=lambda c: c.policy == 1 and c.timed)
     assert set(kernel.calibrate().eager[1:]) == {2}

@@ -79,8 +79,6 @@ def on_wave64(target: str, seed: int = 0) -> Iterator[None]:
     whose arguments were preloaded, even ones where firmware without preloading starts it."""
 
     def launch(launch: triton_sort.Launch, tensors: tuple[torch.Tensor | None, ...]) -> None:
-        if not launch.programs:
-            return
         compiled = _compiled((launch, tensors), target)
         there = [tensor for tensor in tensors if tensor is not None]
         values = [tensor.data_ptr() for tensor in there]
