@@ -9,7 +9,7 @@ from adaptive_moe.engines.block_sizes import Chooser, aiters_choosers, key_at, p
 from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels.aiter import KNOWN
 from adaptive_moe.kernels.call import Buffer, CallKey, SortCall
-from adaptive_moe.policy.coverage import BUSY_FROM, Coverage, Span
+from adaptive_moe.policy.coverage import BUSY_FROM, MAX_TOKENS, Coverage, Span
 from adaptive_moe.policy.table import PolicyTable
 from adaptive_moe.shape import SortingShape
 
@@ -102,7 +102,8 @@ def _by_key(
     captured = {size * pooled for size in batches.captured}
     if captured and seen.key.has_num_local_tokens:
         captured.add(seen.num_tokens)  # such layers are captured at their full capacity
-    last = max(batches.max_tokens * pooled, seen.num_tokens, *captured)
+    # No table covers more; larger batches run the baseline.
+    last = min(max(batches.max_tokens * pooled, seen.num_tokens, *captured), MAX_TOKENS)
     spans: dict[CallKey, list[Span]] = {}
     for piece in pieces_of(seen, last, choosers):
         if piece.request.sorts:

@@ -13,7 +13,7 @@ from adaptive_moe.engines.block_sizes import Piece, VllmInt4
 from adaptive_moe.engines.wanted import Batches, coverages
 from adaptive_moe.kernels.aiter import SortRequest
 from adaptive_moe.kernels.call import Buffer
-from adaptive_moe.policy.coverage import BUSY_FROM
+from adaptive_moe.policy.coverage import BUSY_FROM, MAX_TOKENS
 from tests.engines.seen import aiter_module, hook_with, seen_call
 from tests.tables import make_table
 
@@ -31,6 +31,15 @@ def block_at(padded):
 
 
 # Spans of counts
+
+
+@pytest.mark.parametrize("seen", [64, MAX_TOKENS + 64])
+def test_batches_that_no_table_can_cover_are_covered_as_far_as_one_can(seen):
+    """Of 64 ranks that gather their tokens."""
+    batches = Batches(32768, captured=(512, 32768), pooled=64)
+    (coverage,) = by_block(hook_with(seen_call(seen, **GPU)), batches).values()
+    assert coverage.eager == ((1, MAX_TOKENS),)
+    assert coverage.captured == (32768,)
 
 
 def test_each_block_size_covers_exactly_the_counts_that_bring_it():
