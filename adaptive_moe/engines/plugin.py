@@ -56,14 +56,17 @@ def _say_misspelt() -> None:
 
 def safely(warm_up: Callable[..., None], *arguments: Any) -> None:
     """Run it. What it raises is logged and never reaches the engine."""
-    from adaptive_moe.kernels.aiter import is_failure
-
+    failed = "warm-up failed; the baseline stays for what has no table"
     try:
         warm_up(*arguments)
-    except (Exception, SystemExit) as error:
+    except Exception:
+        logger.exception(failed)
+    except SystemExit as error:
+        from adaptive_moe.kernels.aiter import is_failure
+
         if not is_failure(error):
             raise
-        logger.exception("warm-up failed; the baseline stays for what has no table")
+        logger.exception(failed)
 
 
 def wrap(owner: Any, name: str, around: Callable[[Function], Function]) -> bool:

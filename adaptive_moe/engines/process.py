@@ -17,7 +17,6 @@ from adaptive_moe.engines.warm_up import WarmUp, warm_up_hook
 from adaptive_moe.hook.counters import Counters, Counts
 from adaptive_moe.hook.hook import AiterHook
 from adaptive_moe.kernels.aiter import MODULE, find_aiter
-from adaptive_moe.policy.coverage import MAX_TOKENS
 from adaptive_moe.settings import (
     NEUTRAL_VARIABLE,
     OFF,
@@ -112,20 +111,13 @@ def warm_up(
     sizes = tuple(capture_sizes)
     counts = [("max_tokens", max_tokens), *(("capture_sizes", size) for size in sizes)]
     for name, count in [*counts, *([] if busy_from is None else [("busy_from", busy_from)])]:
-        if not isinstance(count, Integral) or not 1 <= int(count) <= MAX_TOKENS:
-            raise ValueError(
-                f"{name}={count!r} is not accepted: give whole numbers of tokens, from 1 to "
-                f"{MAX_TOKENS}"
-            )
+        if not isinstance(count, Integral) or int(count) < 1:
+            raise ValueError(f"{name}={count!r} is not accepted: give 1 or more whole tokens")
     return warm_up_for(Batches(max_tokens, sizes, busy_from=busy_from, padding_rows=padding_rows))
 
 
 def warm_up_for(batches: Batches) -> WarmUp:
     """`warm_up`, for plugins: they also say what only an engine knows of its batches."""
-    if batches.max_tokens < 1:
-        raise ValueError(
-            f"max_tokens={batches.max_tokens!r} is not accepted: give 1 or more tokens"
-        )
     return warm_up_hook(current() or AiterHook(Settings()), batches, engine=_engine)
 
 
