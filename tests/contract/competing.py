@@ -59,7 +59,7 @@ class Engine:
     layer: Callable[[int], tuple[Any, Any]]
 
 
-def check_start(engine: Engine, sorts: str, folder: Path) -> None:
+def assert_start(engine: Engine, sorts: str, folder: Path) -> None:
     """An engine's start with these `sorts`: who competes, serves and is named."""
     found = start(engine, sorts, folder)
     _, competing, fastest = _setting(engine, sorts)
@@ -90,7 +90,7 @@ def check_start(engine: Engine, sorts: str, folder: Path) -> None:
     assert found["fell back"] == 1
 
 
-def check_refused(load: Callable[[], None], caplog: Any) -> None:
+def assert_refused(load: Callable[[], None], caplog: Any) -> None:
     """ADAPTIVE_MOE_SORTS with a name that no sort has: one line over two loads of the plugins."""
     from adaptive_moe.engines import process
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from competing import NO_SORT, SETTINGS, Engine, check_refused, check_start
+from competing import NO_SORT, SETTINGS, Engine, assert_refused, assert_start
 from processes import STANDIN
 from sglang_worker import (
     LARGEST_CAPTURE,
@@ -224,14 +224,14 @@ def test_the_sorts_that_were_asked_for_compete_serve_and_are_named(sglang, sorts
         capture_one(sglang.backends[0], lambda: layer(LARGEST_CAPTURE))
 
     engine = Engine(f"policy {BASELINE}", False, load_plugins, warm_up, layer)
-    check_start(engine, sorts, tmp_path / "cache")
+    assert_start(engine, sorts, tmp_path / "cache")
 
 
 def test_a_sort_that_nobody_has_is_refused_in_one_line_and_sglang_starts(
     sglang, monkeypatch, caplog
 ):
     monkeypatch.setenv("ADAPTIVE_MOE_SORTS", NO_SORT)
-    check_refused(load_plugins, caplog)
+    assert_refused(load_plugins, caplog)
     assert forward(sglang.runner, 8, dim=576).policy == BASELINE
 
 

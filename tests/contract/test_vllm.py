@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import worker
-from competing import DIM, EXPERTS, NO_SORT, SETTINGS, TOPK, Engine, check_refused, check_start
+from competing import DIM, EXPERTS, NO_SORT, SETTINGS, TOPK, Engine, assert_refused, assert_start
 from processes import STANDIN
 
 HERE = Path(__file__).parent
@@ -276,13 +276,13 @@ def test_the_sorts_that_were_asked_for_compete_serve_and_are_named(envs, sorts, 
     # Newer ones pad with rows of -1.
     padding_rows = "VLLM_MOE_SKIP_PADDING" in envs.environment_variables
     engine = Engine("policy 0", padding_rows, load_plugins, warm_up, layer)
-    check_start(engine, sorts, tmp_path / "cache")
+    assert_start(engine, sorts, tmp_path / "cache")
 
 
 def test_a_sort_that_nobody_has_is_refused_in_one_line_and_vllm_starts(envs, monkeypatch, caplog):
     monkeypatch.setenv("ADAPTIVE_MOE_SORTS", NO_SORT)
     monkeypatch.setattr(logging.getLogger("adaptive_moe"), "propagate", True)
-    check_refused(load_plugins, caplog)
+    assert_refused(load_plugins, caplog)
     assert worker.forward(8).policy == 0
 
 
