@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from adaptive_moe.hook.hook import AiterHook
-from adaptive_moe.kernels.aiter import CHOOSER, MODULE, SortRequest, request_at, run
+from adaptive_moe.kernels.aiter import CHOOSER, MODULE, SortRequest, request_at, run_without_exit
 from adaptive_moe.kernels.call import CallKey, SortCall
 
 logger = logging.getLogger("adaptive_moe")
@@ -39,7 +39,7 @@ def pieces_of(seen: SortCall, last: int, choosers: Sequence[Chooser]) -> Sequenc
     none does, only what was seen is known: a count with another block_size runs the baseline."""
     for choose in choosers:
         try:
-            pieces = run(functools.partial(choose, seen, last)) or ()
+            pieces = run_without_exit(functools.partial(choose, seen, last)) or ()
         # A chooser is the engine's or AITER's code, and may raise anything.
         except Exception as error:
             logger.debug("block sizes at other token counts are not known: %r", error)

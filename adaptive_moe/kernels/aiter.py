@@ -111,7 +111,7 @@ def is_failure(error: BaseException) -> bool:
     return is_exit or isinstance(error, Exception)
 
 
-def run(call: Callable[[], _Result]) -> _Result:
+def run_without_exit(call: Callable[[], _Result]) -> _Result:
     """call(), with a RuntimeError in the place of such a SystemExit."""
     try:
         return call()

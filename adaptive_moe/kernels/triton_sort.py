@@ -71,7 +71,7 @@ class Tuning:
     many_chunks  programs that place then, a power of two: each has a row of counts
     count_tile   entries counted at once
     scan_tile    counts added up at once
-    fill_tiles   tiles of moe_buf zeroed beside counting, for each expert, where there are two
+    fill_tiles   tiles of moe_buf zeroed beside counting, for each bin, where there are two
                  launches and a large buffer: about what is done while others count
     fill_shares  one in so many bytes of moe_buf is zeroed beside counting, and one beside adding
                  up, where there are three launches
