@@ -7,7 +7,7 @@ uniform and skewed routing alternating; all take turns in every round, and the m
 rounds is reported. Beside the sorts stands zeroing moe_buf alone, and from 3,000 tokens on zeroing
 it in three launches, and sorting without it. `--against` are recorded times of Opus on the same
 kind of GPU (CSV: shape, M, and p0, p1, p2 for AITER's dispatch policies), compared best against
-best. `--earlier` is a folder with triton_sort.py and triton_kernels.py of an earlier commit: they
+best. `--earlier` is a folder with the modules triton_*.py of an earlier commit: they
 take turns with these, also in the host's time of an eager call. `--plot` draws the ratios.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import triton
 
-from adaptive_moe.kernels import triton_kernels, triton_sort
+from adaptive_moe.kernels import triton_parts, triton_sort
 from calibration import record
 
 SHAPES = {  # experts, topk, width of moe_buf
@@ -51,6 +51,7 @@ RANGES = {
     "1 to 8": (1, 8), "12 to 40": (12, 40), "64 to 384": (64, 384), "from 512 on": (512, 1 << 30)
 }  # fmt: skip
 HOST_TOKENS = (1, 16, 200)
+PARTS = ("triton_parts", "triton_kernels", "triton_sort")  # each imports those before it
 BLOCK_SIZE = 32
 CALLS = 16  # calls in one graph
 ROUNDS = 15
@@ -62,7 +63,7 @@ Inputs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 @triton.jit
 def zero_kernel(buffer, size, first, end, TILE: triton.language.constexpr):  # noqa: N803
     step = triton.language.num_programs(0)
-    triton_kernels._zero(buffer, size, first + triton.language.program_id(0), end, step, TILE)
+    triton_parts.zero(buffer, size, first + triton.language.program_id(0), end, step, TILE)
 
 
 def routing(
@@ -155,21 +156,23 @@ def zero_call(model_dim: int, launches: int = 1) -> Call:
 
 def load_earlier(folder: Path) -> Callable[..., object]:
     """moe_sorting of the files in that folder, which are left under other names."""
-    name = "adaptive_moe.kernels.triton_kernels"
-    kept = sys.modules[name]
-    modules = {}
+    kept = dict(sys.modules)
     try:
-        for part in ("triton_kernels", "triton_sort"):
-            spec = importlib.util.spec_from_file_location(f"earlier_{part}", folder / f"{part}.py")
-            assert spec is not None
-            assert spec.loader is not None
-            modules[part] = importlib.util.module_from_spec(spec)
-            sys.modules[f"earlier_{part}"] = modules[part]
-            spec.loader.exec_module(modules[part])
-            sys.modules[name] = modules["triton_kernels"]
+        for part in PARTS:
+            path = folder / f"{part}.py"
+            if path.exists():
+                spec = importlib.util.spec_from_file_location(f"earlier_{part}", path)
+                assert spec is not None
+                assert spec.loader is not None
+                module = importlib.util.module_from_spec(spec)
+                sys.modules[f"earlier_{part}"] = module
+                spec.loader.exec_module(module)
+                sys.modules[f"adaptive_moe.kernels.{part}"] = module
     finally:
-        sys.modules[name] = kept
-    sort: Callable[..., object] = modules["triton_sort"].moe_sorting
+        for part in PARTS:
+            name = f"adaptive_moe.kernels.{part}"
+            sys.modules[name] = kept[name]
+    sort: Callable[..., object] = module.moe_sorting
     return sort
 
 

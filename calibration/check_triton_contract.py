@@ -159,8 +159,9 @@ def compile_ahead(variant: tuple[int, torch.dtype, bool, bool]) -> None:
     from adaptive_moe.kernels.triton_sort import TUNING
 
     ones = torch.ones(experts, dtype=torch.int32, device="cuda")
-    # Every tile of one-shot, and multi-phase of two launches and of three.
-    entries = [(1, tile.entries) for tile in TUNING.tiles] + [(2, 1), (2, 65536)]
+    # Every tile of one-shot, and multi-phase of two launches and of three, with both chunks.
+    entries = [(1, tile.entries) for tile in TUNING.tiles]
+    entries += [(2, 1), (2, 65536), (2, TUNING.most_entries + 1)]
     for policy, tokens in entries:
         ids = torch.zeros(tokens, 1, dtype=torch.int32, device="cuda")
         mask, rows = ones if masked else None, ones[:1] if local else None

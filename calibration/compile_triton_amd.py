@@ -90,6 +90,8 @@ def all_launches(some_experts: Sequence[int]) -> dict[str, Recorded]:
             ("count", "add up", "place"), record(tokens=entries, **case)[-3:], strict=True
         ):
             named[f"multi-phase {name}, {words}"] = launch
+        more = triton_sort.TUNING.most_entries + 1
+        named[f"multi-phase place, most entries, {words}"] = record(tokens=more, **case)[-1]
     return named
 
 

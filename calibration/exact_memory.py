@@ -1,8 +1,9 @@
 """Memory for one sort in which every wrong bit shows, compared on the device without waiting.
 
-`Memory` lends its poisoned words to whoever calls torch.empty or a tensor's new_empty: the five
-results first, each with a guard behind its end, so that neither what is left unwritten nor what is
-written outside goes unseen. `expected` says by torch's own stable sort what is to stand in them.
+`Memory` lends its poisoned words to whoever calls torch.empty, torch.empty_strided (for what is
+contiguous) or a tensor's new_empty: the five results first, each with a guard behind its end, so
+that neither what is left unwritten nor what is written outside goes unseen. `expected` says by
+torch's own stable sort what is to stand in them.
 """
 
 import math
@@ -100,12 +101,13 @@ def expected(entries: Grouped, block_size: int) -> Expected:
 def guarded_memory(
     poison: int, guard: int, outputs: Iterable[Tensor] = ()
 ) -> Iterator[list[Tensor]]:
-    """Within it torch.empty and a tensor's new_empty give poison, with a guard of poison behind it;
-    yields the guards.
+    """Within it torch.empty, torch.empty_strided and a tensor's new_empty give poison, with a guard
+    of poison behind it; yields the guards.
 
     outputs: what the next calls get instead, in that order, where shape and dtype are theirs.
     """
-    real, real_new, place, guards = torch.empty, Tensor.new_empty, iter(outputs), []
+    real = torch.empty, torch.empty_strided, Tensor.new_empty
+    place, guards = iter(outputs), []
 
     def empty(*size: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
         shape = size[0] if isinstance(size[0], tuple) else size
@@ -117,16 +119,20 @@ def guarded_memory(
         guards.append(buffer[count:])
         return buffer[:count].view(shape)
 
+    def empty_strided(size: tuple[int, int], stride: tuple[int, int], **options: Any) -> Tensor:
+        assert stride == (size[1], 1)
+        return empty(size, **options)
+
     def new_empty(tensor: Tensor, size: int, **options: Any) -> Tensor:
         if options:  # Triton's interpreter
-            return real_new(tensor, size, **options)
+            return real[2](tensor, size, **options)
         return empty(size, dtype=tensor.dtype, device=tensor.device)
 
-    torch.empty, Tensor.new_empty = empty, new_empty
+    torch.empty, torch.empty_strided, Tensor.new_empty = empty, empty_strided, new_empty
     try:
         yield guards
     finally:
-        torch.empty, Tensor.new_empty = real, real_new
+        torch.empty, torch.empty_strided, Tensor.new_empty = real
 
 
 class Memory:

@@ -11,12 +11,24 @@ of entries, and each program of `place_kernel` adds those up; for the largest `s
 between them.
 
 No program waits for another, none writes where another does, and memory sees no atomics: the sort
-is stable and gives the same bits every time. Nothing depends on the width of a warp, so one source
-serves NVIDIA (32) and AMD (64).
+is stable and gives the same bits every time.
 """
 
 import triton
 import triton.language as tl
+
+from adaptive_moe.kernels.triton_parts import (
+    by_expert,
+    count_earlier,
+    histogram,
+    load_ids,
+    load_visible_ids,
+    num_rows,
+    store_entries,
+    store_padding,
+    visible_experts,
+    zero,
+)
 
 HIDDEN = tl.constexpr(-(1 << 30))  # where hidden experts start: their positions stay negative
 
@@ -25,7 +37,7 @@ HIDDEN = tl.constexpr(-(1 << 30))  # where hidden experts start: their positions
 _kernel = triton.jit(
     do_not_specialize=[
         "num_tokens", "topk", "num_experts", "block_size", "model_dim", "chunks", "group", "pads",
-        "first_tile", "end_tile",
+        "parts", "part_size", "first_tile", "end_tile",
     ],
     do_not_specialize_on_alignment=[
         "topk_ids", "topk_weights", "expert_mask", "num_local_tokens"
@@ -34,58 +46,8 @@ _kernel = triton.jit(
 
 
 @triton.jit
-def _num_rows(num_tokens, num_local_tokens):
-    """Rows that are real: under expert parallelism only the device knows how many."""
-    rows = num_tokens
-    if num_local_tokens is not None:
-        rows = tl.minimum(tl.load(num_local_tokens), num_tokens)
-    return rows
-
-
-@triton.jit
-def _zero(pointer, size, tile, end, step, TILE: tl.constexpr):
-    """Zero the elements below `size` in tiles number `tile`, `tile + step`, ... before `end`.
-
-    Only the last tile is masked: whole tiles are 16-byte stores whatever `size` is.
-    """
-    offsets = tl.arange(0, TILE)
-    zeros = tl.zeros([TILE], pointer.dtype.element_ty)
-    whole = (size // TILE).to(tl.int32)
-    stop = tl.minimum(whole, end)
-    while tile < stop:
-        tl.store(pointer + tile.to(tl.int64) * TILE + offsets, zeros)
-        tile += step
-    if (tile == whole) & (tile < end):
-        last = whole.to(tl.int64) * TILE + offsets
-        tl.store(pointer + last, zeros, mask=last < size)
-
-
-@triton.jit
-def _load_ids(topk_ids, start, stop, num_experts, SIZE: tl.constexpr):
-    """Expert of each entry from `start`, -1 past `stop` and where the id is no expert."""
-    entry = start + tl.arange(0, SIZE)
-    ids = tl.load(topk_ids + entry, mask=entry < stop, other=-1)
-    return tl.where(ids < num_experts, tl.maximum(ids, -1), -1)
-
-
-@triton.jit
-def _load_visible_ids(topk_ids, expert_mask, start, stop, num_experts, SIZE: tl.constexpr):
-    """The same, -1 also where another rank has the expert."""
-    ids = _load_ids(topk_ids, start, stop, num_experts, SIZE)
-    if expert_mask is not None:
-        ids = tl.where(tl.load(expert_mask + tl.maximum(ids, 0)) != 0, ids, -1)
-    return ids
-
-
-@triton.jit
-def _histogram(ids, NUM_BINS: tl.constexpr):
-    """Entries of each of the first NUM_BINS experts, where there are no more."""
-    return tl.histogram(tl.maximum(ids, 0), NUM_BINS, mask=ids >= 0)
-
-
-@triton.jit
 def _histograms(ids, NUM_BINS: tl.constexpr, MORE_BINS: tl.constexpr, REST: tl.constexpr):
-    """The same, and of the MORE_BINS experts beyond: REST, or none.
+    """Entries of each of the first NUM_BINS experts, and of the MORE_BINS beyond: REST, or none.
 
     A bin is the lower bits of the id, tested once for both: `ids - NUM_BINS` spilled on AMD.
     """
@@ -95,7 +57,7 @@ def _histograms(ids, NUM_BINS: tl.constexpr, MORE_BINS: tl.constexpr, REST: tl.c
         beyond = (ids >= NUM_BINS) & (ids < NUM_BINS + REST)
         more = tl.histogram(ids & (REST - 1), REST, mask=beyond)
     else:
-        some = _histogram(ids, NUM_BINS)
+        some = histogram(ids, NUM_BINS)
         more = tl.zeros([REST], tl.int32)
     return some, more
 
@@ -104,12 +66,12 @@ def _histograms(ids, NUM_BINS: tl.constexpr, MORE_BINS: tl.constexpr, REST: tl.c
 def _count(topk_ids, at, stop, num_experts, NUM_BINS: tl.constexpr, TILE: tl.constexpr):
     """Entries per expert from `at` to `stop`."""
     total = tl.zeros([NUM_BINS], tl.int32)
-    ids = _load_ids(topk_ids, at, stop, num_experts, TILE)
+    ids = load_ids(topk_ids, at, stop, num_experts, TILE)
     while at < stop:
         # The next tile is on its way while this one is counted.
         at += TILE
-        next_ids = _load_ids(topk_ids, at, stop, num_experts, TILE)
-        total += _histogram(ids, NUM_BINS)
+        next_ids = load_ids(topk_ids, at, stop, num_experts, TILE)
+        total += histogram(ids, NUM_BINS)
         ids = next_ids
     return total
 
@@ -131,52 +93,6 @@ def _add_counts(counts, group, used, NUM_BINS: tl.constexpr, ROWS: tl.constexpr)
 
 
 @triton.jit
-def _visible(expert_mask, num_experts, NUM_BINS: tl.constexpr):
-    """Which bins are experts of this rank, and each one's index among them."""
-    expert = tl.arange(0, NUM_BINS)
-    local = expert
-    visible = expert < num_experts
-    if expert_mask is not None:
-        visible = tl.load(expert_mask + expert, mask=visible, other=0) != 0
-        local = tl.cumsum(visible.to(tl.int32), 0) - 1
-    return visible, local
-
-
-@triton.jit
-def _earlier(ids, entry, all_ids, all_entries, SIZE: tl.constexpr):
-    """How many of all entries, fewer than SIZE, have the expert of each entry and come before it.
-
-    An entry j comes before i within an expert if its key is smaller by 1 to i: one unsigned
-    comparison. Summed down the columns, of which one thread holds many rows.
-    """
-    key = ids * SIZE + entry
-    gap = (key[None, :] - 1 - (all_ids * SIZE + all_entries)[:, None]).to(tl.uint32, bitcast=True)
-    return tl.sum((gap < entry[None, :].to(tl.uint32)).to(tl.int32), 0)
-
-
-@triton.jit
-def _store_entries(
-    sorted_ids, sorted_weights, sorted_expert_ids, entry, weights, expert, target, keep, topk,
-    block_size,
-):  # fmt: skip
-    token = entry // topk
-    tl.store(sorted_ids + target, ((entry - token * topk) << 24) | token, mask=keep)
-    tl.store(sorted_weights + target, weights, mask=keep)
-    # A block's first entry is never padding, so it is the one that names the block's expert.
-    block = target // block_size
-    tl.store(sorted_expert_ids + block, expert, mask=keep & (block * block_size == target))
-
-
-@triton.jit
-def _store_padding(sorted_ids, place, end, offset, step, block_size, keep, padding):
-    """Every `step`th place from `place + offset` to `end`, fewer than block_size."""
-    while offset < block_size:
-        at = place + offset
-        tl.store(sorted_ids + at, padding, mask=keep & (at < end))
-        offset += step
-
-
-@triton.jit
 def _place_few(
     topk_ids, topk_weights, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
     expert_mask, rows, offset, topk, num_experts, block_size, pads,
@@ -188,7 +104,7 @@ def _place_few(
     """
     stop = rows * topk
     entry = tl.arange(0, TILE)
-    ids = _load_visible_ids(topk_ids, expert_mask, 0, stop, num_experts, TILE)
+    ids = load_visible_ids(topk_ids, expert_mask, 0, stop, num_experts, TILE)
     weights = tl.load(topk_weights + entry, mask=entry < stop)
     same = ids[:, None] == ids[None, :]
     # For each entry, how many have its expert, and in the upper half how many of them come before.
@@ -202,9 +118,9 @@ def _place_few(
     if offset < 0:
         expert = ids
         if expert_mask is not None:
-            _, local = _visible(expert_mask, num_experts, NUM_BINS)
+            _, local = visible_experts(expert_mask, num_experts, NUM_BINS)
             expert = tl.gather(local, tl.maximum(ids, 0), 0)
-        _store_entries(
+        store_entries(
             sorted_ids, sorted_weights, sorted_expert_ids, entry, weights, expert, start + rank,
             keep, topk, block_size,
         )  # fmt: skip
@@ -213,7 +129,7 @@ def _place_few(
             tl.store(num_valid_ids, tl.sum(leads.to(tl.int32), 0) * block_size)
             tl.store(num_valid_ids + 1, rows)
         end = start + tl.cdiv(count, block_size) * block_size
-        _store_padding(
+        store_padding(
             sorted_ids, start + count, end, offset, pads, block_size, keep & (rank == 0),
             (topk << 24) | rows,
         )  # fmt: skip
@@ -231,7 +147,7 @@ def _count_tiles(
     total = tl.zeros([NUM_BINS], tl.int32)
     more_before = tl.zeros([REST], tl.int32)
     more_total = tl.zeros([REST], tl.int32)
-    ids = _load_visible_ids(topk_ids, expert_mask, 0, stop, num_experts, TILE)
+    ids = load_visible_ids(topk_ids, expert_mask, 0, stop, num_experts, TILE)
     if ONE_TILE:
         total, more_total = _histograms(ids, NUM_BINS, MORE_BINS, REST)
     else:
@@ -240,7 +156,7 @@ def _count_tiles(
             # The next tile is on its way while this one is counted.
             is_before = at < split
             at += TILE
-            next_ids = _load_visible_ids(topk_ids, expert_mask, at, stop, num_experts, TILE)
+            next_ids = load_visible_ids(topk_ids, expert_mask, at, stop, num_experts, TILE)
             some, more = _histograms(ids, NUM_BINS, MORE_BINS, REST)
             total += some
             before += tl.where(is_before, some, 0)
@@ -266,10 +182,10 @@ def one_shot_kernel(
     FEW: up to TILE, placed by one program. ONE_TILE: TILE holds all entries.
     """
     program = tl.program_id(0)
-    rows = _num_rows(num_tokens, num_local_tokens)
+    rows = num_rows(num_tokens, num_local_tokens)
     if program >= chunks + pads:
         elements = rows.to(tl.int64) * model_dim
-        _zero(
+        zero(
             moe_buf, elements, program - chunks - pads, tl.cdiv(elements, FILL_TILE).to(tl.int32),
             tl.num_programs(0) - chunks - pads, FILL_TILE,
         )  # fmt: skip
@@ -283,10 +199,10 @@ def one_shot_kernel(
         stop = rows * topk
         start = program * CHUNK
         lane = tl.arange(0, CHUNK)
-        ids = _load_visible_ids(topk_ids, expert_mask, start, stop, num_experts, CHUNK)
+        ids = load_visible_ids(topk_ids, expert_mask, start, stop, num_experts, CHUNK)
         weights = tl.load(topk_weights + start + lane, mask=start + lane < stop)
         split = start // TILE * TILE
-        near_ids = _load_visible_ids(topk_ids, expert_mask, split, stop, num_experts, TILE)
+        near_ids = load_visible_ids(topk_ids, expert_mask, split, stop, num_experts, TILE)
         before, total, more_before, more_total = _count_tiles(
             topk_ids, expert_mask, split, stop, num_experts, NUM_BINS, MORE_BINS, TILE, ONE_TILE
         )
@@ -298,7 +214,7 @@ def one_shot_kernel(
         more_ends = valid + tl.cumsum(more_padded, 0)
         more_position = more_ends - more_padded
         if program < chunks:
-            rank = _earlier(ids, start - split + lane, near_ids, tl.arange(0, TILE), TILE)
+            rank = count_earlier(ids, start - split + lane, near_ids, tl.arange(0, TILE), TILE)
             target = tl.gather(position + before, tl.minimum(tl.maximum(ids, 0), NUM_BINS - 1), 0)
             if MORE_BINS > 0:
                 more = tl.minimum(tl.maximum(ids - NUM_BINS, 0), MORE_BINS - 1)
@@ -307,9 +223,9 @@ def one_shot_kernel(
             expert = ids
             if expert_mask is not None:
                 ALL_BINS: tl.constexpr = NUM_BINS * 2 if MORE_BINS > 0 else NUM_BINS
-                _, local = _visible(expert_mask, num_experts, ALL_BINS)
+                _, local = visible_experts(expert_mask, num_experts, ALL_BINS)
                 expert = tl.gather(local, tl.maximum(ids, 0), 0)
-            _store_entries(
+            store_entries(
                 sorted_ids, sorted_weights, sorted_expert_ids, start + lane, weights, expert,
                 target + rank, ids >= 0, topk, block_size,
             )  # fmt: skip
@@ -318,104 +234,74 @@ def one_shot_kernel(
             if program == chunks:
                 tl.store(num_valid_ids, valid + tl.sum(more_padded, 0))
                 tl.store(num_valid_ids + 1, rows)
-            _store_padding(
+            store_padding(
                 sorted_ids, position + total, ends, program - chunks, pads, block_size,
                 total > 0, padding,
             )  # fmt: skip
             if MORE_BINS > 0:
-                _store_padding(
+                store_padding(
                     sorted_ids, more_position + more_total, more_ends, program - chunks, pads,
                     block_size, more_total > 0, padding,
                 )  # fmt: skip
 
 
-@triton.jit
-def _place(
-    topk_ids, topk_weights, sorted_ids, sorted_weights, sorted_expert_ids, has_mask: tl.constexpr,
-    start, stop, ids, weights, position, local, topk, num_experts, block_size,
-    NUM_BINS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Place the entries from `start` to `stop`; `position` is where each expert's next one goes.
-
-    `ids` and `weights` are those of the first CHUNK, loaded early so that counting hides it.
-    """
-    lane = tl.arange(0, CHUNK)
-    while start < stop:
-        entry = start + lane
-        start += CHUNK
-        next_ids = _load_ids(topk_ids, start, stop, num_experts, CHUNK)
-        next_weights = tl.load(topk_weights + start + lane, mask=start + lane < stop)
-        index = tl.maximum(ids, 0)
-        target = tl.gather(position, index, 0) + _earlier(ids, lane, ids, lane, CHUNK)
-        expert = index
-        if has_mask:
-            expert = tl.gather(local, index, 0)
-        _store_entries(
-            sorted_ids, sorted_weights, sorted_expert_ids, entry, weights, expert, target,
-            (ids >= 0) & (target >= 0), topk, block_size,
-        )  # fmt: skip
-        if start < stop:
-            position += _histogram(ids, NUM_BINS)
-        ids = next_ids
-        weights = next_weights
-
-
-@triton.jit
-def _chunk_size(stop, chunks, CHUNK: tl.constexpr):
-    """Entries in a chunk, a multiple of CHUNK: the real ones, whose number the host does not know,
-    are evenly shared."""
-    return tl.cdiv(tl.cdiv(stop, chunks), CHUNK) * CHUNK
-
-
 @_kernel
 def count_kernel(
     topk_ids, counts, moe_buf, num_local_tokens,
-    num_tokens, topk, num_experts, model_dim, chunks, group, end_tile,
-    NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr,
+    num_tokens, topk, num_experts, model_dim, parts, part_size, end_tile,
+    NUM_BINS: tl.constexpr, SMALL_TILE: tl.constexpr, COUNT_TILE: tl.constexpr,
     FILL_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Entries per expert: a program counts `group` chunks into a row of `counts`. The programs
-    beyond zero the tiles of `moe_buf` before `end_tile`."""
+    """Entries per expert: each of `parts` programs counts `part_size` entries into a row of
+    `counts`; past the real ones there is none. The programs beyond zero the tiles of `moe_buf`
+    before `end_tile`."""
     program = tl.program_id(0)
-    groups = tl.cdiv(chunks, group)
-    rows = _num_rows(num_tokens, num_local_tokens)
-    if program >= groups:
+    rows = num_rows(num_tokens, num_local_tokens)
+    if program >= parts:
         elements = rows.to(tl.int64) * model_dim
-        step = tl.num_programs(0) - groups
-        _zero(moe_buf, elements, program - groups, end_tile, step, FILL_TILE)
+        step = tl.num_programs(0) - parts
+        zero(moe_buf, elements, program - parts, end_tile, step, FILL_TILE)
     else:
-        stop = rows * topk
-        size = group * _chunk_size(stop, chunks, CHUNK)
-        start = tl.minimum(program * size, stop)
-        end = tl.minimum(start + size, stop)
-        # A tile costs what it could hold, so few entries are counted in a small one.
-        if end - start <= CHUNK:
-            total = _count(topk_ids, start, end, num_experts, NUM_BINS, CHUNK)
-        else:
-            total = _count(topk_ids, start, end, num_experts, NUM_BINS, COUNT_TILE)
-        tl.store(counts + program * NUM_BINS + tl.arange(0, NUM_BINS), total)
+        start = program * part_size
+        end = tl.minimum(start + part_size, rows * topk)
+        if start < end:
+            # A tile costs what it could hold, so few entries are counted in a small one.
+            if end - start <= SMALL_TILE:
+                total = _count(topk_ids, start, end, num_experts, NUM_BINS, SMALL_TILE)
+            else:
+                total = _count(topk_ids, start, end, num_experts, NUM_BINS, COUNT_TILE)
+            tl.store(counts + program * NUM_BINS + tl.arange(0, NUM_BINS), total)
 
 
 @_kernel
 def scan_kernel(
     counts, moe_buf, num_local_tokens,
-    num_tokens, model_dim, chunks, first_tile, end_tile,
-    NUM_BINS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
+    num_tokens, topk, model_dim, parts, part_size, first_tile, end_tile,
+    NUM_BINS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Replace each row of `counts` by the sum of those before it, and add one row, their total: a
-    program for PART bins. The programs beyond zero `moe_buf` between two of its tiles."""
+    """Replace each row of `counts` by the sum of those before it, ROWS at once, and write their
+    total to row `parts`: a program for BINS of the bins. The programs beyond zero `moe_buf` between
+    two of its tiles."""
     program = tl.program_id(0)
-    if program >= NUM_BINS // PART:
-        elements = _num_rows(num_tokens, num_local_tokens).to(tl.int64) * model_dim
-        first, step = program - NUM_BINS // PART, tl.num_programs(0) - NUM_BINS // PART
-        _zero(moe_buf, elements, first_tile + first, end_tile, step, FILL_TILE)
+    rows = num_rows(num_tokens, num_local_tokens)
+    if program >= NUM_BINS // BINS:
+        elements = rows.to(tl.int64) * model_dim
+        first, step = program - NUM_BINS // BINS, tl.num_programs(0) - NUM_BINS // BINS
+        zero(moe_buf, elements, first_tile + first, end_tile, step, FILL_TILE)
     else:
-        row = tl.arange(0, ROWS)[:, None]
-        cells = counts + row * NUM_BINS + program * PART + tl.arange(0, PART)[None, :]
-        some = tl.load(cells, mask=row < chunks, other=0)
-        tl.store(cells, tl.cumsum(some, 0) - some, mask=row < chunks)
-        total = counts + chunks * NUM_BINS + program * PART + tl.arange(0, PART)
-        tl.store(total, tl.sum(some, 0))
+        used = tl.cdiv(rows * topk, part_size)
+        bins = counts + program * BINS + tl.arange(0, BINS)
+        row = tl.arange(0, ROWS)
+        before = tl.zeros([BINS], tl.int32)
+        first = used - used  # as a run-time value: the loop counts up from it
+        while first < used:
+            cells = bins[None, :] + (first + row)[:, None] * NUM_BINS
+            mask = (first + row < used)[:, None]
+            some = tl.load(cells, mask=mask, other=0)
+            tl.store(cells, before[None, :] + tl.cumsum(some, 0) - some, mask=mask)
+            before += tl.sum(some, 0)
+            first += ROWS
+        tl.store(bins + parts * NUM_BINS, before)
 
 
 @_kernel
@@ -423,58 +309,70 @@ def place_kernel(
     topk_ids, topk_weights, counts, sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids,
     moe_buf, expert_mask, num_local_tokens,
     num_tokens, topk, num_experts, block_size, model_dim, chunks, group, pads, first_tile,
-    NUM_BINS: tl.constexpr, CHUNK: tl.constexpr, COUNT_TILE: tl.constexpr,
+    NUM_BINS: tl.constexpr, CHUNK_BITS: tl.constexpr, COUNT_TILE: tl.constexpr,
     SCAN_ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
 ):  # fmt: skip
-    """`chunks` programs place entries, `pads` write padding, and the others zero `moe_buf` from its
-    tile `first_tile` on.
+    """`chunks` programs place 2**CHUNK_BITS entries each, `pads` write padding, and the others zero
+    `moe_buf` from its tile `first_tile` on.
 
-    counts: what `count_kernel` left, of which SCAN_ROWS are added up at once; or, where SCAN_ROWS
-    is 0, `scan_kernel`.
+    counts: what `count_kernel` left, a row for `group` chunks, of which SCAN_ROWS are added up at
+    once; or, where SCAN_ROWS is 0, what `scan_kernel` left, a row for each.
     """
     program = tl.program_id(0)
-    rows = _num_rows(num_tokens, num_local_tokens)
+    rows = num_rows(num_tokens, num_local_tokens)
     if program >= chunks + pads:
         elements = rows.to(tl.int64) * model_dim
-        _zero(
+        zero(
             moe_buf, elements, first_tile + program - chunks - pads,
             tl.cdiv(elements, FILL_TILE).to(tl.int32),
             tl.num_programs(0) - chunks - pads, FILL_TILE,
         )  # fmt: skip
     else:
+        CHUNK: tl.constexpr = 1 << CHUNK_BITS
         stop = rows * topk
-        size = _chunk_size(stop, chunks, CHUNK)
         # Programs from `chunks` on stand behind all entries: what comes next there is padding.
         chunk = tl.minimum(program, chunks)
-        start = tl.where(chunk < chunks, tl.minimum(chunk * size, stop), stop)
-        end = tl.minimum(start + size, stop)
-        if (start < end) | (chunk == chunks):
-            ids = _load_ids(topk_ids, start, end, num_experts, CHUNK)
-            entry = start + tl.arange(0, CHUNK)
-            weights = tl.load(topk_weights + entry, mask=entry < end)
+        start = tl.minimum(chunk * CHUNK, stop)
+        if (start < stop) | (chunk == chunks):
+            ids = load_ids(topk_ids, start, stop, num_experts, CHUNK)
+            lane = tl.arange(0, CHUNK)
+            weights = tl.load(topk_weights + start + lane, mask=start + lane < stop)
             if SCAN_ROWS > 0:
-                used = tl.cdiv(stop, tl.maximum(group * size, 1))
+                used = tl.cdiv(stop, group * CHUNK)
                 before, total = _add_counts(counts, chunk // group, used, NUM_BINS, SCAN_ROWS)
-                first = chunk // group * group * size  # entry that the chunk's group begins with
+                first = chunk // group * group * CHUNK  # entry that the chunk's group begins with
                 before += _count(topk_ids, first, start, num_experts, NUM_BINS, COUNT_TILE)
             else:
                 before = tl.load(counts + chunk * NUM_BINS + tl.arange(0, NUM_BINS))
                 total = tl.load(counts + chunks * NUM_BINS + tl.arange(0, NUM_BINS))
-            visible, local = _visible(expert_mask, num_experts, NUM_BINS)
+            visible, local = visible_experts(expert_mask, num_experts, NUM_BINS)
             padded = tl.where(visible, tl.cdiv(total, block_size) * block_size, 0)
             ends = tl.cumsum(padded, 0)
             position = tl.where(visible, ends - padded, HIDDEN) + before
             if chunk < chunks:
-                _place(
-                    topk_ids, topk_weights, sorted_ids, sorted_weights, sorted_expert_ids,
-                    expert_mask is not None, start, end, ids, weights, position, local,
-                    topk, num_experts, block_size, NUM_BINS, CHUNK,
+                if SCAN_ROWS > 0:
+                    place, index, keep = lane, tl.maximum(ids, 0), ids >= 0
+                    # Through shared memory: Triton for AMD would load them all into scalar
+                    # registers, of which there are too few.
+                    all_ids = tl.gather(ids, lane, 0)
+                    rank = count_earlier(ids, lane, all_ids, lane, CHUNK)
+                else:
+                    # Programs are many: sorting takes longer, but fewer instructions.
+                    place, index, rank, keep = by_expert(ids, NUM_BINS, CHUNK_BITS)
+                    weights = tl.gather(weights, place, 0)
+                target = tl.gather(position, index, 0) + rank
+                expert = index
+                if expert_mask is not None:
+                    expert = tl.gather(local, index, 0)
+                store_entries(
+                    sorted_ids, sorted_weights, sorted_expert_ids, start + place, weights, expert,
+                    target, keep & (target >= 0), topk, block_size,
                 )  # fmt: skip
             else:
                 if program == chunks:
                     tl.store(num_valid_ids, tl.sum(padded, 0))
                     tl.store(num_valid_ids + 1, rows)
-                _store_padding(
+                store_padding(
                     sorted_ids, position, ends, program - chunks, pads, block_size, visible,
                     (topk << 24) | rows,
                 )  # fmt: skip

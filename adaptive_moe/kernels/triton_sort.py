@@ -63,14 +63,16 @@ class Tuning:
     """Sizes tuned on an H200 (calibration/bench_triton_kernels.py); none changes a result.
 
     tiles        of one-shot, smallest first; with more entries it is multi-phase
-    chunk        entries that a program of multi-phase places at once
-    max_chunks   programs of multi-phase that place
+    chunks       entries that a program of multi-phase places, powers of two: in two launches, in
+                 three, and with more than most_entries
     max_rows     of counts, each of as few chunks as that allows; every program adds them up
     many_counts  a third launch adds up the counts from so many entries times bins on, of which at
                  least 256 count
-    many_chunks  programs that place then, a power of two: each has a row of counts
-    count_tile   entries counted at once
+    most_entries  sorted with the middle one of chunks
+    scan_rows    of counts are added up at once in the third, a power of two
     scan_tile    counts added up at once
+    count_tile   entries counted at once
+    small_tile   the same where there are no more
     fill_tiles   tiles of moe_buf zeroed beside counting, for each bin, where there are two
                  launches and a large buffer: about what is done while others count
     fill_shares  one in so many bytes of moe_buf is zeroed beside counting, and one beside adding
@@ -87,17 +89,19 @@ class Tuning:
         Tile(32, 32, 32, 4),
         Tile(128, 128, 16, 4),
         Tile(256, 256, 16, 4),
+        Tile(512, 512, 16, 4, range(257, 385)),
         Tile(4096, 256, 32, 4, range(1, 257)),
         Tile(1024, 256, 32, 4, range(257, 385)),
         Tile(4096, 512, 32, 4, range(257, MAX_EXPERTS + 1)),
     )
-    chunk: int = 128
-    max_chunks: int = 256
+    chunks: tuple[int, int, int] = (128, 256, 512)
     max_rows: int = 64
     many_counts: int = 1 << 24
-    many_chunks: int = 512
-    count_tile: int = 512
+    most_entries: int = 1 << 17
+    scan_rows: int = 512
     scan_tile: int = 4096
+    count_tile: int = 512
+    small_tile: int = 256
     num_warps: int = 4
     fill_tiles: int = 4
     fill_shares: tuple[int, int] = (4, 8)
@@ -116,8 +120,7 @@ TUNING = Tuning()
 class Launch:
     """One launch, but for the tensors of a call.
 
-    programs   how many; none where it is only to be compiled and loaded, with constants for which
-               the kernel finds nothing to do
+    programs   how many; none where it is only to be compiled and loaded
     variant    tells apart what the kernel is compiled for
     constants  the arguments after the tensors
     run        launches it, once it is compiled
@@ -204,7 +207,7 @@ def _launch(launch: Launch, tensors: _Tensors) -> None:
                 *tensors, *launch.constants, num_warps=launch.num_warps
             )
             return
-        launch.run = compiled[(max(1, launch.programs), 1, 1)]
+        launch.run = compiled[(launch.programs, 1, 1)]
     assert tensors[0] is not None
     launch.run(
         *[None if tensor is None else tensor.data_ptr() for tensor in tensors],
@@ -280,7 +283,10 @@ def moe_sorting(
     int32, float32 = topk_ids.new_empty, topk_weights.new_empty
     sorted_ids, sorted_weights = int32(bound.length), float32(bound.length)
     sorted_expert_ids, num_valid_ids = int32(bound.blocks), int32(2)
-    moe_buf = torch.empty(bound.buffer, dtype=moebuf_dtype, device=topk_ids.device)
+    # torch.empty takes 1 us longer.
+    moe_buf = torch.empty_strided(
+        bound.buffer, (bound.buffer[1], 1), dtype=moebuf_dtype, device=topk_ids.device
+    )
     outputs = (sorted_ids, sorted_weights, sorted_expert_ids, num_valid_ids, moe_buf)
     one_shot: _Tensors = (topk_ids, topk_weights, *outputs, expert_mask, num_local_tokens)
     place = one_shot
@@ -294,13 +300,9 @@ def moe_sorting(
         launches.append((bound.sort, place))
     if is_new:
         ahead = [
-            (launch, place if launch.kernel is place_kernel else one_shot)
-            for launch in bound.ahead
-            if launch.variant not in _compiled
+            (launch, place if launch.kernel is place_kernel else one_shot) for launch in bound.ahead
         ]
         _compile([*launches, *ahead])
-        # With nothing to do, so that a capture neither compiles nor loads.
-        launches += [(launch, with_) for launch, with_ in ahead if launch.variant in _compiled]
     for launch, tensors in launches:
         _launch(launch, tensors)
     if is_new:
@@ -331,8 +333,9 @@ def _bind(
     buffer = (num_tokens, model_dim) if accumulate or has_mask else (0, 0)
     size = buffer[0] * buffer[1]
     tiles = -(-size // tuning.fill_tile)
-    # On AMD, Triton addresses a buffer under 2 GiB with 32 bits.
-    large = size * dtype.itemsize >= 1 << 31
+    bins = _all_bins(num_experts)
+    # On AMD, Triton addresses a buffer under 2 GiB with 32 bits: moe_buf, and the workspace.
+    large = (size * dtype.itemsize >= 1 << 31, entries // tuning.chunks[1] * bins * 4 >= 1 << 31)
     variant = (topk_ids.device, dtype, large, has_mask, has_local, tuning)
 
     def fills(tiles: int) -> int:
@@ -351,13 +354,11 @@ def _bind(
             continue
         few = tile.chunk == tile.size
         # A few entries need bins only for the experts' indices among those of this rank.
-        bins, more = _bins(num_experts)
-        if few:
-            bins, more = _all_bins(num_experts) if has_mask else 32, 0
-        name: tuple[object, ...] = ("one-shot", tile, bins, more, *variant)
+        some, more = (bins if has_mask else 32, 0) if few else _bins(num_experts)
+        name: tuple[object, ...] = ("one-shot", tile, some, more, *variant)
         is_one = tile.entries == tile.size
         constants: tuple[int, ...] = (
-            bins, more, few, is_one, tile.size, tile.chunk, tuning.fill_tile
+            some, more, few, is_one, tile.size, tile.chunk, tuning.fill_tile
         )  # fmt: skip
         if entries > tile.entries:
             batch = (0, topk, num_experts, block_size, 0, 0, 0)
@@ -369,52 +370,60 @@ def _bind(
         sort = Launch(one_shot_kernel, programs, tile.num_warps, name, (*batch, *constants))
         return _Bound(length, blocks, buffer, sort, ahead=tuple(ahead))
 
-    bins = _all_bins(num_experts)
     many = entries * max(bins, 256) >= tuning.many_counts
-    most = tuning.many_chunks if many else tuning.max_chunks
-    chunks = max(1, min(-(-entries // tuning.chunk), most))
+    step = many + (many and entries > tuning.most_entries)
+    chunk, chunks = tuning.chunks[step], max(1, -(-entries // tuning.chunks[step]))
     group = 1 if many else -(-chunks // tuning.max_rows)
-    groups = -(-chunks // group)
+    parts = -(-chunks // group)
+    add_rows = (max(1, tuning.scan_tile // bins), 0, 0)  # of each step
+
+    def place(step: int, programs: int, *batch: int) -> Launch:
+        constants = (
+            bins, _bits(tuning.chunks[step]), tuning.count_tile, add_rows[step], tuning.fill_tile
+        )  # fmt: skip
+        name = ("place", bins, step, *variant)
+        return Launch(place_kernel, programs, tuning.num_warps, name, (*batch, *constants))
+
     first = min(tiles // 3, tuning.fill_tiles * bins) if tiles > tuning.many_tiles else 0
-    scan, scan_rows, ends = None, max(1, tuning.scan_tile // bins), (first, first)
+    scan, ends = None, (first, first)
     if many:
-        nothing: tuple[int, ...] = (0, topk, num_experts, block_size, 0, 0, 1, 0, 0)
-        constants = (bins, tuning.chunk, tuning.count_tile, scan_rows, tuning.fill_tile)
-        name = ("place", bins, scan_rows, *variant)
-        ahead.append(Launch(place_kernel, 0, tuning.num_warps, name, (*nothing, *constants)))
         first = tiles // tuning.fill_shares[0]
-        ends, scan_rows = (first, first + tiles // tuning.fill_shares[1]), 0
-        part = min(bins, tuning.scan_tile // tuning.many_chunks)
+        ends = (first, first + tiles // tuning.fill_shares[1])
+        some = min(bins, tuning.scan_tile // tuning.scan_rows)
         scan = Launch(
-            scan_kernel, bins // part + fills(ends[1] - ends[0]), tuning.num_warps,
+            scan_kernel, bins // some + fills(ends[1] - ends[0]), tuning.num_warps,
             ("scan", bins, *variant),
-            (num_tokens, buffer[1], chunks, *ends, bins, part, tuning.many_chunks,
+            (num_tokens, topk, buffer[1], parts, chunk, *ends, bins, some, tuning.scan_rows,
              tuning.fill_tile),
         )  # fmt: skip
     count = Launch(
-        count_kernel, groups + fills(ends[0]), tuning.num_warps, ("count", bins, *variant),
-        (num_tokens, topk, num_experts, buffer[1], chunks, group, ends[0],
-         bins, tuning.chunk, tuning.count_tile, tuning.fill_tile),
+        count_kernel, parts + fills(ends[0]), tuning.num_warps, ("count", bins, *variant),
+        (num_tokens, topk, num_experts, buffer[1], parts, group * chunk, ends[0],
+         bins, tuning.small_tile, tuning.count_tile, tuning.fill_tile),
     )  # fmt: skip
-    place = Launch(
-        place_kernel, chunks + tuning.pads + fills(tiles - ends[1]), tuning.num_warps,
-        ("place", bins, scan_rows, *variant),
-        (num_tokens, topk, num_experts, block_size, buffer[1], chunks, group, tuning.pads, ends[1],
-         bins, tuning.chunk, tuning.count_tile, scan_rows, tuning.fill_tile),
+    sort = place(
+        step, chunks + tuning.pads + fills(tiles - ends[1]),
+        num_tokens, topk, num_experts, block_size, buffer[1], chunks, group, tuning.pads, ends[1],
     )  # fmt: skip
-    workspace = (groups + 1) * bins
-    return _Bound(length, blocks, buffer, place, workspace, count, scan, tuple(ahead))
+    fewer = (0, topk, num_experts, block_size, 0, 0, 1, 0, 0)
+    ahead = [place(fewer_step, 0, *fewer) for fewer_step in range(step)]
+    return _Bound(length, blocks, buffer, sort, (parts + 1) * bins, count, scan, tuple(ahead))
+
+
+def _bits(size: int) -> int:
+    """The least b for which 2**b is at least `size`."""
+    return (size - 1).bit_length()
 
 
 def _all_bins(num_experts: int) -> int:
-    return max(32, 1 << (num_experts - 1).bit_length())
+    return max(32, 1 << _bits(num_experts))
 
 
 def _bins(num_experts: int) -> tuple[int, int]:
     """Bins for so many experts, in one power of two or, of many, in two that are much smaller."""
     bins = _all_bins(num_experts)
     lower = bins // 2
-    rest = max(32, 1 << (num_experts - lower - 1).bit_length())
+    rest = max(32, 1 << _bits(num_experts - lower))
     return (lower, rest) if lower > max(64, rest) else (bins, 0)
 
 

@@ -123,3 +123,27 @@ def test_clocks_time_what_they_are_given_and_graphs_may_come_and_go(situation):
         assert sample()().device_us > 0.0
         del sample
     assert value[0].item() > 0
+
+
+def test_after_a_call_with_the_most_tokens_any_fewer_can_be_captured():
+    from adaptive_moe.kernels import cpu_sort, triton_sort
+
+    def sort(sort_by, ids, policy):
+        weights = torch.ones_like(ids, dtype=torch.float32)
+        return sort_by(ids, weights, 300, 64, torch.float32, 32, None, None, policy)
+
+    drawn = torch.rand(40_000, 300).topk(8).indices.int()
+    for policy, most in ((1, 500), (2, 40_000)):
+        sort(triton_sort.moe_sorting, drawn[:most].cuda(), policy)
+        compiled = set(triton_sort._compiled)
+        for num_tokens in (1, 3, 10, 20, 100, most // 2):
+            ids = drawn[:num_tokens].cuda()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = sort(triton_sort.moe_sorting, ids, policy)
+            graph.replay()
+            wanted = sort(cpu_sort.moe_sorting, drawn[:num_tokens], policy)
+            num_valid = int(wanted[3][0])
+            assert found[3].tolist() == wanted[3].tolist()
+            assert found[0][:num_valid].tolist() == wanted[0][:num_valid].tolist()
+        assert set(triton_sort._compiled) == compiled

@@ -65,9 +65,10 @@ def cases() -> dict[str, dict[str, object]]:
         named[f"{routing}, mask {mask}, {local} real rows"] = {
             "routing": routing, "mask": mask, "local": local
         }  # fmt: skip
-    # Small tiles reach at small sizes what otherwise takes thousands of tokens: several rounds in
-    # a chunk, chunks without entries, several tiles of counts, several tiles to count.
-    for tokens, mask, local in itertools.product((1, 37, 130), (None, "half"), (None, 3, 29)):
+    # Small tiles reach at small sizes what otherwise takes thousands of tokens: chunks without
+    # entries, several chunks and several tiles in a row of counts, more rows than are added up at
+    # once, both kinds of three launches.
+    for tokens, mask, local in itertools.product((1, 33, 37, 130), (None, "half"), (None, 3, 29)):
         named[f"small tiles, {tokens} tokens, mask {mask}, {local} real rows"] = {
             "tokens": tokens, "mask": mask, "local": local, "routing": "skewed", "small": True
         }  # fmt: skip
@@ -205,14 +206,16 @@ def run_cases() -> dict[str, list[str]]:
     small = replace(
         usual,
         tiles=(Tile(16, 16, 16, 1), Tile(32, 32, 16, 1), Tile(4096, 32, 16, 1)),
-        chunk=16,
-        max_chunks=5,
+        chunks=(16, 32, 64),
         max_rows=2,
-        many_counts=300 * 256,
+        many_counts=140 * 256,
+        most_entries=300,
         fill_tile=64,
         fill_tiles=1,
-        many_chunks=4,
+        scan_rows=4,
+        scan_tile=256,
         count_tile=32,
+        small_tile=16,
         many_tiles=1,
         max_fills=3,
         local_fills=2,

@@ -29,7 +29,8 @@ LARGE = ((512, 8, 300, 1), (128, 8, 1100, 2), (257, 9, 930, 2), (8, 2, 600, 1), 
 class Case:
     """routing: uniform, skewed or one expert; padded: which rows are -1, none, some or all.
 
-    rows: how many are real, where the call says so on the device. many_counts: as in Tuning.
+    rows: how many are real, where the call says so on the device. many_counts, most_entries: as in
+    Tuning.
     """
 
     experts: int
@@ -45,6 +46,7 @@ class Case:
     rows: int | None = None
     rounded: bool = True
     many_counts: int = 1 << 24
+    most_entries: int = 1 << 17
     seed: int = 0
 
     def inputs(self) -> SortingInputs:
@@ -91,8 +93,9 @@ def random_case(seed: int) -> Case:
         masked=rng.random() < 0.5,
         rows=rng.choice((None, None, 0, tokens, rng.randint(0, tokens))),
         rounded=rng.random() < 0.5,
-        # A run-time choice: three launches for batches that would be sorted in two.
+        # Run-time choices: three launches for batches that would be sorted in two, larger chunks.
         many_counts=rng.choice((1, 1 << 24)),
+        most_entries=rng.choice((0, 1 << 17)),
         seed=seed,
     )
 
@@ -103,7 +106,7 @@ def problems_of(case: Case, target: str) -> list[str]:
     # Run-time choices, too: programs that pad and that zero take most of a small sort.
     tuning = replace(
         triton_sort.TUNING, pads=3, few_fills=3, max_fills=3, local_fills=3, many_tiles=2,
-        many_counts=case.many_counts,
+        many_counts=case.many_counts, most_entries=case.most_entries,
     )  # fmt: skip
     cdna.RCP = case.seed % 3 - 1
     kept, triton_sort.TUNING = triton_sort.TUNING, tuning

@@ -303,6 +303,7 @@ def define(to: str, sources: str, functions) -> None:
 define("vu32", "vu32 vu32 vu32", {
     "v_mov_b32": lambda a: a, "v_not_b32": operator.invert, "v_bfrev_b32": reverse,
     "v_and_b32": operator.and_, "v_or_b32": operator.or_, "v_xor_b32": operator.xor,
+    "v_xnor_b32": lambda a, b: ~(a ^ b),
     "v_add_u32": operator.add, "v_sub_u32": operator.sub, "v_subrev_u32": lambda a, b: b - a,
     "v_sub_u32 clamp": lambda a, b: np.where(a < b, U32(0), a - b),
     "v_max_u32": np.maximum, "v_min_u32": np.minimum, "v_mul_lo_u32": operator.mul,

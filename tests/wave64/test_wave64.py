@@ -18,6 +18,7 @@ CASES = {
     "several tiles": Case(72, 6, 120, 1, padded="none"),
     "two launches": Case(33, 4, 70, 2, routing="skewed", model_dim=200),
     "three launches": Case(72, 6, 60, 2, many_counts=1),
+    "three launches, larger chunks": Case(72, 6, 100, 2, many_counts=1, most_entries=0),
 }
 
 
