@@ -406,7 +406,7 @@ def _bind(
         num_tokens, topk, num_experts, block_size, buffer[1], chunks, group, tuning.pads, ends[1],
     )  # fmt: skip
     fewer = (0, topk, num_experts, block_size, 0, 0, 1, 0, 0)
-    ahead = [place(fewer_step, 0, *fewer) for fewer_step in range(step)]
+    ahead += [place(fewer_step, 0, *fewer) for fewer_step in range(step)]
     return _Bound(length, blocks, buffer, sort, (parts + 1) * bins, count, scan, tuple(ahead))
 
 
