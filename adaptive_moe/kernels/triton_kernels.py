@@ -352,12 +352,13 @@ def place_kernel(
             if chunk < chunks:
                 if SCAN_ROWS > 0:
                     place, index, keep = lane, tl.maximum(ids, 0), ids >= 0
-                    # Through shared memory: Triton for AMD would load them all into scalar
-                    # registers, of which there are too few.
+                    # By way of shared memory: else Triton for AMD loads all ids into scalar
+                    # registers, and there are too few.
                     all_ids = tl.gather(ids, lane, 0)
                     rank = count_earlier(ids, lane, all_ids, lane, CHUNK)
                 else:
-                    # Programs are many: sorting takes longer, but fewer instructions.
+                    # Fewer instructions, each of which waits for the one before: for programs that
+                    # are many.
                     place, index, rank, keep = by_expert(ids, NUM_BINS, CHUNK_BITS)
                     weights = tl.gather(weights, place, 0)
                 target = tl.gather(position, index, 0) + rank
