@@ -105,11 +105,11 @@ def source(recorded: Recorded, backend: str) -> ASTSource:
     ):
         if isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-            if parameter.do_not_specialize_on_alignment:
-                attributes[(i,)] = []
-            # What Triton adds on AMD for buffers under 2 GiB; a larger one is a variant.
-            if backend == "hip" and not (parameter.name == "moe_buf" and value.nbytes >= 1 << 31):
+            attributes[(i,)] = []
+            if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+                attributes[(i,)] += [["tt.divisibility", 16]]
+            # What Triton adds on AMD for buffers under 2 GiB, as all are but for moe_buf.
+            if backend == "hip" and not parameter.do_not_specialize:
                 attributes[(i,)] += [["tt.pointer_range", 32]]
         elif parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"

@@ -106,7 +106,7 @@ def guarded_memory(
 
     outputs: what the next calls get instead, in that order, where shape and dtype are theirs.
     """
-    real = torch.empty, torch.empty_strided, Tensor.new_empty
+    real_empty, real_strided, real_new = torch.empty, torch.empty_strided, Tensor.new_empty
     place, guards = iter(outputs), []
 
     def empty(*size: Any, dtype: torch.dtype, device: Any = None) -> Tensor:
@@ -125,14 +125,16 @@ def guarded_memory(
 
     def new_empty(tensor: Tensor, size: int, **options: Any) -> Tensor:
         if options:  # Triton's interpreter
-            return real[2](tensor, size, **options)
+            return real_new(tensor, size, **options)
         return empty(size, dtype=tensor.dtype, device=tensor.device)
 
     torch.empty, torch.empty_strided, Tensor.new_empty = empty, empty_strided, new_empty
     try:
         yield guards
     finally:
-        torch.empty, torch.empty_strided, Tensor.new_empty = real
+        torch.empty, torch.empty_strided, Tensor.new_empty = (
+            real_empty, real_strided, real_new
+        )  # fmt: skip
 
 
 class Memory:

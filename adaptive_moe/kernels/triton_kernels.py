@@ -33,11 +33,11 @@ from adaptive_moe.kernels.triton_parts import (
 HIDDEN = tl.constexpr(-(1 << 30))  # where hidden experts start: their positions stay negative
 
 # While serving, a token count that happens to be 1 or a multiple of 16 must not start a
-# compilation, nor must an input that is a slice, aligned to nothing.
+# compilation, nor must an input that is a slice, aligned to nothing, nor a buffer of 2 GiB.
 _kernel = triton.jit(
     do_not_specialize=[
         "num_tokens", "topk", "num_experts", "block_size", "model_dim", "chunks", "group", "pads",
-        "parts", "part_size", "first_tile", "end_tile",
+        "parts", "part_size", "first_tile", "end_tile", "moe_buf",
     ],
     do_not_specialize_on_alignment=[
         "topk_ids", "topk_weights", "expert_mask", "num_local_tokens"
@@ -77,17 +77,17 @@ def _count(topk_ids, at, stop, num_experts, NUM_BINS: tl.constexpr, TILE: tl.con
 
 
 @triton.jit
-def _add_counts(counts, group, used, NUM_BINS: tl.constexpr, ROWS: tl.constexpr):
-    """Sums of the first `used` rows that `count_kernel` left: of those before `group`, and all."""
+def _add_counts(counts, at, used, NUM_BINS: tl.constexpr, ROWS: tl.constexpr):
+    """Sums of the first `used` rows that `count_kernel` left: of those before row `at`, and all."""
     before = tl.zeros([ROWS, NUM_BINS], tl.int32)
     total = tl.zeros([ROWS, NUM_BINS], tl.int32)
     cells = tl.arange(0, ROWS)[:, None] * NUM_BINS + tl.arange(0, NUM_BINS)[None, :]
-    first = group - group  # as a run-time value: the loop counts up from it
+    first = at - at  # as a run-time value: the loop counts up from it
     while first < used:
         row = first + tl.arange(0, ROWS)[:, None]
         some = tl.load(counts + first * NUM_BINS + cells, mask=row < used, other=0)
         total += some
-        before += tl.where(row < group, some, 0)
+        before += tl.where(row < at, some, 0)
         first += ROWS
     return tl.sum(before, 0), tl.sum(total, 0)
 
@@ -253,8 +253,8 @@ def count_kernel(
     FILL_TILE: tl.constexpr,
 ):  # fmt: skip
     """Entries per expert: each of `parts` programs counts `part_size` entries into a row of
-    `counts`; past the real ones there is none. The programs beyond zero the tiles of `moe_buf`
-    before `end_tile`."""
+    `counts`; rows without real entries are not written. The programs beyond zero the tiles of
+    `moe_buf` before `end_tile`."""
     program = tl.program_id(0)
     rows = num_rows(num_tokens, num_local_tokens)
     if program >= parts:
@@ -280,8 +280,8 @@ def scan_kernel(
     NUM_BINS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
 ):  # fmt: skip
     """Replace each row of `counts` by the sum of those before it, ROWS at once, and write their
-    total to row `parts`: a program for BINS of the bins. The programs beyond zero `moe_buf` between
-    two of its tiles."""
+    total to row `parts`: a program for BINS of the bins. The programs beyond zero the tiles of
+    `moe_buf` from `first_tile` on, before `end_tile`."""
     program = tl.program_id(0)
     rows = num_rows(num_tokens, num_local_tokens)
     if program >= NUM_BINS // BINS:
@@ -310,13 +310,13 @@ def place_kernel(
     moe_buf, expert_mask, num_local_tokens,
     num_tokens, topk, num_experts, block_size, model_dim, chunks, group, pads, first_tile,
     NUM_BINS: tl.constexpr, CHUNK_BITS: tl.constexpr, COUNT_TILE: tl.constexpr,
-    SCAN_ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
+    ADD_ROWS: tl.constexpr, FILL_TILE: tl.constexpr,
 ):  # fmt: skip
     """`chunks` programs place 2**CHUNK_BITS entries each, `pads` write padding, and the others zero
     `moe_buf` from its tile `first_tile` on.
 
-    counts: what `count_kernel` left, a row for `group` chunks, of which SCAN_ROWS are added up at
-    once; or, where SCAN_ROWS is 0, what `scan_kernel` left, a row for each.
+    counts: what `count_kernel` left, a row for `group` chunks, of which ADD_ROWS are added up at
+    once; or, where ADD_ROWS is 0, what `scan_kernel` left: a row for each chunk, and the total.
     """
     program = tl.program_id(0)
     rows = num_rows(num_tokens, num_local_tokens)
@@ -337,9 +337,9 @@ def place_kernel(
             ids = load_ids(topk_ids, start, stop, num_experts, CHUNK)
             lane = tl.arange(0, CHUNK)
             weights = tl.load(topk_weights + start + lane, mask=start + lane < stop)
-            if SCAN_ROWS > 0:
+            if ADD_ROWS > 0:
                 used = tl.cdiv(stop, group * CHUNK)
-                before, total = _add_counts(counts, chunk // group, used, NUM_BINS, SCAN_ROWS)
+                before, total = _add_counts(counts, chunk // group, used, NUM_BINS, ADD_ROWS)
                 first = chunk // group * group * CHUNK  # entry that the chunk's group begins with
                 before += _count(topk_ids, first, start, num_experts, NUM_BINS, COUNT_TILE)
             else:
@@ -350,15 +350,14 @@ def place_kernel(
             ends = tl.cumsum(padded, 0)
             position = tl.where(visible, ends - padded, HIDDEN) + before
             if chunk < chunks:
-                if SCAN_ROWS > 0:
+                if ADD_ROWS > 0:
                     place, index, keep = lane, tl.maximum(ids, 0), ids >= 0
                     # By way of shared memory: else Triton for AMD loads all ids into scalar
                     # registers, and there are too few.
                     all_ids = tl.gather(ids, lane, 0)
                     rank = count_earlier(ids, lane, all_ids, lane, CHUNK)
                 else:
-                    # Fewer instructions, each of which waits for the one before: for programs that
-                    # are many.
+                    # For one program this takes longer, for many less: it has fewer instructions.
                     place, index, rank, keep = by_expert(ids, NUM_BINS, CHUNK_BITS)
                     weights = tl.gather(weights, place, 0)
                 target = tl.gather(position, index, 0) + rank

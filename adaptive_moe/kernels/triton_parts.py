@@ -29,12 +29,14 @@ def zero(pointer, size, tile, end, step, TILE: tl.constexpr):
     zeros = tl.zeros([TILE], pointer.dtype.element_ty)
     whole = (size // TILE).to(tl.int32)
     stop = tl.minimum(whole, end)
+    # Torch's buffers are aligned, which Triton is told here: not to compile for each alignment.
     while tile < stop:
-        tl.store(pointer + tile.to(tl.int64) * TILE + offsets, zeros)
+        tl.store(tl.multiple_of(pointer + tile.to(tl.int64) * TILE, 16) + offsets, zeros)
         tile += step
     if (tile == whole) & (tile < end):
-        last = whole.to(tl.int64) * TILE + offsets
-        tl.store(pointer + last, zeros, mask=last < size)
+        first = whole.to(tl.int64) * TILE
+        at = tl.multiple_of(pointer + first, 16) + offsets
+        tl.store(at, zeros, mask=first + offsets < size)
 
 
 @triton.jit
@@ -56,7 +58,7 @@ def load_visible_ids(topk_ids, expert_mask, start, stop, num_experts, SIZE: tl.c
 
 @triton.jit
 def histogram(ids, NUM_BINS: tl.constexpr):
-    """Entries of each of the first NUM_BINS experts, where there are no more."""
+    """Entries of each expert, of whom there are at most NUM_BINS."""
     return tl.histogram(tl.maximum(ids, 0), NUM_BINS, mask=ids >= 0)
 
 
@@ -74,7 +76,8 @@ def visible_experts(expert_mask, num_experts, NUM_BINS: tl.constexpr):
 
 @triton.jit
 def count_earlier(ids, entry, all_ids, all_entries, SIZE: tl.constexpr):
-    """How many of all entries, fewer than SIZE, have the expert of each entry and come before it.
+    """How many of all entries have the expert of each entry and come before it. Entries are numbers
+    below SIZE.
 
     An entry j comes before i within an expert if its key is smaller by 1 to i: one unsigned
     comparison. Summed down the columns, of which one thread holds many rows.
@@ -108,7 +111,8 @@ def _sort(keys, BITS: tl.constexpr):
 @triton.jit
 def by_expert(ids, NUM_BINS: tl.constexpr, BITS: tl.constexpr):
     """2**BITS entries in the order of their experts, those of none last: place of each among `ids`,
-    expert, how many with that expert come before it, and whether it has one."""
+    expert, how many with that expert come before it, and whether it has one (else the others mean
+    nothing)."""
     lane = tl.arange(0, 1 << BITS)
     key = _sort((tl.where(ids >= 0, ids, NUM_BINS) << BITS) + lane, BITS)
     expert = tl.minimum(key >> BITS, NUM_BINS - 1)

@@ -68,11 +68,11 @@ class Tuning:
     max_rows     of counts, each of as few chunks as that allows; every program adds them up
     many_counts  a third launch adds up the counts from so many entries times bins on, of which at
                  least 256 count
-    most_entries  sorted with the middle one of chunks
-    scan_rows    of counts are added up at once in the third, a power of two
+    most_entries  that three launches sort in chunks of the middle size
+    scan_rows    of counts that the third launch adds up at once, a power of two
     scan_tile    counts added up at once
     count_tile   entries counted at once
-    small_tile   the same where there are no more
+    small_tile   the same, of programs with no more than that to count
     fill_tiles   tiles of moe_buf zeroed beside counting, for each bin, where there are two
                  launches and a large buffer: about what is done while others count
     fill_shares  one in so many bytes of moe_buf is zeroed beside counting, and one beside adding
@@ -245,10 +245,10 @@ def moe_sorting(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort routed entries by expert, each expert's group padded to a multiple of `block_size`.
 
-    topk_ids int32 and topk_weights float32, both [M, topk], contiguous, on the current device. Ids
-    that are no expert, and experts that `expert_mask` (int32 [num_experts], 0 = on another rank)
-    hides, are dropped. Where `num_local_tokens` (int32 [1]) is given, only so many rows are real;
-    it is read on the device alone. With L real rows, the five results are
+    topk_ids int32 and topk_weights float32, both [M, topk], on the current device. Ids that are no
+    expert, and experts that `expert_mask` (int32 [num_experts], 0 = on another rank) hides, are
+    dropped. All three are contiguous. Where `num_local_tokens` (int32 [1]) is given, only so many
+    rows are real; it is read on the device alone. With L real rows, the five results are
 
     sorted_ids int32 [buffer_length(..., rounded=rounded)]: `slot << 24 | token`, grouped by
         expert, in the order of the input within one; padding is `topk << 24 | L`
@@ -259,13 +259,15 @@ def moe_sorting(
         itself (`accumulate=False`) and no expert is hidden
 
     Nothing waits for the device, so a call can be captured into a graph. The first call of a kind
-    compiles, and for one-shot also what sorts fewer tokens: before a capture, call each policy with
-    the fewest and the most tokens that it will have.
+    compiles, also what sorts fewer tokens: before a capture, call each policy with the fewest and
+    the most tokens that it will have.
     """
     key = (
         topk_ids.shape, topk_weights.shape, topk_ids.dtype, topk_weights.dtype, topk_ids.device,
         num_experts, model_dim, moebuf_dtype, block_size,
-        None if expert_mask is None else (expert_mask.dtype, expert_mask.shape),
+        None if expert_mask is None else (
+            expert_mask.dtype, expert_mask.shape, expert_mask.stride()
+        ),
         None if num_local_tokens is None else num_local_tokens.dtype,
         dispatch_policy, accumulate, rounded,
     )  # fmt: skip
@@ -331,12 +333,9 @@ def _bind(
     length = buffer_length(num_tokens, topk, num_experts, block_size, rounded=rounded)
     blocks = -(-length // block_size)
     buffer = (num_tokens, model_dim) if accumulate or has_mask else (0, 0)
-    size = buffer[0] * buffer[1]
-    tiles = -(-size // tuning.fill_tile)
+    tiles = -(-buffer[0] * buffer[1] // tuning.fill_tile)
     bins = _all_bins(num_experts)
-    # On AMD, Triton addresses a buffer under 2 GiB with 32 bits: moe_buf, and the workspace.
-    large = (size * dtype.itemsize >= 1 << 31, entries // tuning.chunks[1] * bins * 4 >= 1 << 31)
-    variant = (topk_ids.device, dtype, large, has_mask, has_local, tuning)
+    variant = (topk_ids.device, dtype, has_mask, has_local, tuning)
 
     def fills(tiles: int) -> int:
         few = tiles <= tuning.many_tiles
@@ -345,13 +344,13 @@ def _bind(
             tuning.few_fills if few else tuning.local_fills if has_local else tuning.max_fills,
         )
 
-    one_shot = dispatch_policy == 1 or (
-        not dispatch_policy and num_tokens <= one_shot_tokens(num_experts)
-    )
-    ahead = []
-    for tile in tuning.tiles if one_shot else ():
-        if num_experts not in tile.experts:
+    # Entries that the policy sorts one-shot, and those that the tiles so far can hold.
+    most = {0: one_shot_tokens(num_experts) * topk, 1: tuning.tiles[-1].entries}
+    one_shot, held, ahead = most.get(dispatch_policy, 0), 0, []
+    for tile in tuning.tiles:
+        if held >= one_shot or num_experts not in tile.experts:
             continue
+        held = tile.entries
         few = tile.chunk == tile.size
         # A few entries need bins only for the experts' indices among those of this rank.
         some, more = (bins if has_mask else 32, 0) if few else _bins(num_experts)
@@ -360,7 +359,7 @@ def _bind(
         constants: tuple[int, ...] = (
             some, more, few, is_one, tile.size, tile.chunk, tuning.fill_tile
         )  # fmt: skip
-        if entries > tile.entries:
+        if entries > min(held, one_shot):
             batch = (0, topk, num_experts, block_size, 0, 0, 0)
             ahead.append(Launch(one_shot_kernel, 0, tile.num_warps, name, (*batch, *constants)))
             continue
@@ -443,11 +442,12 @@ def _check(
                 f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}; "
                 f"accepted is contiguous {wanted} [num_tokens, topk], the same shape for both"
             )
-    few = len(ids) < 1 << 24 and ids.numel() <= 1 << 28
+    # With more, a workspace could have 2 GiB, and Triton for AMD would compile anew.
+    few = len(ids) < 1 << 24 and ids.numel() <= 1 << 27
     if ids.dim() != 2 or not 1 <= ids.shape[1] <= min(MAX_TOPK, num_experts) or not few:
         raise ValueError(
             f"topk_ids is {list(ids.shape)} for {num_experts} experts; accepted are [num_tokens, "
-            f"topk] of under 2**24 tokens and up to 2**28 entries, topk from 1 to {MAX_TOPK} and "
+            f"topk] of under 2**24 tokens and up to 2**27 entries, topk from 1 to {MAX_TOPK} and "
             "to num_experts"
         )
     if not 1 <= num_experts <= MAX_EXPERTS:
@@ -461,12 +461,15 @@ def _check(
 def _check_options(
     num_experts: int, expert_mask: torch.Tensor | None, num_local_tokens: torch.Tensor | None
 ) -> None:
-    if expert_mask is not None and (expert_mask.dtype, expert_mask.numel()) != (
-        torch.int32, num_experts,
-    ):  # fmt: skip
+    if expert_mask is not None and (
+        expert_mask.dtype != torch.int32
+        or expert_mask.numel() != num_experts
+        or not expert_mask.is_contiguous()
+    ):
         raise ValueError(
-            f"expert_mask is {expert_mask.dtype} with {expert_mask.numel()} elements; "
-            f"accepted is int32 with one element an expert, {num_experts}"
+            f"expert_mask is {expert_mask.dtype} with {expert_mask.numel()} elements, strides "
+            f"{expert_mask.stride()}; accepted is contiguous int32 with one element an expert, "
+            f"{num_experts}"
         )
     if num_local_tokens is not None and num_local_tokens.dtype != torch.int32:
         raise ValueError(f"num_local_tokens is {num_local_tokens.dtype}; accepted is int32")

@@ -67,7 +67,7 @@ def cases() -> dict[str, dict[str, object]]:
         }  # fmt: skip
     # Small tiles reach at small sizes what otherwise takes thousands of tokens: chunks without
     # entries, several chunks and several tiles in a row of counts, more rows than are added up at
-    # once, both kinds of three launches.
+    # once in two launches and in three, both sizes of chunks in three.
     for tokens, mask, local in itertools.product((1, 33, 37, 130), (None, "half"), (None, 3, 29)):
         named[f"small tiles, {tokens} tokens, mask {mask}, {local} real rows"] = {
             "tokens": tokens, "mask": mask, "local": local, "routing": "skewed", "small": True
@@ -160,6 +160,7 @@ def valid_arguments() -> dict[str, object]:
         ({"moebuf_dtype": torch.int8}, ["torch.int8", "bfloat16, float16 and float32"]),
         ({"expert_mask": torch.ones(7, dtype=torch.int32)}, ["expert_mask", "7 elements"]),
         ({"expert_mask": torch.ones(8, dtype=torch.bool)}, ["expert_mask is torch.bool"]),
+        ({"expert_mask": torch.ones(16).int()[::2]}, ["strides (2,)", "contiguous int32"]),
         ({"num_local_tokens": torch.ones(1).long()}, ["num_local_tokens is torch.int64"]),
         (
             {
@@ -213,7 +214,7 @@ def run_cases() -> dict[str, list[str]]:
         fill_tile=64,
         fill_tiles=1,
         scan_rows=4,
-        scan_tile=256,
+        scan_tile=64,
         count_tile=32,
         small_tile=16,
         many_tiles=1,
