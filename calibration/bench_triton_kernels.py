@@ -51,7 +51,8 @@ RANGES = {
     "1 to 8": (1, 8), "12 to 40": (12, 40), "64 to 384": (64, 384), "from 512 on": (512, 1 << 30)
 }  # fmt: skip
 HOST_TOKENS = (1, 16, 200)
-PARTS = ("triton_parts", "triton_kernels", "triton_sort")  # each imports those before it
+# Each imports those before it.
+PARTS = ("triton_parts", "triton_kernels", "triton_launches", "triton_sort")
 BLOCK_SIZE = 32
 CALLS = 16  # calls in one graph
 ROUNDS = 15

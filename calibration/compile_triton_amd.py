@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from adaptive_moe.kernels import triton_sort
-from adaptive_moe.kernels.triton_sort import Launch
+from adaptive_moe.kernels.triton_launches import Launch
 
 TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),

@@ -1,7 +1,7 @@
 # Kernels have untyped arguments; the compile-time ones are capitalised, as is Triton's custom.
 # ruff: noqa: N803, N806
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""The device side of the Triton MoE sort; triton_sort.py has the contract and the launches.
+"""The device side of the Triton MoE sort; triton_sort.py has the contract.
 
 An entry goes to the padded start of its expert, plus the number of earlier entries of that expert.
 `one_shot_kernel` needs nothing but the input for both: each of its programs counts ALL entries by

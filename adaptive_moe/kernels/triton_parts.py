@@ -58,7 +58,7 @@ def load_visible_ids(topk_ids, expert_mask, start, stop, num_experts, SIZE: tl.c
 
 @triton.jit
 def histogram(ids, NUM_BINS: tl.constexpr):
-    """Entries of each expert, of whom there are at most NUM_BINS."""
+    """Entries of each expert; there are at most NUM_BINS experts."""
     return tl.histogram(tl.maximum(ids, 0), NUM_BINS, mask=ids >= 0)
 
 

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from adaptive_moe.kernels import triton_sort
-from adaptive_moe.kernels.triton_sort import Launch
+from adaptive_moe.kernels.triton_launches import Launch
 
 TENSOR: Any = SimpleNamespace(is_cuda=True)
 

@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("triton")
 
 from adaptive_moe.kernels import triton_sort
+from adaptive_moe.kernels.triton_launches import Launch
 from calibration.compile_triton_amd import EXPERTS, record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +100,7 @@ def test_the_recorded_registers_are_those_of_these_kernels(
         }
 
 
-def launches(**case: Any) -> list[triton_sort.Launch]:
+def launches(**case: Any) -> list[Launch]:
     return [launch for launch, _ in record(**case)]
 
 
@@ -137,7 +138,7 @@ def test_after_the_fewest_and_the_most_entries_no_number_compiles(
     policy: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a stored table is checked, before a capture that must not compile."""
-    compiled: list[tuple[triton_sort.Launch, object]] = []
+    compiled: list[tuple[Launch, object]] = []
     monkeypatch.setattr(triton_sort, "_compile", compiled.extend)
     monkeypatch.setattr(triton_sort, "_launch", lambda *_: None)
     monkeypatch.setattr(triton_sort, "_bound", {})

@@ -193,14 +193,14 @@ def test_bad_input_is_named(change: dict[str, object], words: list[str]) -> None
     ],
 )
 def test_policy_zero_asks_what_fits(num_tokens: int, num_experts: int, policy: int) -> None:
-    from adaptive_moe.kernels.triton_sort import one_shot_tokens
+    from adaptive_moe.kernels.triton_launches import one_shot_tokens
 
     assert (1 if num_tokens <= one_shot_tokens(num_experts) else 2) == policy
 
 
 def run_cases() -> dict[str, list[str]]:
     from adaptive_moe.kernels import triton_sort
-    from adaptive_moe.kernels.triton_sort import Tile
+    from adaptive_moe.kernels.triton_launches import Tile
 
     # An interpreted program takes its time, idle or not: few that pad and few that zero.
     usual = replace(triton_sort.TUNING, pads=3, few_fills=2)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from adaptive_moe.kernels import triton_sort
+from adaptive_moe.kernels.triton_launches import Launch
 from calibration.compile_triton_amd import Recorded, compiled_ahead, source
 from tests.wave64 import cdna
 
@@ -78,7 +79,7 @@ def on_wave64(target: str, seed: int = 0) -> Iterator[None]:
     groups and waves and what registers and LDS hold at first; odd ones start where a kernel starts
     whose arguments were preloaded, even ones where firmware without preloading starts it."""
 
-    def launch(launch: triton_sort.Launch, tensors: tuple[torch.Tensor | None, ...]) -> None:
+    def launch(launch: Launch, tensors: tuple[torch.Tensor | None, ...]) -> None:
         compiled = _compiled((launch, tensors), target)
         there = [tensor for tensor in tensors if tensor is not None]
         values = [tensor.data_ptr() for tensor in there]
