@@ -95,7 +95,7 @@ class Tuning:
 class Launch:
     """One launch, but for the tensors of a call.
 
-    programs   how many; none where it is only to be compiled and loaded
+    programs   how many
     variant    tells apart what the kernel is compiled for
     constants  the arguments after the tensors
     run        launches it, once it is compiled
@@ -114,8 +114,8 @@ class Launches:
     """What is constant for calls of one kind and token count.
 
     counts  size of the workspace
-    ahead   kernels for fewer entries: compiled with the first such call, as a stored table is
-            checked at its smallest and largest count only, and a capture must not compile
+    ahead   kernels for fewer entries, not launched: compiled with the first such call, as a stored
+            table is checked at its smallest and largest count only, and a capture must not compile
     """
 
     length: int
@@ -154,6 +154,7 @@ def launches_for(
     accumulate: bool,
     rounded: bool,
 ) -> Launches:
+    """Arguments as `moe_sorting` takes them; of topk_ids only shape and device are read."""
     num_tokens, topk = topk_ids.shape
     entries = num_tokens * topk
     length = buffer_length(num_tokens, topk, num_experts, block_size, rounded=rounded)
@@ -172,7 +173,8 @@ def launches_for(
 
     # Entries that the policy sorts one-shot, and those that the tiles so far can hold.
     most = {0: one_shot_tokens(num_experts) * topk, 1: tuning.tiles[-1].entries}
-    one_shot, held, ahead = most.get(dispatch_policy, 0), 0, []
+    one_shot, held = most.get(dispatch_policy, 0), 0
+    ahead: list[Launch] = []
     for tile in tuning.tiles:
         if held >= one_shot or num_experts not in tile.experts:
             continue
@@ -181,34 +183,21 @@ def launches_for(
         # A few entries need bins only for the experts' indices among those of this rank.
         some, more = (bins if has_mask else 32, 0) if few else _bins(num_experts)
         name: tuple[object, ...] = ("one-shot", tile, some, more, *variant)
-        is_one = tile.entries == tile.size
-        constants: tuple[int, ...] = (
-            some, more, few, is_one, tile.size, tile.chunk, tuning.fill_tile
-        )  # fmt: skip
-        if entries > min(held, one_shot):
-            batch = (0, topk, num_experts, block_size, 0, 0, 0)
-            ahead.append(Launch(one_shot_kernel, 0, tile.num_warps, name, (*batch, *constants)))
-            continue
         chunks = max(1, -(-entries // tile.chunk))
-        batch = (num_tokens, topk, num_experts, block_size, buffer[1], chunks, tuning.pads)
-        programs = chunks + tuning.pads + fills(tiles)
-        sort = Launch(one_shot_kernel, programs, tile.num_warps, name, (*batch, *constants))
-        return Launches(length, blocks, buffer, sort, ahead=tuple(ahead))
+        sort = Launch(
+            one_shot_kernel, chunks + tuning.pads + fills(tiles), tile.num_warps, name,
+            (num_tokens, topk, num_experts, block_size, buffer[1], chunks, tuning.pads,
+             some, more, few, tile.entries == tile.size, tile.size, tile.chunk, tuning.fill_tile),
+        )  # fmt: skip
+        if entries <= min(held, one_shot):
+            return Launches(length, blocks, buffer, sort, ahead=tuple(ahead))
+        ahead.append(sort)
 
     many = entries * max(bins, 256) >= tuning.many_counts
     step = many + (many and entries > tuning.most_entries)
     chunk, chunks = tuning.chunks[step], max(1, -(-entries // tuning.chunks[step]))
     group = 1 if many else -(-chunks // tuning.max_rows)
     parts = -(-chunks // group)
-    add_rows = (max(1, tuning.scan_tile // bins), 0, 0)  # of each step
-
-    def place(step: int, programs: int, *batch: int) -> Launch:
-        constants = (
-            bins, _bits(tuning.chunks[step]), tuning.count_tile, add_rows[step], tuning.fill_tile
-        )  # fmt: skip
-        name = ("place", bins, step, *variant)
-        return Launch(place_kernel, programs, tuning.num_warps, name, (*batch, *constants))
-
     first = min(tiles // 3, tuning.fill_tiles * bins) if tiles > tuning.many_tiles else 0
     scan, ends = None, (first, first)
     if many:
@@ -226,12 +215,18 @@ def launches_for(
         (num_tokens, topk, num_experts, buffer[1], parts, group * chunk, ends[0],
          bins, tuning.small_tile, tuning.count_tile, tuning.fill_tile),
     )  # fmt: skip
-    sort = place(
-        step, chunks + tuning.pads + fills(tiles - ends[1]),
-        num_tokens, topk, num_experts, block_size, buffer[1], chunks, group, tuning.pads, ends[1],
+    add_rows = max(1, tuning.scan_tile // bins)
+    *fewer, sort = (
+        Launch(
+            place_kernel, chunks + tuning.pads + fills(tiles - ends[1]), tuning.num_warps,
+            ("place", bins, one, *variant),
+            (num_tokens, topk, num_experts, block_size, buffer[1], chunks, group, tuning.pads,
+             ends[1], bins, _bits(tuning.chunks[one]), tuning.count_tile,
+             add_rows if one == 0 else 0, tuning.fill_tile),
+        )
+        for one in range(step + 1)
     )  # fmt: skip
-    fewer = (0, topk, num_experts, block_size, 0, 0, 1, 0, 0)
-    ahead += [place(fewer_step, 0, *fewer) for fewer_step in range(step)]
+    ahead += fewer
     return Launches(length, blocks, buffer, sort, (parts + 1) * bins, count, scan, tuple(ahead))
 
 
