@@ -100,6 +100,11 @@ def test_the_recorded_registers_are_those_of_these_kernels(
         }
 
 
+def small(*_: object, **options: Any) -> torch.Tensor:
+    """In place of a large buffer, which is never touched here."""
+    return torch.empty(1, **options)
+
+
 def launches(**case: Any) -> list[Launch]:
     return [launch for launch, _ in record(**case)]
 
@@ -159,6 +164,18 @@ def test_where_experts_are_not_counted_their_number_compiles_nothing() -> None:
     assert launches(experts=8, tokens=8)[0].variant == launches(experts=1000, tokens=8)[0].variant
 
 
+def test_a_buffer_of_2_gib_takes_the_kernels_of_a_smaller_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton for AMD would compile anew for it, maybe while a graph is captured."""
+    monkeypatch.setattr(torch, "empty_strided", small)
+    plain, large = (launches(tokens=64, experts=256, model_dim=dim) for dim in (128, 1 << 24))
+    assert [one.variant for one in plain] == [one.variant for one in large]
+    for launch in plain:
+        (moe_buf,) = (one for one in launch.kernel.params if one.name == "moe_buf")
+        assert moe_buf.do_not_specialize
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -167,13 +184,6 @@ def test_where_experts_are_not_counted_their_number_compiles_nothing() -> None:
         {"experts": 256, "dtype": torch.float32},
     ],
 )
-def test_what_is_compiled_apart_has_a_key_of_its_own(
-    other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def small(*_: object, **options: Any) -> torch.Tensor:
-        """Large buffers are never touched here; do not allocate them."""
-        return torch.empty(1, **options)
-
-    monkeypatch.setattr(torch, "empty_strided", small)
+def test_what_is_compiled_apart_has_a_key_of_its_own(other: dict[str, Any]) -> None:
     plain = {launch.variant for launch in launches(experts=256, tokens=64)}
     assert plain.isdisjoint({launch.variant for launch in launches(tokens=64, **other)})
