@@ -170,6 +170,14 @@ def valid_arguments() -> dict[str, object]:
             },
             ["[4, 33] for 64 experts", "1 to 32"],
         ),
+        (
+            {
+                "topk_ids": torch.zeros((1 << 22) + 1, 32, dtype=torch.int32, device="meta"),
+                "topk_weights": torch.zeros((1 << 22) + 1, 32, device="meta"),
+                "num_experts": 64,
+            },
+            ["[4194305, 32]", "up to 2**27 entries"],
+        ),
     ],
 )
 def test_bad_input_is_named(change: dict[str, object], words: list[str]) -> None:
